@@ -1,0 +1,33 @@
+"""Prompt tuning for Hugging Face causal LMs without the wasted work."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt.engine.forward import UnsupportedModelError, forward
+    from softprompt.peft import patch, patched, unpatch
+    from softprompt.report import explain
+
+__version__ = "0.1.0"
+
+__all__ = ["UnsupportedModelError", "explain", "forward", "patch", "patched", "unpatch"]
+
+# Imported on first use: the command line shows its help without waiting for torch.
+_HOMES = {
+    "UnsupportedModelError": "softprompt.engine.forward",
+    "explain": "softprompt.report",
+    "forward": "softprompt.engine.forward",
+    "patch": "softprompt.peft",
+    "patched": "softprompt.peft",
+    "unpatch": "softprompt.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

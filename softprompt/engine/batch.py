@@ -1,0 +1,113 @@
+"""The batch as the user gave it, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A padded batch and the prompts that stand in front of it."""
+
+    prompts: tuple[Tensor, ...]  # K of [P_k, H]
+    prompt_of_row: Tensor | None  # [B] int; None: all rows see prompt 0
+    input_ids: Tensor | None  # [B, L]
+    inputs_embeds: Tensor | None  # [B, L, H]
+    attention_mask: Tensor  # [B, L]
+    labels: Tensor | None  # [B, L]
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """P_k."""
+        return tuple(prompt.shape[0] for prompt in self.prompts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, L."""
+        return self.attention_mask.shape[0], self.attention_mask.shape[1]
+
+    def joined_prompts(self, device: torch.device) -> Tensor:
+        """[ΣP, H] on `device`."""
+        prompts = [prompt.to(device) for prompt in self.prompts]
+        return prompts[0] if len(prompts) == 1 else torch.cat(prompts)
+
+
+def check_batch(
+    prompts: Sequence[Tensor],
+    hidden_size: int,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    prompt_of_row: Tensor | Sequence[int] | None,
+) -> Batch:
+    """Turns the arguments of a forward into a Batch.
+
+    Raises:
+        ValueError: says what was given and what is expected.
+    """
+    if inputs_embeds is not None:
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size:
+            raise ValueError(f"inputs_embeds must be [B, L, {hidden_size}], got {list(inputs_embeds.shape)}")
+        shape, device, input_ids = inputs_embeds.shape[:2], inputs_embeds.device, None
+    elif input_ids is not None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, L], got shape {list(input_ids.shape)}")
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
+        shape, device = input_ids.shape, input_ids.device
+    else:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    num_rows = shape[0]
+    if num_rows == 0:
+        raise ValueError(f"the batch is empty: expected at least one row, got shape {list(shape)}")
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.int8, device=device)
+    elif attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must be [B, L] = {list(shape)}, without the prompt, got shape "
+            f"{list(attention_mask.shape)}"
+        )
+    if labels is not None:
+        if labels.shape != shape:
+            raise ValueError(
+                f"labels must be [B, L] = {list(shape)}, without the prompt, got shape {list(labels.shape)}"
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    for number, prompt in enumerate(prompts):
+        if prompt.ndim != 2 or prompt.shape[1] != hidden_size:
+            raise ValueError(f"prompt {number} must be [P, {hidden_size}], got {list(prompt.shape)}")
+        if prompt.shape[0] == 0:
+            raise ValueError(f"prompt {number} has no virtual tokens, expected at least one")
+    if prompt_of_row is None and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompts need prompt_of_row: the number of the prompt of each row")
+    rows: Tensor | None = None
+    if prompt_of_row is not None:
+        rows = _checked_rows(prompt_of_row, num_rows, len(prompts), device)
+    return Batch(tuple(prompts), rows, input_ids, inputs_embeds, attention_mask, labels)
+
+
+def _checked_rows(
+    prompt_of_row: Tensor | Sequence[int], num_rows: int, num_prompts: int, device: torch.device
+) -> Tensor:
+    if isinstance(prompt_of_row, Tensor) and prompt_of_row.device.type != "cpu":
+        # The numbers cannot be looked at without waiting for the device: clamp them, so that nothing reads
+        # outside.
+        if prompt_of_row.shape != (num_rows,):
+            raise ValueError(f"prompt_of_row must be [{num_rows}], got {list(prompt_of_row.shape)}")
+        return prompt_of_row.clamp(0, num_prompts - 1).int()
+    numbers = prompt_of_row.tolist() if isinstance(prompt_of_row, Tensor) else list(prompt_of_row)
+    if len(numbers) != num_rows:
+        raise ValueError(f"prompt_of_row must have one entry for each of {num_rows} rows, got {len(numbers)}")
+    for row, number in enumerate(numbers):
+        if not 0 <= number < num_prompts:
+            raise ValueError(f"prompt_of_row[{row}] = {number} is not one of the {num_prompts} prompts")
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

@@ -1,0 +1,200 @@
+"""What the engine has to know of a causal LM: its parts, and the few facts that its code does not show.
+
+Everything here is a guess that the self-check of `plan.py` confirms or rejects with numbers; nothing is
+trusted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+# A transformers causal LM. Its classes are not typed, and its parts are found by name.
+CausalLM: TypeAlias = Any
+
+# Position ids that come from the attention mask (pads do not count) instead of from arange.
+_POSITIONS_FROM_MASK = ("bloom", "opt")
+# Position tables that are not an nn.Embedding: (model type, config field with their length).
+_POSITION_TABLES = {
+    "gptj": "max_position_embeddings",
+    "codegen": "max_position_embeddings",
+    "mpt": "max_seq_len",
+}
+_PLAIN_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """How the model makes logits of its hidden rows: `softcap(logit_scale * (hidden @ weight.T + bias))`."""
+
+    logit_scale: float | None
+    softcap: float | None
+
+
+def config_of(model: CausalLM) -> Any:
+    """The text configuration of the model."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def body_of(model: CausalLM) -> nn.Module:
+    """The decoder without its head: what turns [1, T, H] embeddings into [1, T, H] normed hidden states.
+
+    Raises:
+        AttributeError: the model has no such part.
+    """
+    body = getattr(model, "base_model", None)
+    if body is None or body is model:
+        body = getattr(model, "model", None)
+    if not isinstance(body, nn.Module):
+        raise AttributeError(f"{type(model).__name__} has no decoder under `base_model` or `model`")
+    return body
+
+
+def attention_configs(body: nn.Module) -> list[Any]:
+    """The distinct configuration objects that choose an attention implementation below `body`."""
+    configs = {id(c): c for m in body.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
+    return list(configs.values())
+
+
+def takes_position_ids(body: nn.Module) -> bool:
+    """Whether the decoder's forward has a `position_ids` argument."""
+    return "position_ids" in inspect.signature(body.forward).parameters
+
+
+def positions_from_mask(config: Any) -> bool:
+    """Whether left padding leaves the model's positions alone (see the position ids of `pack_layout`)."""
+    return config.model_type in _POSITIONS_FROM_MASK or (
+        config.model_type == "falcon" and bool(getattr(config, "alibi", False))
+    )
+
+
+def position_limit(model: CausalLM, body: nn.Module) -> int | None:
+    """Length of the position table, for models that have one; a longer input would read outside it."""
+    config = config_of(model)
+    field = _POSITION_TABLES.get(config.model_type)
+    if field is not None:
+        return int(getattr(config, field))
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        return None
+    token_embedding = model.get_input_embeddings()
+    for module in body.modules():
+        if isinstance(module, nn.Embedding) and module is not token_embedding:
+            size = module.num_embeddings - int(getattr(module, "offset", 0))
+            if size == longest:
+                return int(size)
+    return None
+
+
+def packing_obstacle(model: CausalLM) -> str | None:
+    """Why rows of this model cannot share one packed row, or None."""
+    config = config_of(model)
+    if getattr(model, "_is_stateful", False):
+        return f"{config.model_type} keeps a recurrent state, which would leak from one text into the next"
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    foreign = sorted(kinds - set(_PLAIN_CACHE_LAYERS))
+    if foreign:
+        return (
+            f"{config.model_type} has layers with state other than keys and values ({', '.join(foreign)}), "
+            "which would leak from one text into the next"
+        )
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says (hooks, a forward replaced by accelerate)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_plain_weight(weight: Any) -> bool:
+    return (
+        type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta" and weight.is_floating_point()
+    )
+
+
+def embedding_obstacle(embedding: nn.Module) -> str | None:
+    """Why the embedding has to be called as a module and its table cannot be read, or None."""
+    if type(embedding) is not nn.Embedding:
+        return f"the embedding is a {type(embedding).__name__}"
+    if has_hooks(embedding):
+        return "the embedding has hooks"
+    if not _is_plain_weight(embedding.weight):
+        return (
+            f"the embedding's table is a {type(embedding.weight).__name__} ({embedding.weight.device.type})"
+        )
+    if embedding.weight.requires_grad:
+        return "the embedding's table is trainable"
+    if embedding.max_norm is not None:
+        return "the embedding renormalises its table (max_norm)"
+    return None
+
+
+def head_obstacle(model: CausalLM) -> str | None:
+    """Why logits have to be made by the model's own head, or None where `linear_cross_entropy` can read
+    it.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return "the model names no output embeddings"
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}"
+    if has_hooks(head):
+        return "the head has hooks"
+    if not _is_plain_weight(head.weight):
+        return f"the head's weight is a {type(head.weight).__name__} ({head.weight.device.type})"
+    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
+        return f"the model has a loss function of its own ({getattr(model.loss_function, '__name__', '?')})"
+    return None
+
+
+def head_facts(model: CausalLM) -> HeadFacts:
+    """Scale and softcap of the logits: Cohere multiplies by `logit_scale`, Granite divides by
+    `logits_scaling`.
+    """
+    config = config_of(model)
+    multiply, divide = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = None
+    if isinstance(multiply, float | int):
+        scale = float(multiply)
+    elif isinstance(divide, float | int):
+        scale = 1.0 / float(divide)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return HeadFacts(scale, float(softcap) if softcap else None)
+
+
+def dropout_of(model: CausalLM) -> list[str]:
+    """Names of the dropout settings above 0, which act in training mode."""
+    fields = config_of(model).to_dict()
+    active = {
+        name
+        for name, value in fields.items()
+        if (name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0)
+    }
+    active |= {
+        f"{type(m).__name__}(p={m.p})" for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0
+    }
+    return sorted(active)
+
+
+def uses_gradient_checkpointing(body: nn.Module) -> bool:
+    """Whether layers are recomputed in the backward pass."""
+    return bool(body.training) and any(getattr(m, "gradient_checkpointing", False) for m in body.modules())
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a linear layer over `weight` gives: autocast's where it is on."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype

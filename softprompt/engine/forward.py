@@ -1,0 +1,173 @@
+"""The functional form: a causal LM, prompts and a padded batch, without PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from softprompt.engine import families
+from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.head import loss_of_rows, own_logits
+from softprompt.engine.lazy import LazyLogits, in_this_mode
+from softprompt.engine.packed import HiddenRows
+from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.ops.library import AUTO
+
+ON_UNSUPPORTED = ("fallback", "error")
+POSITIONS = ("padded", "compact")
+
+
+class UnsupportedModelError(RuntimeError):
+    """With `on_unsupported="error"`: a model or a call that only its stock forward can serve."""
+
+
+def forward(
+    model: CausalLM,
+    prompts: Tensor | Sequence[Tensor],  # [P, H], or K of [P_k, H]
+    input_ids: Tensor | None = None,  # [B, L]
+    attention_mask: Tensor | None = None,  # [B, L]
+    labels: Tensor | None = None,  # [B, L]
+    prompt_of_row: Tensor | Sequence[int] | None = None,  # [B]
+    *,
+    inputs_embeds: Tensor | None = None,  # [B, L, H]
+    num_items_in_batch: int | Tensor | None = None,
+    positions: str = "padded",
+    on_unsupported: str = "fallback",
+    backend: str = AUTO,
+) -> CausalLMOutputWithPast:
+    """The loss of a batch behind soft prompts: `CE(model([prompt_of_row(b) | text_b]), labels_b)` over all
+    rows b.
+
+    The loss is that of transformers: the label of column c is predicted by column c - 1, that of column 0 by
+    the prompt's last row; labels of -100 do not count; the mean over labels, or their sum over
+    `num_items_in_batch`.
+
+    Args:
+        model: any transformers causal LM; its weights may be frozen or not.
+        prompts: one prompt [P, H], or K prompts of any lengths; fp32 as a rule. Gradients arrive in their
+            dtype.
+        input_ids: [B, L] integers, without the prompt.
+        attention_mask: [B, L], 0 = pad, any padding side. None: no pads.
+        labels: [B, L] integers, -100 = no label. None: no loss.
+        prompt_of_row: [B], the number of the prompt of each row. None: prompt 0 (only with one prompt).
+        inputs_embeds: [B, L, H] instead of `input_ids`.
+        num_items_in_batch: what the summed loss is divided by (gradient accumulation).
+        positions: "padded": as in a padded batch `[prompt | text]`, so equal to PEFT; "compact": pads do not
+            exist, so equal to each row alone without padding.
+        on_unsupported: "fallback": a model that has no fast route runs on its own forward, with a warning;
+            "error": UnsupportedModelError.
+        backend: "auto" or the name of a back end of the ops.
+
+    Returns:
+        CausalLMOutputWithPast with `loss` (None without labels; 0 with a zero gradient where no label counts)
+        and `logits` [B, P + L, V], which are computed when something first uses them (P: the longest prompt).
+
+    Raises:
+        IndexError: an id or a label outside the vocabulary; names row, column and value.
+        ValueError: shapes, dtypes or options that do not fit; says what was given and what is expected.
+        UnsupportedModelError: see `on_unsupported`.
+    """
+    check_option("positions", positions, POSITIONS)
+    check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    batch = check_batch(
+        [prompts] if isinstance(prompts, Tensor) else list(prompts),
+        prompt_width(model),
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        labels=labels,
+        prompt_of_row=prompt_of_row,
+    )
+    plan = plan_for(model)
+    compact = positions == "compact"
+    obstacle = obstacle_to(plan, compact=compact)
+    if obstacle is not None:
+        if on_unsupported == "error" or compact or len(set(batch.prompt_lengths)) > 1:
+            raise UnsupportedModelError(obstacle)
+        warnings.warn(f"softprompt: {obstacle}", stacklevel=2)
+        extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        output = stock_forward(model, batch, **extra)
+        return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
+    loss, logits = run_plan(
+        model, plan, batch, compact=compact, num_items=num_items_in_batch, backend=backend
+    )
+    return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def obstacle_to(plan: Plan, *, compact: bool) -> str | None:
+    """Why a call cannot take the plan's fast route, as a sentence, or None."""
+    if plan.route == "stock":
+        return f"the model's own forward is used: {plan.reason}"
+    if compact and plan.route != "packed":
+        return f'positions="compact" needs the packed route: {plan.reason}'
+    return None
+
+
+def prompt_width(model: CausalLM) -> int:
+    """H of the embeddings that stand beside the prompt."""
+    embedding = model.get_input_embeddings()
+    width = getattr(embedding, "embedding_dim", None)
+    return int(width) if width is not None else int(embedding.weight.shape[1])
+
+
+def run_plan(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    *,
+    compact: bool = False,
+    num_items: int | float | Tensor | None = None,
+    backend: str = AUTO,
+) -> tuple[Tensor | None, LazyLogits]:
+    """Loss (None without labels) and lazy logits of a batch on a plan's fast route."""
+    rows = plan.run(model, batch, compact=compact, backend=backend)
+    loss = None
+    if batch.labels is not None:
+        if rows.num_labels == 0:
+            warnings.warn(
+                "softprompt: every label of this batch is -100; the loss is 0 and so is its gradient "
+                "(a mean over no labels would be NaN and destroy the prompt)",
+                stacklevel=2,
+            )
+        loss = loss_of_rows(
+            model,
+            rows.hidden,
+            rows.label_rows,
+            rows.label_targets,
+            fused=plan.fused_head,
+            output_class=rows.output_class,
+            num_items=num_items,
+            backend=backend,
+        )
+    return loss, _lazy_logits(model, rows, plan.logits_dtype)
+
+
+def _lazy_logits(model: CausalLM, rows: HiddenRows, dtype: torch.dtype | None) -> LazyLogits:
+    head = model.get_output_embeddings()
+    weight = head.weight
+    vocab_size = int(getattr(head, "out_features", weight.shape[0]))
+    if dtype is None:
+        dtype = families.compute_dtype(weight) if weight.is_floating_point() else rows.hidden.dtype
+
+    def make() -> Tensor:
+        return own_logits(model, rows.padded(), rows.output_class)
+
+    hidden = rows.hidden
+    return LazyLogits(
+        in_this_mode(make, hidden.device.type),
+        (*rows.padded_shape, vocab_size),
+        dtype,
+        hidden.device,
+        torch.is_grad_enabled() and hidden.requires_grad,
+    )

@@ -1,0 +1,93 @@
+"""From hidden rows to a loss or to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softprompt.engine import families
+from softprompt.engine.families import CausalLM
+from softprompt.ops.library import AUTO
+from softprompt.ops.linear_cross_entropy import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
+    """The model's own logits of hidden rows: its forward with a decoder that answers `hidden`.
+
+    Whatever the model does between its decoder and its logits (scale, softcap, bias, adapters, hooks)
+    happens.
+
+    Args:
+        model: the causal LM.
+        hidden: [B, T, H] normed hidden states.
+        output_class: what the model's decoder returns.
+
+    Returns:
+        [B, T, V].
+    """
+    body = families.body_of(model)
+    answer = output_class(last_hidden_state=hidden)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return answer
+
+    before = body.__dict__.get("forward")
+    body.forward = forward
+    try:
+        return model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+    finally:
+        del body.__dict__["forward"]
+        if before is not None:
+            body.__dict__["forward"] = before
+
+
+def loss_of_rows(
+    model: CausalLM,
+    hidden: Tensor,  # [T, H]
+    label_rows: Tensor,  # [M]
+    targets: Tensor,  # [M]
+    *,
+    fused: bool,
+    output_class: type,
+    num_items: int | float | Tensor | None,
+    backend: str = AUTO,
+) -> Tensor:
+    """The loss of transformers' `ForCausalLMLoss`, from the label rows alone.
+
+    Args:
+        model: the causal LM.
+        hidden: [T, H].
+        label_rows: [M] rows of `hidden` that predict a label.
+        targets: [M] labels, -100 = ignored.
+        fused: read the head's weight (`linear_cross_entropy`) instead of calling the head.
+        output_class: see `own_logits`.
+        num_items: transformers' `num_items_in_batch`: divides the sum of the losses. None: their mean.
+        backend: of `linear_cross_entropy`.
+
+    Returns:
+        A scalar in fp32 (fp64 for fp64 models); 0 where there is no label.
+    """
+    if fused:
+        head, facts = model.get_output_embeddings(), families.head_facts(model)
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            label_rows,
+            targets,
+            bias=head.bias,
+            softcap=facts.softcap,
+            logit_scale=facts.logit_scale,
+            num_items=num_items,
+            backend=backend,
+        )
+    logits = own_logits(model, hidden[label_rows][None], output_class)[0]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    total = functional.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+    count = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)

@@ -1,0 +1,158 @@
+"""Logits that are computed when something first looks at them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+# What a tensor can say of itself without its values. Everything else materialises.
+_KNOWN = {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "is_cuda",
+        "is_sparse",
+        "is_quantized",
+        "is_meta",
+    )
+} | {
+    getattr(torch.Tensor, name)
+    for name in (
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "element_size",
+        "is_floating_point",
+        "__len__",
+    )
+}
+# Not `torch.Tensor.requires_grad`, which a property of Python shadows.
+_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
+_CASTS: dict[Any, torch.dtype] = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.double: torch.float64,
+    torch.Tensor.half: torch.float16,
+    torch.Tensor.bfloat16: torch.bfloat16,
+}
+
+
+class LazyLogits(torch.Tensor):
+    """A tensor whose shape, dtype and device are known and whose values are made by `make` on first use.
+
+    Asking for shape, dtype, device and the like, casting it and detaching it keep it lazy; any other use
+    computes the values once, with their gradient, and goes on with the ordinary tensor.
+    """
+
+    _make: Callable[[], Tensor]
+    _value: Tensor | None
+    _has_grad: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        make: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        requires_grad: bool,
+    ) -> LazyLogits:
+        """Wraps `make`, which has to return a tensor of this shape, dtype and device."""
+        lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        lazy._make = make
+        lazy._value = None
+        lazy._has_grad = requires_grad
+        return lazy
+
+    @property
+    def is_materialized(self) -> bool:
+        """Whether the values exist."""
+        return self._value is not None
+
+    def materialize(self) -> Tensor:
+        """The ordinary tensor."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, LazyLogits) and first._value is None:
+            if func in _KNOWN:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if func == _REQUIRES_GRAD:
+                return first._has_grad
+            if func in _CASTS and len(args) == 1 and not kwargs:
+                return first._derive(_CASTS[func], detach=False)
+            if func is torch.Tensor.detach or func is torch.detach:
+                return first._derive(None, detach=True)
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """For code below Python's tensor functions, which would find no storage."""
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    def _derive(self, dtype: torch.dtype | None, *, detach: bool) -> LazyLogits:
+        target = self.dtype if dtype is None else dtype
+
+        def make() -> Tensor:
+            value = self.materialize()
+            return (value.detach() if detach else value).to(target)
+
+        return LazyLogits(make, tuple(self.shape), target, self.device, self._has_grad and not detach)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a file holds the values."""
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A copy holds the values."""
+        return self.materialize().__deepcopy__(memo)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shows the values."""
+        return repr(self.materialize())
+
+
+def _plain(item: Any) -> Any:
+    return item.materialize() if isinstance(item, LazyLogits) else item
+
+
+@contextlib.contextmanager
+def _modes(device_type: str, autocast: bool, dtype: torch.dtype, grad: bool) -> Iterator[None]:
+    with torch.autocast(device_type, dtype=dtype, enabled=autocast), torch.set_grad_enabled(grad):
+        yield
+
+
+def in_this_mode(make: Callable[[], Tensor], device_type: str) -> Callable[[], Tensor]:
+    """`make`, to be called later under the autocast and gradient modes of now."""
+    modes = (
+        device_type,
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch.is_grad_enabled(),
+    )
+
+    def later() -> Tensor:
+        with _modes(*modes):
+            return make()
+
+    return later

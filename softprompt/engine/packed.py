@@ -1,0 +1,182 @@
+"""The packed forward, in the order of the data: batch -> layout -> embeddings -> hidden rows -> loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.engine import families
+from softprompt.engine.attention import Packing, packed_attention
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.layout import PackedLayout, build_layout
+from softprompt.ops.embed_prompt import embed_prompt
+from softprompt.ops.library import AUTO
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenRows:
+    """What the decoder made of a batch, before any logit."""
+
+    hidden: Tensor  # [T, H] normed hidden states
+    label_rows: Tensor  # [M]
+    label_targets: Tensor  # [M]
+    num_labels: int
+    layout: PackedLayout | None  # None: hidden is the flattened padded [B, P + L, H]
+    padded_shape: tuple[int, int]  # B, P + L
+    output_class: type  # of the decoder
+
+    def padded(self) -> Tensor:
+        """[B, P + L, H]; zero at pads that were not computed."""
+        if self.layout is not None:
+            return self.layout.scatter_rows(self.hidden)
+        return self.hidden.view(*self.padded_shape, -1)
+
+
+def packed_rows(
+    model: CausalLM,
+    batch: Batch,
+    *,
+    seam: str,
+    positions: str,
+    position_limit: int | None,
+    token_bucket: int = 1,
+    label_bucket: int = 1,
+    examine: bool = False,
+    backend: str = AUTO,
+) -> HiddenRows:
+    """Runs the decoder once over the packed batch.
+
+    Args:
+        model: the causal LM.
+        batch: prompts, texts and labels.
+        seam: how the attention gets in, see `engine.attention`.
+        positions: see `pack_layout`.
+        position_limit: length of the model's position table, None where there is none.
+        token_bucket: see `build_layout`.
+        label_bucket: see `build_layout`.
+        examine: look at the model's mask functions too (self-check).
+        backend: of the ops.
+
+    Raises:
+        IndexError: an id or a label outside the vocabulary.
+        ValueError: prompt and text are longer than the position table.
+    """
+    body, embedding = families.body_of(model), model.get_input_embeddings()
+    check_length(batch, positions, position_limit)
+    layout = build_layout(
+        batch.attention_mask,
+        batch.prompt_lengths,
+        labels=batch.labels,
+        input_ids=batch.input_ids,
+        prompt_of_row=batch.prompt_of_row,
+        vocab_size=embedding.num_embeddings,
+        positions=positions,
+        token_bucket=token_bucket,
+        label_bucket=label_bucket,
+        backend=backend,
+    )
+    if position_limit is not None and layout.longest_context > position_limit:
+        _raise_too_long(layout.longest_context, position_limit)
+    embeds = _embed(embedding, batch, layout, backend)
+    packing = Packing(layout, families.config_of(model)._attn_implementation, backend, examine)
+    if families.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
+        output_class: list[type] = []
+        hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)
+        return _rows(hidden, layout, output_class[0])
+    output = _run_body(body, seam, packing, embeds)
+    return _rows(output.last_hidden_state, layout, type(output))
+
+
+def check_length(batch: Batch, positions: str, position_limit: int | None) -> None:
+    """Raises ValueError where the padded layout does not fit the model's position table."""
+    longest = max(batch.prompt_lengths) + batch.shape[1]
+    if position_limit is not None and positions == "slots" and longest > position_limit:
+        _raise_too_long(longest, position_limit)
+
+
+def _raise_too_long(longest: int, position_limit: int) -> None:
+    raise ValueError(
+        f"prompt and text are {longest} tokens long, but the model has {position_limit} positions: "
+        "shorten the texts or the prompt"
+    )
+
+
+def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> HiddenRows:
+    num_rows, row_length = layout.batch_shape
+    return HiddenRows(
+        hidden[0],
+        layout.label_rows,
+        layout.label_targets,
+        layout.num_labels,
+        layout,
+        (num_rows, max(layout.prompt_lengths) + row_length),
+        output_class,
+    )
+
+
+def _embed(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> Tensor:
+    """[1, T, H] in the embedding's dtype."""
+    if batch.input_ids is not None and families.embedding_obstacle(embedding) is None:
+        prompts = batch.joined_prompts(embedding.weight.device)
+        return embed_prompt(embedding.weight, batch.input_ids, layout.token_index, prompts, backend=backend)
+    index = layout.token_index[layout.prompt_tokens :].long()
+    if batch.inputs_embeds is not None:
+        rows = batch.inputs_embeds.flatten(0, 1)[index.clamp_min(0)]
+    elif batch.input_ids is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    elif families.has_hooks(embedding):
+        # A hook may look at the shape (NEFTune scales its noise by it): show it the padded batch.
+        rows = embedding(batch.input_ids).flatten(0, 1)[index.clamp_min(0)]
+    else:
+        rows = embedding(batch.input_ids.reshape(-1)[index.clamp_min(0)][None])[0]
+    rows = rows.masked_fill((index < 0)[:, None], 0)
+    return torch.cat([batch.joined_prompts(rows.device).to(rows.dtype), rows])[None]
+
+
+def _run_body(body: nn.Module, seam: str, packing: Packing, embeds: Tensor) -> Any:
+    arguments: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False, "return_dict": True}
+    if families.takes_position_ids(body):
+        arguments["position_ids"] = packing.layout.position_ids.long()[None]
+    with packed_attention(body, seam, packing) as mask:
+        if mask is None:
+            # Without any mask transformers would look for packed sequences in the position ids, and find
+            # wrong ones.
+            mask = torch.ones(1, embeds.shape[1], dtype=torch.bool, device=embeds.device)
+        return body(attention_mask=mask, **arguments)
+
+
+class _RecomputingBody(torch.autograd.Function):
+    """The decoder under gradient checkpointing.
+
+    Its layers are recomputed in the backward pass, when the packed attention has long been put back. So the
+    decoder's own graph is kept inside this node, and its backward runs under the packed attention again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, embeds: Tensor, body: nn.Module, seam: str, packing: Packing, output_class: list[type]
+    ) -> Tensor:
+        ctx.inner = embeds.detach().requires_grad_(embeds.requires_grad)
+        with torch.enable_grad():
+            output = _run_body(body, seam, packing, ctx.inner)
+        ctx.hidden, ctx.again = output.last_hidden_state, (body, seam, packing)
+        output_class.append(type(output))
+        return output.last_hidden_state.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.hidden is None:
+            raise RuntimeError(
+                "the packed forward was already freed by a backward; pass retain_graph=True to the first one"
+            )
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        with packed_attention(*ctx.again):
+            torch.autograd.backward(ctx.hidden, grads[0], retain_graph=keep)
+        grad, ctx.inner.grad = ctx.inner.grad, None
+        if not keep:
+            ctx.hidden = None
+        return grad, None, None, None, None

@@ -1,0 +1,96 @@
+"""The padded forward, for models whose rows cannot share one row: fused prepend, and the head on label
+rows only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.engine import families
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.packed import HiddenRows, check_length
+from softprompt.layout import IGNORE_INDEX, raise_out_of_range
+from softprompt.ops.library import AUTO
+from softprompt.ops.prepend_prompt import prepend_prompt
+
+
+def padded_rows(
+    model: CausalLM,
+    batch: Batch,
+    *,
+    position_limit: int | None,
+    backend: str = AUTO,
+) -> HiddenRows:
+    """Runs the decoder over `[prompt | text]` rows, with the positions and the mask that PEFT gives them.
+
+    Args:
+        model: the causal LM.
+        batch: prompts (all of one length), texts and labels.
+        position_limit: length of the model's position table, None where there is none.
+        backend: of the ops.
+
+    Raises:
+        IndexError: an id or a label outside the vocabulary.
+        ValueError: prompts of different lengths; prompt and text are longer than the position table.
+    """
+    check_length(batch, "slots", position_limit)
+    if len(set(batch.prompt_lengths)) > 1:
+        raise ValueError(
+            f"{families.config_of(model).model_type} takes the padded route, where all prompts of a batch "
+            f"must have one length; got {list(batch.prompt_lengths)}"
+        )
+    embedding = model.get_input_embeddings()
+    num_rows, row_length = batch.shape
+    length = batch.prompt_lengths[0]
+    readable = batch.input_ids is not None and families.embedding_obstacle(embedding) is None
+    if readable and batch.input_ids is not None:
+        prepended = prepend_prompt(
+            embedding.weight,
+            batch.input_ids,
+            batch.joined_prompts(embedding.weight.device),
+            batch.prompt_lengths,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            prompt_of_row=batch.prompt_of_row,
+            backend=backend,
+        )
+        embeds, mask, labels = prepended.inputs_embeds, prepended.attention_mask, prepended.labels
+        num_labels, bad_ids, bad_labels = prepended.counts.tolist()
+        if bad_ids or bad_labels:
+            raise_out_of_range(batch.input_ids, batch.labels, embedding.num_embeddings)
+    else:
+        embeds, mask, labels = _prepend(embedding, batch)
+        num_labels = int((labels[:, 1:] != IGNORE_INDEX).sum())
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = labels[:, 1:]
+    targets = targets.view(-1)
+    rows = torch.nonzero_static(targets != IGNORE_INDEX, size=num_labels)[:, 0]
+    output = families.body_of(model)(
+        inputs_embeds=embeds, attention_mask=mask, use_cache=False, return_dict=True
+    )
+    shape = (num_rows, length + row_length)
+    hidden = output.last_hidden_state.reshape(shape[0] * shape[1], -1)
+    return HiddenRows(hidden, rows, targets[rows], num_labels, None, shape, type(output))
+
+
+def _prepend(embedding: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, row_length = batch.shape
+    length = batch.prompt_lengths[0]
+    if batch.inputs_embeds is not None:
+        embeds = batch.inputs_embeds
+    else:
+        embeds = embedding(batch.input_ids)
+    prompts = torch.stack([prompt.to(embeds.device) for prompt in batch.prompts])
+    if batch.prompt_of_row is None:
+        prompts = prompts.expand(num_rows, -1, -1)
+    else:
+        prompts = prompts[batch.prompt_of_row.long()]
+    embeds = torch.cat([prompts.to(embeds.dtype), embeds], 1)
+    ones = torch.ones(num_rows, length, device=batch.attention_mask.device)
+    mask = torch.cat([ones, batch.attention_mask.float()], 1)
+    labels = torch.full((num_rows, length + row_length), IGNORE_INDEX, device=embeds.device)
+    if batch.labels is not None:
+        labels[:, length:] = batch.labels
+    return embeds, mask, labels

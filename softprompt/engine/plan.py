@@ -1,0 +1,323 @@
+"""Which route a model takes, decided by numbers: every candidate is run on two short rows beside the stock
+forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from softprompt.engine import families
+from softprompt.engine.attention import seams_for
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.head import loss_of_rows
+from softprompt.engine.packed import HiddenRows, packed_rows
+from softprompt.engine.padded import padded_rows
+from softprompt.ops.library import AUTO
+
+# Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
+# rotary tables and ALiBi are fp32 inside fp64 models; in 16 bit the stock forward itself is this far from the
+# truth.
+_TOLERANCES = {torch.float64: (1e-5, 1e-4), torch.float32: (1e-4, 2e-3)}
+_TOLERANCE_16_BIT = (5e-2, 2e-1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The route of one model, and why."""
+
+    route: str  # "packed", "padded" or "stock"
+    reason: str  # one sentence
+    seam: str | None = None  # packed: how the attention gets in
+    positions: str = "slots"  # packed: what the model counts under left padding
+    fused_head: bool = False  # linear_cross_entropy reads the head's weight
+    head_reason: str | None = None  # why not
+    position_limit: int | None = None
+    loss_error: float | None = None  # of the self-check, relative to the stock forward
+    grad_error: float | None = None
+    rejected: tuple[str, ...] = ()  # candidates that came before, and what was wrong with each
+    output_class: type = CausalLMOutputWithPast  # of the model's own forward
+    logits_dtype: torch.dtype | None = None  # of the model's own logits, where it is not the head's
+
+    def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> HiddenRows:
+        """The hidden rows of a batch on this route.
+
+        Args:
+            model: the model that the plan was made for.
+            batch: prompts, texts and labels.
+            compact: ignore pads in positions and windows (packed route only).
+            options: for `packed_rows` or `padded_rows`.
+        """
+        if self.route == "padded":
+            return padded_rows(model, batch, position_limit=self.position_limit, **options)
+        if self.seam is None:
+            raise ValueError(f"this model has no fast route: {self.reason}")
+        return packed_rows(
+            model,
+            batch,
+            seam=self.seam,
+            positions="compact" if compact else self.positions,
+            position_limit=self.position_limit,
+            **options,
+        )
+
+
+_PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
+
+
+def plan_for(model: CausalLM) -> Plan:
+    """The plan of a causal LM: made on first use, and again after its attention, dtype, head or hooks have
+    changed.
+    """
+    key = _fingerprint(model)
+    known = _PLANS.get(model)
+    if known is None or known[0] != key:
+        known = (key, make_plan(model))
+        _PLANS[model] = known
+    return known[1]
+
+
+def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
+    """Cheap signs that a model is no longer the one that was checked."""
+    weight = next(iter(model.parameters()), None)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return (
+        getattr(model.config, "_attn_implementation", None),
+        None if weight is None else (weight.dtype, weight.device.type),
+        None if embedding is None else (id(embedding), families.has_hooks(embedding)),
+        None if head is None else (id(head), families.has_hooks(head)),
+        id(getattr(model, "_loss_function", None)),
+    )
+
+
+def make_plan(model: CausalLM) -> Plan:
+    """Tries the candidates in order and takes the first whose loss and prompt gradient are the stock
+    forward's.
+
+    Costs one tiny step of the stock model and one of each candidate that was tried. Training flags, gradients
+    and random states are as before afterwards.
+    """
+    obstacle = _structural_obstacle(model)
+    if obstacle is not None:
+        return Plan("stock", obstacle)
+    try:
+        limit = families.position_limit(model, families.body_of(model))
+        with _evaluating(model):
+            batch = _probe_batch(model)
+            output, expected = _stock_step(model, batch)
+            plan = _first_that_holds(model, batch, expected, limit)
+            return replace(plan, output_class=type(output), logits_dtype=_unusual_dtype(model, output.logits))
+    except _StockFailedError as error:
+        return Plan("stock", str(error))
+
+
+def _structural_obstacle(model: CausalLM) -> str | None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "the model is an encoder-decoder; only decoder-only models are packed"
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "get_output_embeddings"):
+        return f"{type(model).__name__} is not a transformers model"
+    if not isinstance(model.get_input_embeddings(), nn.Module):
+        return "the model names no input embeddings"
+    try:
+        families.body_of(model)
+    except AttributeError as error:
+        return str(error)
+    if model.get_output_embeddings() is None:
+        return f"{type(model).__name__} has no language modelling head"
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return "some weights are on the meta device, so the self-check cannot run"
+    if getattr(model.config, "output_router_logits", False):
+        return "output_router_logits adds a loss over all tokens, pads and repeated prompts included"
+    return None
+
+
+class _StockFailedError(RuntimeError):
+    """The stock forward itself cannot serve as a reference."""
+
+
+def _first_that_holds(
+    model: CausalLM, batch: Batch, expected: tuple[Tensor, Tensor], limit: int | None
+) -> Plan:
+    head_obstacle = families.head_obstacle(model)
+    packing_obstacle = families.packing_obstacle(model)
+    rejected: list[str] = []
+    candidates: list[Plan] = []
+    if packing_obstacle is None:
+        guess = "mask" if families.positions_from_mask(families.config_of(model)) else "slots"
+        for positions in (guess, "slots" if guess == "mask" else "mask"):
+            for seam in seams_for(model):
+                candidates.append(Plan("packed", "", seam=seam, positions=positions, position_limit=limit))
+    else:
+        rejected.append(f"packed: {packing_obstacle}")
+    candidates.append(Plan("padded", "", position_limit=limit))
+    for candidate in candidates:
+        for fused in (True, False) if head_obstacle is None else (False,):
+            plan = replace(candidate, fused_head=fused)
+            name = "/".join(part for part in (plan.route, plan.seam, plan.positions, "head") if part)
+            name += " fused" if fused else " of the model"
+            try:
+                got = _step(model, plan, batch)
+            except (
+                Exception
+            ) as error:  # the reason is kept, and a slower candidate or the stock forward takes over
+                first_line = str(error).splitlines()[0] if str(error) else ""
+                rejected.append(f"{name}: {type(error).__name__}: {first_line}")
+                continue
+            loss_error, grad_error = _errors(got, expected)
+            loss_bound, grad_bound = _TOLERANCES.get(_dtype(model), _TOLERANCE_16_BIT)
+            if loss_error <= loss_bound and grad_error <= grad_bound:
+                head_reason = head_obstacle
+                if head_obstacle is None and not fused:
+                    head_reason = "the fused head gave other numbers than the model's own: " + rejected[-1]
+                return replace(
+                    plan,
+                    reason=_praise(plan, packing_obstacle),
+                    head_reason=head_reason,
+                    loss_error=loss_error,
+                    grad_error=grad_error,
+                    rejected=tuple(rejected),
+                )
+            rejected.append(f"{name}: loss off by {loss_error:.1e}, prompt gradient by {grad_error:.1e}")
+    return Plan(
+        "stock",
+        "no faster route gives the numbers of the model's own forward: " + "; ".join(rejected),
+        rejected=tuple(rejected),
+    )
+
+
+def _praise(plan: Plan, packing_obstacle: str | None) -> str:
+    if plan.route == "padded":
+        return f"rows stay padded, since {packing_obstacle or 'no packed variant passed the self-check'}"
+    how = {
+        "interface": "its attention runs through transformers' attention interface",
+        "bloom": "BLOOM's attention modules are answered one by one",
+        "mask": "its own attention runs with a dense mask made of its own mask function",
+        "dense": "its own attention runs with a dense mask",
+    }[str(plan.seam)]
+    return f"attention-only decoder; {how}"
+
+
+def _dtype(model: CausalLM) -> torch.dtype:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.dtype
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _probe_batch(model: CausalLM) -> Batch:
+    """Two left-padded rows with a label on each first token, the hardest case, behind a prompt of real
+    embeddings.
+    """
+    embedding = model.get_input_embeddings()
+    vocab_size = int(getattr(embedding, "num_embeddings", families.config_of(model).vocab_size))
+    device = next(model.parameters()).device if not hasattr(embedding, "weight") else embedding.weight.device
+    numbers = torch.arange(3, 19, device=device)
+    ids = (numbers * numbers * 31 + numbers * 7) % vocab_size
+    input_ids = ids[:12].view(2, 6)
+    attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], device=device)
+    labels = torch.where(attention_mask.bool(), input_ids, -100)
+    labels[0, 2] = -100
+    with torch.no_grad():
+        prompt = embedding(ids[None, 12:])[0].detach().clone()
+    prompt = prompt.to(torch.promote_types(prompt.dtype, torch.float32)).requires_grad_()
+    return Batch((prompt,), None, input_ids, None, attention_mask, labels)
+
+
+def _unusual_dtype(model: CausalLM, logits: Tensor) -> torch.dtype | None:
+    return None if logits.dtype == _dtype(model) else logits.dtype
+
+
+def _stock_step(model: CausalLM, batch: Batch) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Output, loss and prompt gradient of the padded batch on the model's own forward, as PEFT runs it."""
+    try:
+        output = stock_forward(model, batch)
+        loss = output.loss
+        (grad,) = torch.autograd.grad(loss, batch.prompts[0])
+    except Exception as error:
+        raise _StockFailedError(
+            f"the model's own forward fails on soft prompts: {type(error).__name__}: {error}"
+        ) from error
+    if not (torch.isfinite(loss) and torch.isfinite(grad).all()):
+        raise _StockFailedError("the model's own loss or prompt gradient is not finite")
+    return output, (loss.detach(), grad)
+
+
+def stock_forward(model: CausalLM, batch: Batch, **kwargs: Any) -> Any:
+    """The padded forward as PEFT runs it: every row with its own copy of the prompt, all positions through
+    the head.
+    """
+    embeds = batch.inputs_embeds
+    if embeds is None:
+        embeds = model.get_input_embeddings()(batch.input_ids)
+    length, (num_rows, _) = batch.prompt_lengths[0], batch.shape
+    prompts = torch.stack([prompt.to(embeds.device) for prompt in batch.prompts])
+    if batch.prompt_of_row is None:
+        prompts = prompts.expand(num_rows, -1, -1)
+    else:
+        prompts = prompts[batch.prompt_of_row.long()]
+    mask = torch.cat(
+        [torch.ones(num_rows, length, device=embeds.device), batch.attention_mask.to(embeds.device)], dim=1
+    )
+    labels = batch.labels
+    if labels is not None:
+        labels = torch.cat([labels.new_full((num_rows, length), -100), labels], dim=1)
+    return model(
+        inputs_embeds=torch.cat([prompts.to(embeds.dtype), embeds], 1),
+        attention_mask=mask,
+        labels=labels,
+        use_cache=False,
+        return_dict=True,
+        **kwargs,
+    )
+
+
+def _step(model: CausalLM, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor]:
+    options = {"examine": True} if plan.route == "packed" else {}
+    rows = plan.run(model, batch, **options)
+    loss = loss_of_rows(
+        model,
+        rows.hidden,
+        rows.label_rows,
+        rows.label_targets,
+        fused=plan.fused_head,
+        output_class=rows.output_class,
+        num_items=None,
+        backend=AUTO,
+    )
+    (grad,) = torch.autograd.grad(loss, batch.prompts[0])
+    return loss.detach(), grad
+
+
+def _errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    loss, grad = (x.double() for x in got)
+    true_loss, true_grad = (x.double() for x in expected)
+    loss_error = float((loss - true_loss).abs() / true_loss.abs().clamp_min(1e-12))
+    grad_error = float((grad - true_grad).norm() / true_grad.norm().clamp_min(1e-12))
+    return loss_error, grad_error
+
+
+@contextlib.contextmanager
+def _evaluating(model: CausalLM) -> Iterator[None]:
+    """Evaluation mode with gradients and without autocast; every module's own flag is put back."""
+    flags = [(module, module.training) for module in model.modules()]
+    device_type = next(model.parameters()).device.type
+    try:
+        model.eval()
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device_type, enabled=False),
+        ):
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

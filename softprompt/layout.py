@@ -1,0 +1,204 @@
+"""The packed row: `[prompt_1 | ... | prompt_K | text_1 | ... | text_B | dummies]`, one row for a whole batch.
+
+Attention is causal and the prompt comes first, so its hidden states are the same in every row of a padded
+batch: here it stands once, every text sees it, and pads are left out. `PackedLayout` holds the tensors that
+say which packed token is what; `build_layout` makes them with one read by the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from softprompt.ops.library import AUTO
+from softprompt.ops.pack_layout import LayoutTensors, pack_layout
+from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Index tensors of one packed batch (int32), cut to T rows and M label rows, and the sizes the host
+    knows.
+
+    See `softprompt.ops.pack_layout.LayoutTensors` for the meaning of the tensors.
+    """
+
+    token_index: Tensor  # [T]
+    position_ids: Tensor  # [T]
+    slots: Tensor  # [T]
+    key_slots: Tensor  # [T]
+    segments: Tensor  # [T]
+    sees: Tensor  # [T]
+    cu_prompts: Tensor  # [K + 1]
+    cu_texts: Tensor  # [B + 1]
+    prompt_of_row: Tensor  # [B]
+    label_rows: Tensor  # [M], padded to the label bucket with row 0
+    label_targets: Tensor  # [M], padded to the label bucket with -100
+    prompt_lengths: tuple[int, ...]
+    batch_shape: tuple[int, int]  # B, L
+    num_tokens: int  # N, predictors included
+    num_labels: int
+    longest_text: int
+    longest_context: int  # largest prompt + text of one row
+
+    @property
+    def num_rows(self) -> int:
+        """T: prompts, texts and dummies."""
+        return self.token_index.shape[0]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """ΣP: rows of the prompts."""
+        return sum(self.prompt_lengths)
+
+    @cached_property
+    def attention(self) -> AttentionLayout:
+        """The part that the attention needs; back ends keep what they prepare once a step on it."""
+        return AttentionLayout(
+            self.slots,
+            self.key_slots,
+            self.segments,
+            self.sees,
+            self.cu_prompts,
+            self.cu_texts,
+            self.prompt_of_row,
+            self.prompt_lengths,
+            self.num_tokens,
+            self.longest_text,
+        )
+
+    def scatter_rows(self, packed: Tensor) -> Tensor:
+        """Puts packed rows back into the padded layout.
+
+        Args:
+            packed: [T, H].
+
+        Returns:
+            [B, P + L, H] with P the longest prompt: a row's prompt (a shorter prompt stands at its end, next
+            to the text), then its columns. Columns that were not packed (pads) are zero. Differentiable.
+        """
+        num_rows, row_length = self.batch_shape
+        longest = max(self.prompt_lengths)
+        width = longest + row_length
+        source = torch.full((num_rows * width,), -1, dtype=torch.int64, device=packed.device)
+        first, last = self.prompt_tokens, self.prompt_tokens + self.num_tokens
+        index = self.token_index[first:last].long()
+        destination = (index // max(row_length, 1)) * width + longest + index % max(row_length, 1)
+        source[destination] = torch.arange(first, last, device=packed.device)
+        source = source.view(num_rows, width)
+        start = self.cu_prompts.long()[self.prompt_of_row.long()]
+        length = self.cu_prompts.long()[self.prompt_of_row.long() + 1] - start
+        offset = torch.arange(longest, device=packed.device) - (longest - length)[:, None]
+        source[:, :longest] = torch.where(offset >= 0, start[:, None] + offset, -1)
+        rows = packed[source.clamp_min(0).reshape(-1)]
+        return rows.masked_fill((source < 0).reshape(-1, 1), 0).view(num_rows, width, -1)
+
+
+def round_up(count: int, bucket: int) -> int:
+    """The smallest multiple of `bucket` that is not less than `count`."""
+    return -(-count // bucket) * bucket
+
+
+def build_layout(
+    attention_mask: Tensor,  # [B, L]
+    prompt_lengths: Sequence[int],
+    *,
+    labels: Tensor | None = None,  # [B, L]
+    input_ids: Tensor | None = None,  # [B, L]
+    prompt_of_row: Tensor | None = None,  # [B]
+    vocab_size: int = 2**31 - 1,
+    positions: str = "slots",
+    token_bucket: int = 1,
+    label_bucket: int = 1,
+    backend: str = AUTO,
+) -> PackedLayout:
+    """Packs a padded batch: one op, one read of its counts by the host, no other synchronisation.
+
+    Args:
+        attention_mask: see `pack_layout`; so are labels, input_ids, prompt_of_row, vocab_size and backend.
+        prompt_lengths: P_k of the prompts.
+        labels: [B, L].
+        input_ids: [B, L].
+        prompt_of_row: [B].
+        vocab_size: V.
+        positions: "slots", "mask" or "compact".
+        token_bucket: T is rounded up to a multiple of this with dummy tokens that see only themselves.
+        label_bucket: M is rounded up to a multiple of this with rows whose target is -100.
+        backend: of `pack_layout`.
+
+    Raises:
+        IndexError: an id or a label outside the vocabulary; names its row, column and value.
+        ValueError: see `pack_layout`.
+    """
+    num_rows, row_length = attention_mask.shape
+    prompt_tokens = sum(prompt_lengths)
+    if prompt_of_row is None:
+        prompt_of_row = torch.zeros(num_rows, dtype=torch.int32, device=attention_mask.device)
+    tensors = pack_layout(
+        attention_mask,
+        prompt_lengths,
+        labels=labels,
+        input_ids=input_ids,
+        prompt_of_row=prompt_of_row,
+        vocab_size=vocab_size,
+        positions=positions,
+        capacity=round_up(prompt_tokens + num_rows * row_length, token_bucket),
+        label_capacity=round_up(num_rows * row_length, label_bucket),
+        backend=backend,
+    )
+    num_tokens, num_labels, out_of_range, longest_text, longest_context = read_counts(tensors)
+    if out_of_range:
+        raise_out_of_range(input_ids, labels, vocab_size)
+    total = round_up(prompt_tokens + num_tokens, token_bucket)
+    labelled = round_up(num_labels, label_bucket)
+    offsets = [0]
+    for length in prompt_lengths:
+        offsets.append(offsets[-1] + length)
+    return PackedLayout(
+        token_index=tensors.token_index[:total],
+        position_ids=tensors.position_ids[:total],
+        slots=tensors.slots[:total],
+        key_slots=tensors.key_slots[:total],
+        segments=tensors.segments[:total],
+        sees=tensors.sees[:total],
+        cu_prompts=torch.tensor(offsets, dtype=torch.int32, device=attention_mask.device),
+        cu_texts=tensors.cu_texts,
+        prompt_of_row=prompt_of_row.int(),
+        label_rows=tensors.label_rows[:labelled],
+        label_targets=tensors.label_targets[:labelled],
+        prompt_lengths=tuple(int(length) for length in prompt_lengths),
+        batch_shape=(num_rows, row_length),
+        num_tokens=num_tokens,
+        num_labels=num_labels,
+        longest_text=longest_text,
+        longest_context=longest_context,
+    )
+
+
+def read_counts(tensors: LayoutTensors) -> list[int]:
+    """The one read by the host."""
+    counts: list[int] = tensors.counts.tolist()
+    return counts
+
+
+def raise_out_of_range(input_ids: Tensor | None, labels: Tensor | None, vocab_size: int) -> None:
+    """Finds the first id or label outside the vocabulary and raises the IndexError that names it."""
+    for name, tensor in (("input_ids", input_ids), ("labels", labels)):
+        if tensor is None:
+            continue
+        wrong = (tensor < 0) | (tensor >= vocab_size)
+        if name == "labels":
+            wrong &= tensor != IGNORE_INDEX
+        found = wrong.nonzero()
+        if found.numel():
+            row, column = found[0].tolist()
+            raise IndexError(
+                f"{name}[{row}, {column}] = {int(tensor[row, column])} is outside the vocabulary 0 .. "
+                f"{vocab_size - 1} ({found.shape[0]} such value{'s' if found.shape[0] > 1 else ''})"
+            )

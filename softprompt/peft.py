@@ -1,0 +1,388 @@
+"""`patch`: a PEFT prompt-tuning model, made fast in place.
+
+The instance's class becomes a subclass of its own class whose `forward` takes the packed route and whose
+`super().forward` is PEFT's. Nothing else is touched, and `unpatch` sets the class back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel, PeftModelForCausalLM, PeftType
+from torch import Tensor, nn
+
+from softprompt.engine import Plan, families, plan_for, run_plan
+from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.forward import (
+    ON_UNSUPPORTED,
+    POSITIONS,
+    UnsupportedModelError,
+    check_option,
+    obstacle_to,
+    prompt_width,
+)
+from softprompt.ops.library import AUTO
+
+Model = TypeVar("Model", bound=nn.Module)
+_STATE = "_softprompt"
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """What `patch` was asked for."""
+
+    positions: str = "padded"
+    on_unsupported: str = "fallback"
+    backend: str = AUTO
+
+
+@dataclass
+class PatchState:
+    """What a patched instance carries beside its class: options, and the fallbacks that were met."""
+
+    options: PatchOptions
+    stock_class: type
+    refusal: str | None = None  # why the class was left alone
+    fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
+    said: set[str] = field(default_factory=set)  # notes that were given once
+
+
+def patch(
+    model: Model,
+    *,
+    positions: str = "padded",
+    on_unsupported: str = "fallback",
+    backend: str = AUTO,
+) -> Model:
+    """Makes a PEFT prompt-tuning model compute its loss on the packed route, in place.
+
+    The same loop, Trainer, `generate` and adapter files work as before. Calls that the packed route does not
+    serve (a request for attentions, hidden states or a cache) go to PEFT's own forward with one warning.
+    Patching twice changes the options. A tiny self-check compares the route with the stock forward first.
+
+    Args:
+        model: a `PeftModelForCausalLM` with prompt-tuning adapters.
+        positions: "padded": every token has the position that PEFT's padded batch gives it, on any padding
+            side; "compact": pads do not exist, so that training on padded batches equals each row alone.
+        on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
+            the reason) or "error" (raise UnsupportedModelError).
+        backend: "auto" or the name of a back end of the ops.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not a PEFT model.
+        ValueError: an unknown option value.
+        UnsupportedModelError: see `on_unsupported`; also for "compact" on a model that cannot be packed.
+    """
+    check_option("positions", positions, POSITIONS)
+    check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
+            f"got {type(model).__name__}; softprompt.forward takes a plain model and prompts"
+        )
+    options = PatchOptions(positions, on_unsupported, backend)
+    known: PatchState | None = model.__dict__.get(_STATE)
+    state = PatchState(options, known.stock_class if known else type(model))
+    state.refusal = _refusal(model)
+    obstacle = state.refusal or obstacle_to(plan_for(model.get_base_model()), compact=positions == "compact")
+    if obstacle is not None:
+        if on_unsupported == "error" or positions == "compact":
+            raise UnsupportedModelError(f"softprompt: {obstacle}")
+        warnings.warn(f"softprompt: PEFT's own forward stays in use: {obstacle}", stacklevel=2)
+        state.said.add(obstacle)
+    setattr(model, _STATE, state)
+    if state.refusal is None:
+        _drop_bound_methods(model)
+        model.__class__ = _patched_class(state.stock_class)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Takes `patch` back: the model is again what it was. A model that is not patched is returned as it
+    is.
+    """
+    state: PatchState | None = model.__dict__.get(_STATE)
+    if state is not None:
+        _drop_bound_methods(model)
+        model.__class__ = state.stock_class
+        delattr(model, _STATE)
+    return model
+
+
+@contextlib.contextmanager
+def patched(model: Model, **options: Any) -> Iterator[Model]:
+    """`patch(model, **options)` for the duration of a block; afterwards the model is as it was before."""
+    before: PatchState | None = model.__dict__.get(_STATE)
+    patch(model, **options)
+    try:
+        yield model
+    finally:
+        if before is None:
+            unpatch(model)
+        else:
+            setattr(model, _STATE, before)
+
+
+def state_of(model: nn.Module) -> PatchState | None:
+    """The patch state of a model, None where it is not patched."""
+    return model.__dict__.get(_STATE)
+
+
+def _refusal(model: PeftModel) -> str | None:
+    """Why the class of this model is left alone, or None."""
+    if not isinstance(model, PeftModelForCausalLM):
+        return f"{type(model).__name__} is not a causal language model (task type CAUSAL_LM)"
+    replaced = model.__dict__.get("forward")
+    if replaced is not None and not _is_own_method(model, "forward", replaced):
+        return (
+            "the model's forward was replaced on the instance (accelerate's prepare does that); "
+            "call softprompt.patch before"
+        )
+    return None
+
+
+def _is_own_method(model: nn.Module, name: str, value: Any) -> bool:
+    return (
+        inspect.ismethod(value) and value.__self__ is model and value.__func__ is getattr(type(model), name)
+    )
+
+
+def _drop_bound_methods(model: nn.Module) -> None:
+    """Removes copies of the class's own methods from the instance (PEFT's `disable_adapter` leaves them
+    there).
+    """
+    for name in ("forward", "prepare_inputs_for_generation"):
+        if _is_own_method(model, name, model.__dict__.get(name)):
+            del model.__dict__[name]
+
+
+@functools.cache
+def _patched_class(stock: type) -> type:
+    return type(
+        stock.__name__,
+        (_Patched, stock),
+        {"__module__": stock.__module__, "__qualname__": stock.__qualname__},
+    )
+
+
+def _rebuild(stock: type) -> Any:
+    cls: Any = _patched_class(stock)
+    return cls.__new__(cls)
+
+
+class _Patched(PeftModelForCausalLM):
+    """What `patch` puts in front of the class of a model."""
+
+    _softprompt: PatchState
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """PEFT's forward, on the packed route where that serves the call.
+
+        Beside PEFT's arguments `adapter_names` gives each row of the batch its adapter.
+        """
+        names = _adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
+        plan = plan_for(self.get_base_model())
+        reason = _reason_for_stock(
+            self,
+            plan,
+            names,
+            labels,
+            {
+                "output_attentions": output_attentions,
+                "output_hidden_states": output_hidden_states,
+                "task_ids": task_ids,
+                **kwargs,
+            },
+        )
+        if reason is not None:
+            _fall_back(self, reason, adapter_names)
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                task_ids=task_ids,
+                **kwargs,
+            )
+        self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
+        loss, logits = _fast(
+            self,
+            plan,
+            names,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            num_items=kwargs.get("num_items_in_batch"),
+        )
+        if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
+            return (logits,) if loss is None else (loss, logits)
+        return plan.output_class(loss=loss, logits=logits)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and files name the stock class, and leave out what only counts for this instance."""
+        state = {
+            name: value for name, value in self.__dict__.items() if not _is_own_method(self, name, value)
+        } | {_STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
+        return _rebuild, (self._softprompt.stock_class,), state
+
+
+@torch.compiler.disable
+def _fast(
+    model: Any,
+    plan: Plan,
+    names: list[str],
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    labels: Tensor | None,
+    num_items: Any,
+) -> tuple[Tensor | None, Tensor]:
+    base, options = model.get_base_model(), model._softprompt.options
+    distinct = list(dict.fromkeys(names))
+    batch: Batch = check_batch(
+        [_prompt_of(model, name) for name in distinct],
+        prompt_width(base),
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        labels=labels,
+        prompt_of_row=None if len(distinct) == 1 else [distinct.index(name) for name in names],
+    )
+    if base.training:
+        _say_dropout(model, base)
+    return run_plan(
+        base,
+        plan,
+        batch,
+        compact=options.positions == "compact",
+        num_items=num_items,
+        backend=options.backend,
+    )
+
+
+def _prompt_of(model: Any, name: str) -> Tensor:
+    """[P, H] of an adapter, through its own encoder."""
+    encoder = model.prompt_encoder[name]
+    tokens = model.prompt_tokens[name].to(encoder.embedding.weight.device)
+    prompt: Tensor = encoder(tokens)
+    return prompt
+
+
+def _adapters_of_rows(
+    model: Any,
+    adapter_names: Sequence[str] | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> list[str]:
+    if adapter_names is None:
+        return [model.active_adapter]
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    num_rows = len(adapter_names) if given is None else given.shape[0]
+    if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
+        raise ValueError(
+            f"adapter_names must name one adapter for each of the {num_rows} rows, got {adapter_names!r}"
+        )
+    unknown = sorted(set(adapter_names) - set(model.peft_config))
+    if unknown:
+        raise ValueError(
+            f"adapter_names has unknown adapters {', '.join(unknown)}; the model has "
+            f"{', '.join(model.peft_config)}"
+        )
+    return list(adapter_names)
+
+
+def _reason_for_stock(
+    model: Any, plan: Plan, names: list[str], labels: Tensor | None, extra: dict[str, Any]
+) -> str | None:
+    """Why this call goes to PEFT's forward, as a sentence, or None."""
+    for name in dict.fromkeys(names):
+        config = model.peft_config[name]
+        if config.peft_type != PeftType.PROMPT_TUNING:
+            return f"adapter {name!r} is of type {config.peft_type}; PROMPT_TUNING is served"
+        if config.num_transformer_submodules not in (None, 1):
+            return (
+                f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
+            )
+        if config.num_virtual_tokens == 0:
+            return f"adapter {name!r} has no virtual tokens"
+    base = model.get_base_model()
+    if model.word_embeddings is not base.get_input_embeddings():
+        return "PEFT embeds tokens with another module than the model's input embeddings"
+    obstacle = obstacle_to(plan, compact=model._softprompt.options.positions == "compact")
+    if obstacle is not None:
+        return obstacle
+    for name in ("output_attentions", "output_hidden_states"):
+        asked = extra.get(name)
+        if asked or (asked is None and getattr(base.config, name, False)):
+            return f"{name} was asked for, which only the padded forward has"
+    if extra.get("use_cache"):
+        return "use_cache=True was asked for, and the packed row has no cache"
+    if extra.get("use_cache") is None and labels is None and not model.training:
+        return (
+            "without labels in evaluation mode the output holds a cache; use_cache=False takes the fast route"
+        )
+    served = ("output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch")
+    ignored_by_peft = ("position_ids", "token_type_ids", "task_ids")
+    others = [n for n, v in extra.items() if v is not None and n not in (*served, *ignored_by_peft)]
+    if others:
+        return f"the call has arguments that the packed route does not serve: {', '.join(sorted(others))}"
+    return None
+
+
+def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None) -> None:
+    state: PatchState = model._softprompt
+    if state.options.on_unsupported == "error":
+        raise UnsupportedModelError(f"softprompt: {reason}")
+    if state.options.positions == "compact":
+        raise UnsupportedModelError(
+            f'softprompt: positions="compact" has no stock forward to fall back to: {reason}'
+        )
+    if adapter_names is not None:
+        raise UnsupportedModelError(
+            f"softprompt: adapter_names has no stock forward to fall back to: {reason}"
+        )
+    state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
+    if reason not in state.said:
+        state.said.add(reason)
+        warnings.warn(f"softprompt: PEFT's own forward was used: {reason}", stacklevel=4)
+
+
+def _say_dropout(model: Any, base: nn.Module) -> None:
+    if "dropout" in model._softprompt.said:
+        return
+    model._softprompt.said.add("dropout")
+    active = families.dropout_of(base)
+    if active:
+        warnings.warn(
+            f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: the "
+            "packed row draws the prompt's masks once per step where PEFT draws them per row (same "
+            "expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
+            stacklevel=5,
+        )

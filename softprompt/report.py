@@ -1,0 +1,150 @@
+"""`explain`: what a model's patch does, why, and what would make it faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from softprompt.engine import Plan, families, plan_for
+from softprompt.engine.families import CausalLM
+from softprompt.ops.library import AUTO, choose_backend, triton_availability
+from softprompt.peft import state_of
+
+_OPS_OF_ROUTE = {
+    "packed": ("pack_layout", "embed_prompt", "shared_prompt_attention", "linear_cross_entropy"),
+    "padded": ("prepend_prompt", "linear_cross_entropy"),
+    "stock": (),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found; `print(report)` is meant for people."""
+
+    model: str
+    patched: bool
+    route: str  # "packed", "padded" or "stock"
+    reason: str
+    details: tuple[tuple[str, str], ...]
+    backends: tuple[tuple[str, str, str], ...]  # op, back end, why
+    rejected: tuple[str, ...]  # candidates that failed the self-check
+    fallbacks: tuple[tuple[str, int], ...]  # reason, calls so far
+    advice: tuple[str, ...]  # what would make it faster
+
+    def __str__(self) -> str:
+        """Some lines of text."""
+        lines = [f"softprompt on {self.model}", f"  route: {self.route} ({self.reason})"]
+        if not self.patched:
+            lines.append("  not patched: softprompt.patch(model) would take this route")
+        lines += [f"  {name}: {text}" for name, text in self.details]
+        for title, rows in (
+            ("back ends", [f"{op}: {backend} ({why})" for op, backend, why in self.backends]),
+            ("rejected before", list(self.rejected)),
+            ("calls on PEFT's own forward", [f"{count} x {reason}" for reason, count in self.fallbacks]),
+            ("what would make it faster", list(self.advice)),
+        ):
+            if rows:
+                lines.append(f"  {title}:")
+                lines += [f"    - {row}" for row in rows]
+        return "\n".join(lines)
+
+
+def explain(model: CausalLM) -> Report:
+    """Which route a model takes and why, the back end of each op, the fallbacks so far, and advice.
+
+    Args:
+        model: a PEFT model, patched or not, or a transformers causal LM (for `softprompt.forward`).
+
+    Returns:
+        A Report; print it. A model that was not looked at before runs the self-check first.
+    """
+    state = state_of(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plan = plan_for(base)
+    refusal = state.refusal if state is not None else None
+    route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
+    device = next(base.parameters()).device
+    backend = state.options.backend if state is not None else AUTO
+    return Report(
+        model=f"{type(base).__name__} ({next(base.parameters()).dtype}, {device})",
+        patched=state is not None,
+        route=route,
+        reason=reason,
+        details=_details(base, plan, state.options.positions if state else "padded")
+        if route != "stock"
+        else (),
+        backends=_backends(route, plan, backend, device.type, base),
+        rejected=plan.rejected if route != "stock" else (),
+        fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
+        advice=_advice(base, plan, route, device.type),
+    )
+
+
+def _details(base: CausalLM, plan: Plan, positions: str) -> tuple[tuple[str, str], ...]:
+    obstacle = families.embedding_obstacle(base.get_input_embeddings())
+    rows = [
+        ("attention", f"{plan.seam} seam" if plan.seam else "the model's own"),
+        ("positions", f"{positions} ({plan.positions} in the padded layout)"),
+        ("embedding", "read from its table" if obstacle is None else f"called as a module: {obstacle}"),
+        (
+            "head",
+            "label rows, fused cross-entropy" if plan.fused_head else "label rows, the model's own head",
+        ),
+    ]
+    if plan.head_reason:
+        rows.append(("head, why", plan.head_reason))
+    if plan.loss_error is not None and plan.grad_error is not None:
+        rows.append(
+            (
+                "self-check",
+                f"loss off by {plan.loss_error:.1e}, prompt gradient by {plan.grad_error:.1e} "
+                "relative to the stock forward",
+            )
+        )
+    return tuple(rows)
+
+
+def _backends(
+    route: str, plan: Plan, backend: str, device_type: str, base: CausalLM
+) -> tuple[tuple[str, str, str], ...]:
+    rows = []
+    device = next(base.parameters()).device
+    for op in _OPS_OF_ROUTE[route]:
+        if op == "shared_prompt_attention":
+            if plan.seam in ("interface", "bloom"):
+                rows.append(
+                    (
+                        op,
+                        "sdpa" if backend in (AUTO, "triton") else backend,
+                        "PyTorch's SDPA on gathered texts",
+                    )
+                )
+            continue
+        if op == "linear_cross_entropy" and not plan.fused_head:
+            continue
+        chosen = choose_backend(op, backend, device)
+        why = triton_availability(device_type).reason if chosen == "reference" else "chosen for this device"
+        rows.append((op, chosen, why))
+    return tuple(rows)
+
+
+def _advice(base: CausalLM, plan: Plan, route: str, device_type: str) -> tuple[str, ...]:
+    rows = []
+    if route == "stock":
+        rows.append("nothing in this version: the reason above is what keeps the packed route away")
+        return tuple(rows)
+    if plan.seam in ("mask", "dense"):
+        rows.append(
+            "an attention that dispatches through transformers' AttentionInterface: it needs no [T, T] mask"
+        )
+    if not plan.fused_head:
+        rows.append("a head that is a plain nn.Linear without hooks: its loss then comes from one fused op")
+    if families.uses_gradient_checkpointing(families.body_of(base)):
+        rows.append(
+            "no gradient checkpointing: the packed step needs little memory, and recomputing costs a third"
+        )
+    dropout = families.dropout_of(base)
+    if dropout:
+        rows.append(f"dropout off in the frozen model ({', '.join(dropout)}): model.eval() or p = 0")
+    if device_type == "cuda" and not triton_availability("cuda").usable:
+        rows.append(triton_availability("cuda").reason)
+    return tuple(rows)
