@@ -62,6 +62,7 @@ class PackedLayout:
         """The part that the attention needs; back ends keep what they prepare once a step on it."""
         return AttentionLayout(
             self.slots,
+            self.position_ids,
             self.key_slots,
             self.segments,
             self.sees,

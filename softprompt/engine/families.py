@@ -53,7 +53,9 @@ def body_of(model: CausalLM) -> nn.Module:
         body = getattr(model, "model", None)
     if not isinstance(body, nn.Module):
         raise AttributeError(f"{type(model).__name__} has no decoder under `base_model` or `model`")
-    return body
+    # OPT's causal LM calls the decoder inside its `base_model`, never the `base_model` itself.
+    inner = body.get_decoder() if hasattr(body, "get_decoder") else None
+    return inner if isinstance(inner, nn.Module) else body
 
 
 def attention_configs(body: nn.Module) -> list[Any]:

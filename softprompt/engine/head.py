@@ -33,17 +33,24 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
     body = families.body_of(model)
     answer = output_class(last_hidden_state=hidden)
 
+    asked = False
+
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        asked = True
         return answer
 
     before = body.__dict__.get("forward")
     body.forward = forward
     try:
-        return model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        logits = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
     finally:
         del body.__dict__["forward"]
         if before is not None:
             body.__dict__["forward"] = before
+    if not asked:
+        raise RuntimeError(f"{type(model).__name__} never calls the {type(body).__name__} that it holds")
+    return logits
 
 
 def loss_of_rows(

@@ -82,7 +82,10 @@ def packed_rows(
     if position_limit is not None and layout.longest_context > position_limit:
         _raise_too_long(layout.longest_context, position_limit)
     embeds = _embed(embedding, batch, layout, backend)
-    packing = Packing(layout, families.config_of(model)._attn_implementation, backend, examine)
+    # The attention has no Triton kernel yet.
+    attention_backend = AUTO if backend == "triton" else backend
+    stock = families.config_of(model)._attn_implementation
+    packing = Packing(layout, stock, attention_backend, examine)
     if families.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []
         hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)
