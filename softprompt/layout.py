@@ -7,6 +7,7 @@ say which packed token is what; `build_layout` makes them with one read by the h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,7 +99,7 @@ class PackedLayout:
         offset = torch.arange(longest, device=packed.device) - (longest - length)[:, None]
         source[:, :longest] = torch.where(offset >= 0, start[:, None] + offset, -1)
         rows = packed[source.clamp_min(0).reshape(-1)]
-        return rows.masked_fill((source < 0).reshape(-1, 1), 0).view(num_rows, width, -1)
+        return rows.masked_fill((source < 0).reshape(-1, 1), 0).view(num_rows, width, packed.shape[1])
 
 
 def round_up(count: int, bucket: int) -> int:
@@ -137,6 +138,10 @@ def build_layout(
         IndexError: an id or a label outside the vocabulary; names its row, column and value.
         ValueError: see `pack_layout`.
     """
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must be [B, L], got shape {list(attention_mask.shape)}")
+    if token_bucket < 1 or label_bucket < 1:
+        raise ValueError(f"buckets must be at least 1, got {token_bucket} and {label_bucket}")
     num_rows, row_length = attention_mask.shape
     prompt_tokens = sum(prompt_lengths)
     if prompt_of_row is None:
@@ -158,9 +163,9 @@ def build_layout(
         raise_out_of_range(input_ids, labels, vocab_size)
     total = round_up(prompt_tokens + num_tokens, token_bucket)
     labelled = round_up(num_labels, label_bucket)
-    offsets = [0]
-    for length in prompt_lengths:
-        offsets.append(offsets[-1] + length)
+    offsets = torch.tensor([0, *itertools.accumulate(prompt_lengths)], dtype=torch.int32)
+    if attention_mask.is_cuda:
+        offsets = offsets.pin_memory().to(attention_mask.device, non_blocking=True)
     return PackedLayout(
         token_index=tensors.token_index[:total],
         position_ids=tensors.position_ids[:total],
@@ -168,7 +173,7 @@ def build_layout(
         key_slots=tensors.key_slots[:total],
         segments=tensors.segments[:total],
         sees=tensors.sees[:total],
-        cu_prompts=torch.tensor(offsets, dtype=torch.int32, device=attention_mask.device),
+        cu_prompts=offsets,
         cu_texts=tensors.cu_texts,
         prompt_of_row=prompt_of_row.int(),
         label_rows=tensors.label_rows[:labelled],
@@ -193,6 +198,7 @@ def raise_out_of_range(input_ids: Tensor | None, labels: Tensor | None, vocab_si
     for name, tensor in (("input_ids", input_ids), ("labels", labels)):
         if tensor is None:
             continue
+        tensor = tensor.long()
         wrong = (tensor < 0) | (tensor >= vocab_size)
         if name == "labels":
             wrong &= tensor != IGNORE_INDEX

@@ -325,7 +325,7 @@ def _reason_for_stock(
     for name in dict.fromkeys(names):
         config = model.peft_config[name]
         if config.peft_type != PeftType.PROMPT_TUNING:
-            return f"adapter {name!r} is of type {config.peft_type}; PROMPT_TUNING is served"
+            return f"adapter {name!r} is of type {PeftType(config.peft_type).value}; PROMPT_TUNING is served"
         if config.num_transformer_submodules not in (None, 1):
             return (
                 f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
