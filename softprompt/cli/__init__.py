@@ -1,0 +1,42 @@
+"""The command line: `softprompt train`, `softprompt predict`, `softprompt demo`."""
+
+import sys
+from collections.abc import Sequence
+
+from softprompt.cli import demo, predict, train
+from softprompt.cli.errors import UsageError
+from softprompt.cli.options import HelpFormatter, Parser
+from softprompt.tasks.errors import TaskError
+
+COMMANDS = (train, predict, demo)
+
+
+def build_parser() -> Parser:
+    """Return the parser of every command."""
+    parser = Parser(
+        prog="softprompt",
+        description="Prompt tuning for Hugging Face causal language models:\n"
+        "a few virtual tokens are trained, the model stays frozen.",
+        epilog="example:\n  softprompt demo\n\n`softprompt COMMAND --help` explains a command.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a wrong call or unusable input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parsed = build_parser().parse_args(arguments)
+        parsed.argv = arguments
+        return int(parsed.run(parsed))
+    except (UsageError, TaskError) as error:
+        print(f"softprompt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("softprompt: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,89 @@
+"""Loading the frozen model and its tokenizer, with one-line errors."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from softprompt.cli.errors import UsageError
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and notices of transformers and PEFT out of the command's own output."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Position ids are not supported")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def choose_device(name: str) -> str:
+    """Return "cpu" or "cuda" for the value of `--device`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def set_threads(threads: int | None, *, tiny: bool) -> None:
+    """Set the number of CPU threads of torch, if it was given or the model is the tiny one."""
+    # Threads that share a tiny matrix spend most of their time waiting for each other.
+    if threads is not None or tiny:
+        torch.set_num_threads(threads or 1)
+
+
+def choose_dtype(*, bf16: bool, fp16: bool, device: str) -> torch.dtype:
+    """Return the dtype of the frozen model for `--bf16` and `--fp16`."""
+    if fp16 and device == "cpu":
+        raise UsageError("--fp16 needs a GPU; use --bf16 or full precision on the CPU")
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def check_model(model: str) -> str:
+    """Return the model's name, a folder made absolute; raises UsageError for a folder that is no model."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UsageError(f"the model {model} is not a folder: give a model folder or the name of a model")
+        return model
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"the model folder {model} has no config.json: give a folder saved by save_pretrained"
+        )
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise UsageError(
+            f"the model folder {model} has no weights (*.safetensors or pytorch_model.bin): "
+            "download or save the whole model"
+        )
+    return str(folder.resolve())
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the tokenizer of {model}: {_sentence(error)}") from error
+
+
+def load_model(model: str, dtype: torch.dtype) -> Any:
+    """Load a causal language model in `dtype`, in evaluation mode."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the model {model}: {_sentence(error)}") from error
+
+
+def patch(model: Any) -> Any:
+    """Put softprompt's faster path under a PEFT model."""
+    import softprompt
+
+    return softprompt.patch(model)
+
+
+def _sentence(error: BaseException) -> str:
+    return re.split(r"(?<=[.:])\s|\n", str(error).strip(), maxsplit=1)[0] or type(error).__name__

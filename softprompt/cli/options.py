@@ -1,0 +1,126 @@
+"""The parser of every command, and the options that several commands share."""
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from typing import NoReturn
+
+from softprompt.cli.errors import UsageError
+
+WIDTH = 79
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a wrong call as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError instead of printing the usage and leaving."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of an example as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[Parser]",
+    name: str,
+    *,
+    summary: str,
+    description: str,
+    example: str,
+    run: Callable[[argparse.Namespace], int],
+) -> Parser:
+    """Add the parser of one command; `run` is called with its arguments and returns the exit code."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, WIDTH),
+        epilog=f"example:\n  {example}",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_dataset_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that choose a part of a data set."""
+    group.add_argument("--data-config", metavar="NAME", help="part of a data set from the `datasets` library")
+    group.add_argument(
+        "--data-split", metavar="NAME", default="train", help="split of such a data set to read"
+    )
+
+
+def add_compute_options(parser: Parser) -> None:
+    """Add the options that say where and how precisely to compute, as a group of their own."""
+    group = parser.add_argument_group("computing")
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute; auto takes the GPU if there is one",
+    )
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--bf16",
+        action="store_true",
+        help="run the frozen model in bfloat16: half the memory, faster on GPUs (the prompt stays float32)",
+    )
+    precision.add_argument(
+        "--fp16",
+        action="store_true",
+        help="run the frozen model in float16, for GPUs without bfloat16 (the prompt stays float32)",
+    )
+    group.add_argument(
+        "--no-patch",
+        action="store_true",
+        help="run plain PEFT without the faster path of softprompt.patch",
+    )
+    group.add_argument(
+        "--threads",
+        type=whole(1),
+        metavar="N",
+        help="CPU threads of torch (default: one for the shipped tiny model, else torch's own choice)",
+    )
+    group.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help="rows computed at once")
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """Return an argument type: a whole number that is at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    return parse
+
+
+def number(
+    minimum: float, below: float = float("inf"), *, open_start: bool = False
+) -> Callable[[str], float]:
+    """Return an argument type: a number from `minimum` (without it where `open_start`) to under `below`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        above_start = value > minimum if open_start else value >= minimum
+        if not (above_start and value < below):
+            start = "more than" if open_start else "at least"
+            end = "" if below == float("inf") else f" and less than {below:g}"
+            raise argparse.ArgumentTypeError(f"must be {start} {minimum:g}{end}, got {text}")
+        return value
+
+    return parse

@@ -1,0 +1,87 @@
+"""Interrupting a training run, and going on with it."""
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from softprompt.cli.errors import UsageError
+from softprompt.tasks.classification import ClassificationTask
+from softprompt.tasks.table import Table
+from softprompt.tasks.trainer import StopAtStepEnd
+
+# With the task and the training rows, all that decides the trained prompt: a resumed run must have the same.
+RESUME_SETTINGS = (
+    "num_virtual_tokens",
+    "init",
+    "init_text",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "optimizer",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+SavedRun = tuple[ClassificationTask, str, dict[str, Any]]
+
+
+def fingerprint(table: Table) -> str:
+    """Return a hash of the texts and labels, in their order."""
+    content = json.dumps([table.texts, table.labels]).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_same_run(saved: SavedRun, now: SavedRun) -> None:
+    """Raise UsageError where (task, model, settings) of this run are not those of the checkpoint."""
+    before = {**vars(saved[0]), "model": saved[1], **saved[2]}
+    after = {**vars(now[0]), "model": now[1], **now[2]}
+    for name, value in after.items():
+        if before.get(name) == value:
+            continue
+        if name in ("rows", "labels"):
+            raise UsageError(
+                "--resume: the training rows are not those of the checkpoint: give the same table"
+            )
+        option = "--" + name.replace("_", "-")
+        raise UsageError(
+            f"--resume: {option} is {value!r}, but the checkpoint was trained with {before.get(name)!r}: "
+            "give the same, or train without --resume"
+        )
+
+
+@contextmanager
+def stop_on_interrupt(stop: StopAtStepEnd) -> Iterator[None]:
+    """Turn the first Ctrl-C into a request to stop after the step; a second one ends at once."""
+
+    def request(signal_number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: the signal may arrive in the middle of another write to the same buffer.
+        os.write(2, b"softprompt: stopping after this step; Ctrl-C again to stop at once\n")
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def say_how_to_resume(argv: list[str], step: int, steps: int, output: Path) -> int:
+    """Print the command that goes on with an interrupted run; returns the exit code 130."""
+    again = [argument for argument in argv if argument not in ("--overwrite", "--resume")]
+    print(
+        f"softprompt: interrupted after step {step} of {steps}; {output}/checkpoint-{step} is complete. "
+        f"Go on with: softprompt {shlex.join([*again, '--resume'])}",
+        file=sys.stderr,
+    )
+    return 130

@@ -1,0 +1,238 @@
+"""`softprompt train`: from a table of texts and labels to a PEFT prompt-tuning adapter."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt.cli.errors import UsageError, require_extra
+from softprompt.cli.options import (
+    Parser,
+    add_command,
+    add_compute_options,
+    add_dataset_options,
+    number,
+    whole,
+)
+from softprompt.tasks.folders import (
+    holds_adapter,
+    latest_checkpoint,
+    publish_adapter,
+    remove_checkpoints,
+    staging,
+)
+
+if TYPE_CHECKING:
+    from softprompt.tasks.trainer import PromptTrainer
+
+DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
+
+
+def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
+    """Add `softprompt train`."""
+    parser = add_command(
+        commands,
+        "train",
+        summary="train a soft prompt on a table of texts and labels",
+        description="Train a soft prompt that makes a frozen language model write the label of a text. "
+        "Without options it trains a tiny shipped model on a shipped synthetic table.",
+        example="softprompt train --data tweets.csv --text-column text --label-column label \\\n"
+        "      --model bigscience/bloomz-560m --output complaints",
+        run=run,
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        metavar="TABLE",
+        help="training table: a .csv, .jsonl or .parquet file, a data set folder, or a data set name "
+        "(default: the shipped table)",
+    )
+    data.add_argument("--text-column", default="Tweet text", metavar="NAME", help="column with the texts")
+    data.add_argument(
+        "--label-column", default="Label", metavar="NAME", help="column with the labels to learn"
+    )
+    data.add_argument(
+        "--eval-data",
+        metavar="TABLE",
+        help="table to measure the accuracy on; without it, a share of the training table is kept for that",
+    )
+    data.add_argument(
+        "--eval-share",
+        type=number(0, 1),
+        default=0.2,
+        metavar="SHARE",
+        help="share of every label's rows to measure on if --eval-data is not given; 0 measures nothing",
+    )
+    add_dataset_options(data)
+    prompt = parser.add_argument_group("model and prompt")
+    prompt.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the frozen causal language model: a folder or a model name (default: the shipped tiny model)",
+    )
+    prompt.add_argument(
+        "--num-virtual-tokens", type=whole(1), default=8, metavar="P", help="length of the soft prompt"
+    )
+    prompt.add_argument(
+        "--init",
+        choices=("text", "vocab", "random"),
+        default="text",
+        help="where the soft prompt starts: at the words of --init-text, at random words of the vocabulary, "
+        "or at random numbers",
+    )
+    prompt.add_argument(
+        "--init-text", default=DEFAULT_INIT_TEXT, metavar="TEXT", help="the words for --init text"
+    )
+    prompt.add_argument(
+        "--template",
+        default="{text_column} : {text} Label : ",
+        help="how a text is put before the model; the label is written behind it",
+    )
+    prompt.add_argument(
+        "--max-length",
+        type=whole(1),
+        default=64,
+        metavar="N",
+        help="longest row in tokens, label included; a longer text loses its end",
+    )
+    prompt.add_argument(
+        "--padding",
+        choices=("max_length", "longest"),
+        default="max_length",
+        help="fill every row up to --max-length, or only up to the longest row of its batch",
+    )
+    prompt.add_argument(
+        "--end-token",
+        choices=("pad", "eos"),
+        help="the token to learn after a label (default: pad; eos for the shipped tiny model)",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the table")
+    training.add_argument(
+        "--learning-rate",
+        type=number(0, open_start=True),
+        default=3e-2,
+        metavar="RATE",
+        help="first learning rate; it falls linearly to 0",
+    )
+    training.add_argument(
+        "--optimizer", choices=("adamw", "adafactor"), default="adamw", help="optimizer of the prompt"
+    )
+    training.add_argument(
+        "--weight-decay", type=number(0), default=0.01, metavar="RATE", help="weight decay of the optimizer"
+    )
+    training.add_argument(
+        "--seed",
+        type=whole(0),
+        default=42,
+        metavar="N",
+        help="seed of the split, the prompt and the row order",
+    )
+    add_compute_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        default="softprompt-output",
+        metavar="FOLDER",
+        help="folder for the adapter and its checkpoints",
+    )
+    existing = output.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--overwrite", action="store_true", help="replace an adapter that is in the folder already"
+    )
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in the folder"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what was asked, train, save, and print the summary."""
+    if args.init == "text" and not args.init_text.strip():
+        raise UsageError("--init text needs words to start from: give --init-text, or --init vocab")
+    output = Path(args.output)
+    checkpoint = _check_output(output, overwrite=args.overwrite, resume=args.resume)
+    require_extra()
+
+    from softprompt.cli.build import build_trainer, read_tables
+    from softprompt.cli.models import quiet_libraries
+    from softprompt.cli.progress import TrainingProgress
+    from softprompt.cli.resume import say_how_to_resume, stop_on_interrupt
+
+    quiet_libraries()
+    tables = read_tables(args)
+    progress = TrainingProgress()
+    trainer, stop = build_trainer(args, *tables, checkpoint=checkpoint, progress=progress)
+    output.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        remove_checkpoints(output)
+    start = time.perf_counter()
+    with progress:
+        with stop_on_interrupt(stop):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state = trainer.state
+        if stop.requested and state.global_step < state.max_steps:
+            return say_how_to_resume(args.argv, state.global_step, state.max_steps, output)
+        if (
+            trainer.eval_table is not None
+            and _last(state.log_history, "eval_loss").get("step") != state.max_steps
+        ):
+            trainer.evaluate()
+    _save(trainer, output, seconds=time.perf_counter() - start)
+    return 0
+
+
+def _check_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file: name a folder")
+    if resume:
+        checkpoint = latest_checkpoint(output)
+        if checkpoint is None:
+            raise UsageError(f"--resume: {output} has no complete checkpoint: train without --resume")
+        return checkpoint
+    if not overwrite and holds_adapter(output):
+        raise UsageError(
+            f"{output} holds an adapter already: name another --output, replace it with --overwrite, "
+            "or go on with it with --resume"
+        )
+    return None
+
+
+def _save(trainer: "PromptTrainer", output: Path, *, seconds: float) -> None:
+    import torch
+
+    from softprompt.cli.progress import print_summary
+    from softprompt.tasks.metrics import to_json
+    from softprompt.tasks.plot import draw_training
+
+    prompt = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    if not torch.isfinite(prompt).all():
+        raise UsageError(
+            f"training diverged: the prompt is not finite after {trainer.state.global_step} steps and was "
+            "not saved; use a smaller --learning-rate, or --bf16 instead of --fp16"
+        )
+    history = trainer.state.log_history
+    scores = _last(history, "eval_loss")
+    metrics = {
+        "model": trainer.record["model"],
+        "train_rows": len(trainer.train_dataset),
+        "eval_rows": 0 if trainer.eval_table is None else len(trainer.eval_table),
+        "num_virtual_tokens": trainer.record["training"]["num_virtual_tokens"],
+        "trainable_parameters": prompt.numel(),
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "train_loss": _last(history, "loss").get("loss"),
+        "eval_loss": scores.get("eval_loss"),
+        "eval_perplexity": scores.get("eval_perplexity"),
+        "eval_exact_match": scores.get("eval_exact_match"),
+        "history": history,
+    }
+    with staging(output) as stage:
+        trainer.save_adapter(stage)
+        (stage / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
+        draw_training(history, stage / "training.png")
+        publish_adapter(stage, output)
+    print_summary(metrics, output)
+
+
+def _last(history: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    return next((entry for entry in reversed(history) if key in entry), {})

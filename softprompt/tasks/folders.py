@@ -1,0 +1,78 @@
+"""Output folders: adapters and checkpoints that are there completely or not at all."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ADAPTER_CONFIG = "adapter_config.json"
+TRAINER_STATE = "trainer_state.json"
+STAGING = ".partial"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Return whether the folder holds an adapter or the checkpoint of one."""
+    return (folder / ADAPTER_CONFIG).exists() or bool(_checkpoints(folder))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with the most steps, passing over those without a readable trainer state."""
+    complete = [path for path in _checkpoints(folder) if _is_complete(path)]
+    return complete[-1] if complete else None
+
+
+def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
+    """Remove the checkpoints but the last `keep`, and whatever an interrupted save left."""
+    checkpoints = _checkpoints(folder)
+    for path in checkpoints[: len(checkpoints) - keep]:
+        shutil.rmtree(path)
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder inside `folder` for files on their way to it; it is gone afterwards."""
+    stage = folder / STAGING
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish_folder(staged: Path, final: Path) -> None:
+    """Move a complete folder to its name, in the place of one that has the name already."""
+    if final.exists():
+        os.replace(final, staged.with_name(f"{final.name}.replaced"))
+    os.replace(staged, final)
+
+
+def publish_adapter(staged: Path, final: Path) -> None:
+    """Move the files of a complete adapter into `final`.
+
+    The configuration, without which nothing reads a folder as an adapter, leaves first and arrives last.
+    """
+    (final / ADAPTER_CONFIG).unlink(missing_ok=True)
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
+        os.replace(path, final / path.name)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [
+        path for path in folder.glob("checkpoint-*") if path.is_dir() and _CHECKPOINT.fullmatch(path.name)
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

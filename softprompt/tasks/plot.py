@@ -1,0 +1,126 @@
+"""Figures: one training run, and two runs side by side."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from softprompt.tasks.compare import Side, largest_difference
+
+GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563eb", "#ea7317", "#15924f"
+STYLE = {
+    "axes.edgecolor": "#c9ccd1",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.labelcolor": "#4b5058",
+    "font.size": 9.5,
+    "grid.color": "#eceef1",
+    "legend.frameon": False,
+    "xtick.color": "#4b5058",
+    "ytick.color": "#4b5058",
+}
+
+
+def draw_training(history: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw training loss, evaluation loss and accuracy over the steps of Trainer's `log_history`."""
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(*_columns(losses), color=GREY, linewidth=1.2, label="training")
+        left.set(title="Loss", xlabel="step", ylabel="nats per label token", ylim=(0, None))
+        right.set(
+            title="Accuracy on the evaluation rows",
+            xlabel="step",
+            ylabel="exact match",
+            ylim=(-0.03, 1.05),
+        )
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if evaluations:
+            steps = [entry["step"] for entry in evaluations]
+            left.plot(
+                steps,
+                [e["eval_loss"] for e in evaluations],
+                color=BLUE,
+                marker="o",
+                markersize=4,
+                label="evaluation",
+            )
+            right.plot(
+                steps, [e["eval_exact_match"] for e in evaluations], color=GREEN, marker="o", markersize=4
+            )
+        else:
+            right.text(0.5, 0.5, "no evaluation rows", transform=right.transAxes, ha="center", color=GREY)
+        left.legend()
+        _save(figure, path)
+
+
+def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str) -> None:
+    """Draw the loss curves, the time of a step, its peak memory and the accuracy of two sides."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 6.2), layout="constrained")
+        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+        axes: dict[str, Any] = figure.subplot_mosaic([["loss"] * 3, ["time", "memory", "accuracy"]])
+        steps = range(1, len(plain.losses) + 1)
+        axes["loss"].plot(steps, plain.losses, color=ORANGE, linewidth=4, alpha=0.45, label=plain.name)
+        axes["loss"].plot(steps, patched.losses, color=BLUE, linewidth=1.3, label=patched.name)
+        gap = largest_difference(plain, patched)
+        axes["loss"].set(
+            title=f"Training loss on the same batches: largest difference {gap:.1e}",
+            xlabel="step",
+            ylabel="nats per label token",
+        )
+        axes["loss"].legend()
+        times = [plain.median_milliseconds, patched.median_milliseconds]
+        memory = [plain.peak_bytes / 2**20, patched.peak_bytes / 2**20]
+        names = [plain.name, patched.name]
+        _bars(
+            axes["time"],
+            names,
+            times,
+            f"Time per step: {times[0] / times[1]:.1f} : 1",
+            "ms (median)",
+            "{:.1f}",
+        )
+        _bars(axes["memory"], names, memory, f"Peak memory: {memory[0] / memory[1]:.1f} : 1", "MiB", "{:.2f}")
+        _accuracy_bars(axes["accuracy"], plain, patched)
+        _save(figure, path)
+
+
+def _bars(axes: Any, names: list[str], values: list[float], title: str, unit: str, number: str) -> None:
+    bars = axes.bar(names, values, color=[ORANGE, BLUE], width=0.55)
+    axes.bar_label(bars, [number.format(value) for value in values], padding=2)
+    axes.set(title=title, ylabel=unit, ylim=(0, 1.15 * max(values)))
+
+
+def _accuracy_bars(axes: Any, plain: Side, patched: Side) -> None:
+    heights = [plain.accuracy_before, plain.accuracy_after, patched.accuracy_after]
+    names = ["before", f"after\n{plain.name}", f"after\n{patched.name}"]
+    bars = axes.bar(names, heights, color=[GREY, ORANGE, BLUE], width=0.6)
+    axes.bar_label(bars, [f"{height:.0%}" for height in heights], padding=2)
+    axes.set(title="Accuracy", ylabel="exact match", ylim=(0, 1.15))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    FigureCanvasAgg(figure)
+    figure.savefig(partial, format="png", dpi=150)
+    os.replace(partial, path)

@@ -1,0 +1,111 @@
+"""A random-weights BLOOM with its own tokenizer, and small tables, made where the tests run."""
+
+import csv
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+GOOD = ("thanks for the quick help", "lovely day at the lake", "my new phone is here", "see you at the game")
+BAD = ("my order never came", "the app crashes again", "no answer from support", "this flight is late again")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "bloom"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [
+        *GOOD,
+        *BAD,
+        "Tweet text : Label : complaint no complaint",
+        "Classify if the tweet is a complaint or not:",
+    ]
+    tokenizer.train_from_iterator(
+        texts * 3,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.3,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    BloomForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tweets():
+    """Write a table of 20 rows, 12 complaints and 8 others, into a folder."""
+
+    def make(folder):
+        rows = [(f"{BAD[i % 4]} {i}", "complaint") for i in range(12)]
+        rows += [(f"{GOOD[i % 4]} {i}", "no complaint") for i in range(8)]
+        return write_csv(folder / "tweets.csv", rows)
+
+    return make
+
+
+@pytest.fixture
+def table(make_tweets, tmp_path):
+    return make_tweets(tmp_path)
+
+
+def write_csv(path, rows, header=("Tweet text", "Label")):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def make_table(tmp_path):
+    def make(rows, name="made.csv", header=("Tweet text", "Label")):
+        return write_csv(tmp_path / name, rows, header)
+
+    return make
+
+
+@pytest.fixture
+def without_figure(monkeypatch):
+    """Leave the drawing out of a training run: it takes longer than training a tiny model."""
+    monkeypatch.setattr("softprompt.tasks.plot.draw_training", lambda history, path: path.write_bytes(b""))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+    from softprompt.cli import main
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def read_json():
+    return lambda path: json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import pytest
+
+from softprompt.cli import build_parser, errors
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from softprompt.cli import main\n"
+    code += "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'datasets'} & set(sys.modules)\n"
+    code += "print('HEAVY', sorted(heavy))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.endswith("HEAVY []\n")
+
+
+def test_the_module_runs_the_command_line():
+    finished = subprocess.run(
+        [sys.executable, "-m", "softprompt", "predict", "--adapter", "nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "softprompt: the following arguments are required: --data, --output (see softprompt predict --help)\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "demo"])
+def test_the_help_of_a_command_explains_every_option_and_ends_with_an_example(capsys, command):
+    with pytest.raises(SystemExit) as leaving:
+        build_parser().parse_args([command, "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  softprompt {command} --" in text
+    commands = next(action for action in build_parser()._actions if isinstance(action.choices, dict))
+    for action in commands.choices[command]._actions:
+        assert action.help
+        assert len(action.help) > 10
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: COMMAND (see softprompt --help)"),
+        (["tune"], "argument COMMAND: invalid choice: 'tune'"),
+        (["train", "--num-virtual-tokens", "0"], "argument --num-virtual-tokens: must be at least 1, got 0"),
+        (["train", "--epochs", "two"], "argument --epochs: expected a whole number, got 'two'"),
+        (["train", "--learning-rate", "0"], "argument --learning-rate: must be more than 0, got 0"),
+        (["train", "--learning-rate", "nan"], "argument --learning-rate: must be more than 0, got nan"),
+        (["train", "--eval-share", "1"], "argument --eval-share: must be at least 0 and less than 1, got 1"),
+        (["train", "--bf16", "--fp16"], "argument --fp16: not allowed with argument --bf16"),
+        (["train", "--overwrite", "--resume"], "argument --resume: not allowed with argument --overwrite"),
+        (["train", "--init", "words"], "argument --init: invalid choice: 'words'"),
+        (
+            ["train", "--init-text", " "],
+            "--init text needs words to start from: give --init-text, or --init vocab",
+        ),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith(f"softprompt: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, "find_spec", lambda name: None if name in ("rich", "datasets") else object())
+    code, _, err = run("train")
+    assert code == 2
+    assert err == 'softprompt: datasets, rich is not installed: run pip install "softprompt[cli]"\n'
+
+
+def test_ctrl_c_outside_training_is_exit_code_130(run, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softprompt.cli.demo.run", interrupted)
+    assert run("demo") == (130, "", "softprompt: interrupted\n")

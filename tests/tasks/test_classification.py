@@ -1,0 +1,139 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from softprompt.tasks.classification import IGNORED, ClassificationTask, Encoder, load_task
+from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.errors import TaskError
+
+TASK = ClassificationTask("Tweet text", "Label", ("complaint", "no complaint"))
+PAD = 3
+
+
+def meant_by_the_article(tokenizer, texts, labels, max_length):
+    """The preprocessing of PEFT's guide with every statement run for every row."""
+    model_inputs = tokenizer([f"Tweet text : {text} Label : " for text in texts])
+    targets = tokenizer(labels)
+    rows = []
+    for prompt, target in zip(model_inputs["input_ids"], targets["input_ids"], strict=True):
+        target = [*target, tokenizer.pad_token_id]
+        missing = max_length - len(prompt) - len(target)
+        rows.append(
+            {
+                "input_ids": [tokenizer.pad_token_id] * missing + prompt + target,
+                "attention_mask": [0] * missing + [1] * (len(prompt) + len(target)),
+                "labels": [-100] * (missing + len(prompt)) + target,
+            }
+        )
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def test_batches_are_those_that_the_article_means(tokenizer):
+    texts, labels = ["a b c", "d", "e f g h i j"], ["complaint", "no complaint", "complaint"]
+    encoder = Encoder(replace(TASK, max_length=20), tokenizer)
+    batch = LeftPadCollator(encoder.pad_token_id, 20)(encoder.examples(texts, labels))
+    expected = meant_by_the_article(tokenizer, texts, labels, 20)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+
+
+def test_a_row_is_the_filled_template_then_the_label_then_the_pad_token(tokenizer, ids):
+    example = Encoder(TASK, tokenizer).example("a b", "no complaint")
+    assert example["input_ids"] == ids("Tweet text : a b Label : no complaint <pad>")
+    assert example["labels"] == [IGNORED] * 7 + ids("no complaint <pad>")
+    assert example["attention_mask"] == [1] * 10
+
+
+@pytest.mark.parametrize("end_token, end", [("pad", "<pad>"), ("eos", "</s>")])
+def test_a_label_ends_with_the_token_of_choice(tokenizer, ids, end_token, end):
+    encoder = Encoder(replace(TASK, end_token=end_token), tokenizer)
+    assert encoder.example("a", "complaint")["labels"][-2:] == ids(f"complaint {end}")
+    assert encoder.pad_token_id == PAD
+
+
+def test_without_a_pad_token_the_end_of_sequence_token_ends_a_label(make_tokenizer, ids):
+    encoder = Encoder(TASK, make_tokenizer(eos_token="</s>"))
+    assert encoder.example("a", "complaint")["input_ids"][-2:] == ids("complaint </s>")
+    assert encoder.pad_token_id == encoder.end_token_id == ids("</s>")[0]
+
+
+@pytest.mark.parametrize("words", range(1, 11))
+def test_a_long_text_loses_its_end_and_never_the_template_or_the_label(tokenizer, ids, words):
+    encoder = Encoder(replace(TASK, max_length=12), tokenizer)
+    text = " ".join("abcdefghij"[:words])
+    for label in TASK.labels:
+        kept = " ".join(text.split()[: min(words, 4)])
+        example = encoder.example(text, label)
+        assert example["input_ids"] == ids(f"Tweet text : {kept} Label : {label} <pad>")
+        assert len(example["input_ids"]) <= 12
+
+
+def test_max_length_needs_room_for_the_template_a_token_and_the_longest_label(tokenizer):
+    Encoder(replace(TASK, max_length=9), tokenizer)
+    with pytest.raises(TaskError, match=r"takes 5 tokens and the longest label 3 .* must be at least 9"):
+        Encoder(replace(TASK, max_length=8), tokenizer)
+
+
+def test_a_closing_end_of_sequence_token_does_not_part_prompt_and_label(tokenizer, ids):
+    class Closing:
+        pad_token_id, eos_token_id, decode = PAD, tokenizer.eos_token_id, tokenizer.decode
+
+        def __call__(self, text, add_special_tokens=True):
+            end = [self.eos_token_id] if add_special_tokens else []
+            return {"input_ids": tokenizer(text)["input_ids"] + end}
+
+    assert Encoder(TASK, Closing()).prompt("a") == ids("Tweet text : a Label :")
+
+
+@pytest.mark.parametrize(
+    "generated, label",
+    [
+        ("complaint <pad> a b", "complaint"),
+        ("no complaint", "no complaint"),
+        ("no <pad> complaint", "no"),
+        ("complaint </s> a <pad>", "complaint"),
+        ("a b <pad>", "a b"),
+        ("<pad>", ""),
+    ],
+)
+def test_generated_ids_spell_a_label_up_to_the_end_token(tokenizer, ids, generated, label):
+    assert Encoder(TASK, tokenizer).decode(ids(generated)) == label
+
+
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):
+    with pytest.raises(TaskError, match="does not tell the labels"):
+        Encoder(replace(TASK, labels=("yes", "oui")), tokenizer)
+
+
+def test_a_tokenizer_without_pad_and_end_token_is_refused(make_tokenizer):
+    with pytest.raises(TaskError, match="neither a pad token nor an end-of-sequence token"):
+        Encoder(TASK, make_tokenizer())
+
+
+@pytest.mark.parametrize("template", ["no place", "{text} {text}"])
+def test_a_template_must_have_the_text_once(template):
+    with pytest.raises(TaskError, match=r"must contain \{text\} exactly once"):
+        replace(TASK, template=template)
+
+
+def test_braces_in_a_text_are_left_alone():
+    assert TASK.fill("{text_column} {x}") == "Tweet text : {text_column} {x} Label : "
+
+
+def test_a_saved_task_is_read_back(tmp_path):
+    task = replace(TASK, template="{text} => ", max_length=30, padding="longest")
+    task.save(tmp_path, model="some/model", training={"seed": 3})
+    assert load_task(tmp_path) == (task, "some/model", {"seed": 3})
+    saved = json.loads((tmp_path / "softprompt.json").read_text())
+    assert saved["labels"] == ["complaint", "no complaint"]
+    assert saved["template"] == "{text} => "
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"model": "m"}', '{"model": "m", "training": {}, "labels": 1}']
+)
+def test_a_folder_without_a_usable_task_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "softprompt.json").write_text(content)
+    with pytest.raises(TaskError, match="`softprompt train` wrote"):
+        load_task(tmp_path)

@@ -1,0 +1,42 @@
+import os
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from softprompt.tasks.compare import Side
+from softprompt.tasks.plot import BLUE, GREEN, GREY, ORANGE, draw_comparison, draw_training
+
+TRAINING = [{"step": step, "loss": 5.0 / step} for step in range(1, 9)]
+EVALUATION = [
+    {"step": 4, "eval_loss": 2.0, "eval_exact_match": 0.5},
+    {"step": 8, "eval_loss": 1.0, "eval_exact_match": 0.75},
+]
+
+
+def pixels_of(path, colour):
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    image = (imread(path)[..., :3] * 255).round()
+    return int((np.abs(image - wanted).max(-1) < 2).sum())
+
+
+@pytest.mark.parametrize("history, evaluated", [(TRAINING + EVALUATION, True), (TRAINING, False)])
+def test_the_training_figure_draws_what_was_measured(tmp_path, history, evaluated):
+    path = tmp_path / "training.png"
+    draw_training(history, path)
+    assert pixels_of(path, GREY) > 200
+    assert (pixels_of(path, BLUE) > 200) is evaluated
+    assert (pixels_of(path, GREEN) > 200) is evaluated
+    assert os.listdir(tmp_path) == ["training.png"]
+
+
+def test_the_bars_of_the_comparison_are_as_high_as_the_figures(tmp_path):
+    def side(name, milliseconds, peak_bytes):
+        return Side(name, None, [3.0, 2.0, 1.0, 0.5], [milliseconds] * 4, peak_bytes, 0.0, 0.9)
+
+    draw_comparison(side("plain", 10.0, 2**22), side("fast", 10.0, 2**22), tmp_path / "even.png", title="t")
+    draw_comparison(side("plain", 10.0, 2**22), side("fast", 1.0, 2**20), tmp_path / "ahead.png", title="t")
+    even, ahead = ({c: pixels_of(tmp_path / f, c) for c in (ORANGE, BLUE)} for f in ("even.png", "ahead.png"))
+    assert even[ORANGE] == pytest.approx(even[BLUE], rel=0.1)
+    assert ahead[ORANGE] == pytest.approx(even[ORANGE], rel=0.1)
+    assert ahead[BLUE] < 0.7 * even[BLUE]

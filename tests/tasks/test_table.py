@@ -1,0 +1,179 @@
+import json
+import os
+
+import datasets
+import pandas as pd
+import pytest
+
+from softprompt.tasks import table as tables
+from softprompt.tasks.errors import TaskError
+from softprompt.tasks.table import (
+    Table,
+    check_labels_known,
+    check_writable_type,
+    read_table,
+    split_table,
+    write_frame,
+)
+
+ROWS = {"text": ["NA", "two, with comma", "drei äöü"], "label": ["yes", "no", "yes"], "id": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_what_is_written_is_read_back(tmp_path, suffix):
+    path = tmp_path / f"table{suffix}"
+    write_frame(pd.DataFrame(ROWS), path)
+    table = read_table(path, "text", "label")
+    assert table.texts == ROWS["text"]
+    assert table.labels == ROWS["label"]
+    assert table.frame["id"].tolist() == ROWS["id"]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_numbers_in_cells_become_their_digits(tmp_path):
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"text": 12, "label": 0}\n{"text": "x", "label": 1, "note": null}\n')
+    table = read_table(path, "text", "label")
+    assert table.texts == ["12", "x"]
+    assert table.labels == ["0", "1"]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes("\ufefftext,label\na,b\n".encode())
+    assert read_table(path, "text", "label").texts == ["a"]
+
+
+def test_labels_lose_the_space_around_them_and_texts_keep_it(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('text,label\n" a ", yes \n')
+    table = read_table(path, "text", "label")
+    assert table.texts == [" a "]
+    assert table.labels == ["yes"]
+
+
+def test_a_saved_data_set_folder_gives_its_class_names(tmp_path):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no_x", "x"])}
+    )
+    data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    data.save_to_disk(tmp_path / "plain")
+    datasets.DatasetDict({"train": data, "dev": data.select([1])}).save_to_disk(tmp_path / "parts")
+    assert read_table(tmp_path / "plain", "text", "label").labels == ["x", "no x"]
+    assert read_table(tmp_path / "parts", "text", "label", split="dev").labels == ["no x"]
+
+
+BAD_FILES = {
+    "unknown type": ("t.xlsx", b"x", "of the unknown type '.xlsx': give one of .csv, .jsonl, .parquet"),
+    "empty file": ("t.csv", b"", "has no rows: give a table with at least one"),
+    "header only": ("t.csv", b"text,label\n", "has no rows: give a table with at least one"),
+    "missing text column": (
+        "t.csv",
+        b"Tweet,label\na,b\n",
+        "no column 'text'; its columns are 'Tweet', 'label'",
+    ),
+    "missing label column": ("t.csv", b"text,Y\na,b\n", "has no column 'label'; its columns are 'text', 'Y'"),
+    "empty text": (
+        "t.csv",
+        b"text,label\na,b\n ,b\n",
+        "row 2 (counted from 1, without the header) has an empty text",
+    ),
+    "empty label": (
+        "t.csv",
+        b"text,label\na,\n",
+        "row 1 (counted from 1, without the header) has an empty label",
+    ),
+    "null label": ("t.jsonl", b'{"text": "a", "label": null}', "row 1 (counted from 1, without the header)"),
+    "ragged row": ("t.csv", b"text,label\na,b,c,d\na,b,c,d,e\n", "is not a readable .csv table"),
+    "not utf-8": ("t.csv", b"text,label\n\xff\xfe,b\n", "is not a readable .csv table"),
+    "broken json": ("t.jsonl", b'{"text": "a", "label": "b"}\n{"text"', "line 2 is not JSON"),
+    "json list": ("t.jsonl", b"[1, 2]\n", "line 1 is not a JSON object: write one object a line"),
+    "broken parquet": ("t.parquet", b"no", "is not a readable .parquet table"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_refused_with_its_problem(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(TaskError) as error:
+        read_table(path, "text", "label")
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_refused():
+    with pytest.raises(TaskError, match=r"nowhere\.csv does not exist: check the path"):
+        read_table("nowhere.csv", "text")
+
+
+def test_an_unknown_data_set_name_is_refused():
+    with pytest.raises(TaskError, match="neither a table file nor a data set that can be loaded"):
+        read_table("nobody/nothing", "text")
+
+
+def test_an_unknown_split_is_refused_with_those_there_are(tmp_path):
+    data = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"dev": data}).save_to_disk(tmp_path / "parts")
+    with pytest.raises(TaskError, match="no split 'train': name one of 'dev'"):
+        read_table(tmp_path / "parts", "text")
+
+
+def test_a_table_of_an_unknown_type_is_not_written(tmp_path):
+    with pytest.raises(TaskError, match=r"cannot write .*out\.txt: its type '\.txt' is not one of"):
+        check_writable_type(tmp_path / "out.txt")
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+    frame = pd.DataFrame({"a": [1, 2]})
+    frame.to_json = lambda partial, **_: (partial.write_text("half"), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_frame(frame, path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def make(labels):
+    frame = pd.DataFrame({"text": [f"t{i}" for i in range(len(labels))], "label": labels})
+    return Table("made", "text", "label", frame["text"].tolist(), list(labels), frame)
+
+
+def test_the_split_takes_its_share_of_every_label_and_loses_no_row():
+    table = make(["a"] * 30 + ["b"] * 10 + ["c"])
+    rest, taken = split_table(table, 0.2, seed=1)
+    assert [taken.labels.count(label) for label in "abc"] == [6, 2, 0]
+    assert [rest.labels.count(label) for label in "abc"] == [24, 8, 1]
+    assert sorted(rest.texts + taken.texts) == sorted(table.texts)
+    assert taken.frame["text"].tolist() == taken.texts
+
+
+def test_the_split_depends_on_the_seed_alone():
+    table = make(["a", "b"] * 50)
+    first, again, other = (split_table(table, 0.3, seed)[1].texts for seed in (7, 7, 8))
+    assert first == again
+    assert first != other
+
+
+def test_a_label_keeps_a_row_for_training_at_any_share():
+    rest, taken = split_table(make(["a", "a", "b", "b"]), 0.99, seed=0)
+    assert rest.known_labels() == taken.known_labels() == ("a", "b")
+
+
+def test_too_few_rows_to_split_are_refused():
+    with pytest.raises(TaskError, match=r"too few rows \(2\) to split off 0\.2 of them"):
+        split_table(make(["a", "b"]), 0.2, seed=0)
+
+
+def test_a_label_that_training_does_not_know_is_refused_with_its_row():
+    with pytest.raises(
+        TaskError, match=r"row 2 has the label 'maybe', which no training row has \(known: 'a', 'b'\)"
+    ):
+        check_labels_known(make(["a", "maybe"]), ("a", "b"))
+
+
+def test_json_lines_keep_a_line_separator_inside_a_text(tmp_path):
+    path = tmp_path / "table.jsonl"
+    path.write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert tables.read_table(path, "text").texts == ["a\u2028b"]
