@@ -1,0 +1,167 @@
+"""`linear_cross_entropy`: the loss of the label rows, without the logits of the sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softprompt.ops.library import AUTO, check_same_device
+from softprompt.ops.linear_cross_entropy.chunked import losses_of_rows
+
+IGNORE_INDEX = -100
+REDUCTIONS = ("mean", "sum", "none")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [T, H]
+    weight: Tensor,  # [V, H]
+    label_rows: Tensor | None,  # [M]
+    targets: Tensor,  # [M], or [T] without label_rows
+    *,
+    bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    num_items: int | float | Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = AUTO,
+) -> Tensor:
+    """`cross_entropy(logits, targets)` with `logits = softcap * tanh(logit_scale * (h Wᵀ + bias) / softcap)`.
+
+    `h = hidden[label_rows]` is gathered first, so only M rows meet the vocabulary, and they do so in chunks:
+    there is never a [T, V] tensor, nor an [M, V] one for large M. The gradient of `hidden` is made in the
+    forward (two matrix products, nothing is computed twice) and only scaled in the backward; rows that occur
+    more than once are summed in fp32. `weight` and `bias` are meant to be frozen; where they require a
+    gradient it is computed in the backward from a second pass over the chunks.
+
+    Args:
+        hidden: [T, H] fp16, bf16, fp32 or fp64.
+        weight: [V, H] in the same dtype; under `torch.autocast` both are used in the autocast dtype (fp64 is
+            left alone), as by `functional.linear`.
+        label_rows: [M] int32 or int64 rows of `hidden`, in any order, repeated or not. None: the rows whose
+            target is not ignored; on a GPU, finding them makes the host wait.
+        targets: [M] int32 or int64, 0 .. V-1 or `ignore_index`. On a GPU a target outside of that gives the
+            loss NaN, since raising would make the host wait.
+        bias: [V], added before the scale and the softcap.
+        softcap: soft limit of the logits, applied last (gemma-2). None: no limit.
+        logit_scale: factor of the logits (cohere; granite's is 1 / `logits_scaling`). None: 1.
+        label_smoothing: share of the target probability that is spread evenly over the vocabulary.
+        ignore_index: target without loss and gradient.
+        num_items: denominator of the mean instead of the number of targets that are not ignored
+            (transformers' `num_items_in_batch`); 0 counts as 1. A tensor has one element.
+        reduction: "mean", "sum" or "none" ([M] losses, 0 where ignored).
+        backend: "auto", "reference" (plain PyTorch) or "triton".
+
+    Returns:
+        A scalar, or [M] without reduction, in fp32 (fp64 for fp64 weights). With every target ignored, and
+        with M = 0, the loss is 0 with a zero gradient.
+
+    Raises:
+        ValueError: ranks, widths, dtypes or options that do not fit.
+        IndexError: on a CPU, a target outside 0 .. V-1 or a label row outside 0 .. T-1.
+
+    The gradient made in the forward is that of Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989).
+    """
+    _check_tensors(hidden, weight, label_rows, targets, bias)
+    _check_options(softcap, logit_scale, label_smoothing, num_items, reduction)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        weight = weight.to(torch.get_autocast_dtype(device))
+    elif hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    losses = losses_of_rows(
+        hidden,
+        weight,
+        bias,
+        label_rows,
+        targets,
+        softcap=softcap,
+        logit_scale=1.0 if logit_scale is None else logit_scale,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    if num_items is None:
+        return total / (targets != ignore_index).sum().clamp_min(1)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(()).to(total.dtype)
+        return total / torch.where(num_items == 0, 1, num_items)
+    return total / (num_items or 1)
+
+
+def _check_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    label_rows: Tensor | None,
+    targets: Tensor,
+    bias: Tensor | None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2:
+        raise ValueError(
+            f"hidden and weight must be [T, H] and [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    num_rows, width = hidden.shape
+    vocab_size = weight.shape[0]
+    if weight.shape[1] != width:
+        raise ValueError(f"weight must be [V, {width}] like hidden's width, got {list(weight.shape)}")
+    if vocab_size == 0:
+        raise ValueError("weight must have at least one row, got V = 0")
+    if label_rows is None:
+        if targets.ndim != 1 or targets.shape[0] != num_rows:
+            raise ValueError(
+                f"targets without label_rows must be [T] = [{num_rows}], got {list(targets.shape)}"
+            )
+    elif label_rows.ndim != 1 or targets.shape != label_rows.shape:
+        raise ValueError(
+            f"label_rows and targets must both be [M], got {list(label_rows.shape)} and {list(targets.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (vocab_size,):
+        raise ValueError(f"bias must be [V] = [{vocab_size}], got {list(bias.shape)}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+    for name, tensor in (("label_rows", label_rows), ("targets", targets)):
+        if tensor is not None and tensor.dtype not in _INDEX_DTYPES:
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+    check_same_device(
+        "linear_cross_entropy",
+        hidden=hidden,
+        weight=weight,
+        label_rows=label_rows,
+        targets=targets,
+        bias=bias,
+    )
+
+
+def _check_options(
+    softcap: float | None,
+    logit_scale: float | None,
+    label_smoothing: float,
+    num_items: int | float | Tensor | None,
+    reduction: str,
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if logit_scale is not None and not logit_scale > 0:
+        raise ValueError(f"logit_scale must be positive or None, got {logit_scale}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items replaces the mean's denominator, got it with reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}")
+    elif not num_items >= 0:
+        raise ValueError(f"num_items must not be negative, got {num_items}")

@@ -1,0 +1,77 @@
+"""Compiles Triton kernels for GPUs that need not be there.
+
+A script, because kernels of a process that runs Triton's interpreter cannot be compiled. Test modules use the
+fixture `compile_kernels` of `conftest.py`, which starts it. It reads a JSON list of cases from its standard
+input and prints a JSON list with one record for each case and architecture. A case has
+
+    module, kernel  where the `@triton.jit` function is
+    signature       a list of [argument, type] in the function's order: "*bf16", "*i64", "i32", "fp32", ...,
+                    or "constexpr"
+    constexprs      values of the arguments of type "constexpr" (None for a pointer that is not given)
+    divisible       arguments that are multiples of 16, pointers included: what a launch finds out by itself
+    num_warps, num_stages
+                    optional, as at a launch
+
+and a record the case's kernel, `arch` (80: A100, 90: H100, 100: B200), `cubin_bytes`, `shared` (bytes), and
+from the machine code `registers`, `stack` and `local` (bytes a thread; not 0 where registers were spilled).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100)
+_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+_RESOURCES = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
+
+
+def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
+    kernel = getattr(importlib.import_module(case["module"]), case["kernel"])
+    names = [name for name, _ in case["signature"]]
+    if names != kernel.arg_names:
+        raise ValueError(f"{case['kernel']} takes {kernel.arg_names}, the signature has {names}")
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(case["signature"]),
+        constexprs=case["constexprs"],
+        attrs={(names.index(name),): _DIVISIBLE_BY_16 for name in case.get("divisible", ())},
+    )
+    options = {name: case[name] for name in ("num_warps", "num_stages") if name in case}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = compiled.asm["cubin"]
+    return {
+        "kernel": case["kernel"],
+        "arch": arch,
+        "cubin_bytes": len(cubin),
+        "shared": compiled.metadata.shared,
+        **resource_usage(cubin),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory of the machine code, from the `cuobjdump` that Triton brings."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"{key}:(\d+)", text)[1]) for name, key in _RESOURCES.items()}
+
+
+if __name__ == "__main__":
+    cases = json.load(sys.stdin)
+    json.dump([compile_case(case, arch) for case in cases for arch in ARCHITECTURES], sys.stdout)
