@@ -1,0 +1,47 @@
+"""What the attention has to know of the packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayout:
+    """The packed row as the attention sees it: int32 tensors on its device, and sizes that the host knows.
+
+    A token q sees a token k where `(segments[k] == segments[q] or segments[k] == sees[q]) and key_slots[k] <=
+    slots[q]`, and with a sliding window of W where also `slots[q] - key_slots[k] < W`. See
+    `softprompt.ops.pack_layout.LayoutTensors` for the row.
+    """
+
+    slots: Tensor  # [T]
+    position_ids: Tensor  # [T] what ALiBi counts
+    key_slots: Tensor  # [T]
+    segments: Tensor  # [T]
+    sees: Tensor  # [T]
+    cu_prompts: Tensor  # [K + 1] first row of each prompt, and the first text row
+    cu_texts: Tensor  # [B + 1] first row of each text, and the first dummy
+    prompt_of_row: Tensor  # [B] the prompt that each text sees
+    prompt_lengths: tuple[int, ...]  # K
+    num_tokens: int  # N text tokens; rows from ΣP + N on are dummies, which see only themselves
+    longest_text: int
+    plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # made once a step by a back end
+
+    @property
+    def num_rows(self) -> int:
+        """T, dummies included."""
+        return self.slots.shape[0]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """ΣP: rows of the prompts."""
+        return sum(self.prompt_lengths)
+
+    @property
+    def num_live(self) -> int:
+        """ΣP + N: all rows but the dummies."""
+        return self.prompt_tokens + self.num_tokens
