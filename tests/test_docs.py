@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from softprompt.tiny import model_path
 
@@ -11,10 +13,20 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with `softprompt-output` in it, as `softprompt train` leaves it."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = AutoModelForCausalLM.from_pretrained(model_path())
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+    get_peft_model(base, config).save_pretrained(folder / "softprompt-output")
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+def test_the_code_blocks_of_a_page_run(page, trained, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(trained)
     namespace = {"__name__": "page"}
     for block in blocks:
         code = block.replace('"bigscience/bloomz-560m"', repr(str(model_path())))

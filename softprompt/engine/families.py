@@ -54,7 +54,8 @@ def body_of(model: CausalLM) -> nn.Module:
     if not isinstance(body, nn.Module):
         raise AttributeError(f"{type(model).__name__} has no decoder under `base_model` or `model`")
     # OPT's causal LM calls the decoder inside its `base_model`, never the `base_model` itself.
-    inner = body.get_decoder() if hasattr(body, "get_decoder") else None
+    get_decoder: Any = getattr(body, "get_decoder", None)
+    inner = get_decoder() if get_decoder is not None else None
     return inner if isinstance(inner, nn.Module) else body
 
 
@@ -196,7 +197,7 @@ def uses_gradient_checkpointing(body: nn.Module) -> bool:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that a linear layer over `weight` gives: autocast's where it is on."""
-    if torch.is_autocast_enabled(weight.device.type):
+    """The dtype that a linear layer over `weight` gives: autocast's where it is on (it leaves fp64 alone)."""
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype

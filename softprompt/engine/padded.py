@@ -57,12 +57,14 @@ def padded_rows(
             backend=backend,
         )
         embeds, mask, labels = prepended.inputs_embeds, prepended.attention_mask, prepended.labels
-        num_labels, bad_ids, bad_labels = prepended.counts.tolist()
-        if bad_ids or bad_labels:
-            raise_out_of_range(batch.input_ids, batch.labels, embedding.num_embeddings)
+        num_labels, *out_of_range = prepended.counts.tolist()
     else:
+        # Before the embedding is called: on a GPU a wrong id would end the process.
+        num_labels, *out_of_range = _counts(batch, embedding.num_embeddings).tolist()
+    if any(out_of_range):
+        raise_out_of_range(batch.input_ids, batch.labels, embedding.num_embeddings)
+    if not readable:
         embeds, mask, labels = _prepend(embedding, batch)
-        num_labels = int((labels[:, 1:] != IGNORE_INDEX).sum())
     targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
     targets = targets.view(-1)
@@ -73,6 +75,19 @@ def padded_rows(
     shape = (num_rows, length + row_length)
     hidden = output.last_hidden_state.reshape(shape[0] * shape[1], -1)
     return HiddenRows(hidden, rows, targets[rows], num_labels, None, shape, type(output))
+
+
+def _counts(batch: Batch, vocab_size: int) -> Tensor:
+    """[3]: labels, ids out of range, labels out of range, as `prepend_prompt` counts them."""
+    none = torch.zeros((), dtype=torch.int64, device=batch.attention_mask.device)
+    counts = [none, none, none]
+    if batch.input_ids is not None:
+        counts[1] = ((batch.input_ids < 0) | (batch.input_ids >= vocab_size)).sum()
+    if batch.labels is not None:
+        labelled = batch.labels != IGNORE_INDEX
+        counts[0] = labelled.sum()
+        counts[2] = (labelled & ((batch.labels < 0) | (batch.labels >= vocab_size))).sum()
+    return torch.stack(counts)
 
 
 def _prepend(embedding: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,268 @@
+"""Calls and models that only PEFT's own forward serves: one warning with the reason, PEFT's result, and `explain`."""
+
+import copy
+import functools
+import types
+import warnings
+
+import pytest
+import torch
+from parity import assert_same_step, make_batch, step
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, TaskType, get_peft_model
+from tiny_models import build, pair, prompt_config, prompted
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+import softprompt
+
+BATCH = make_batch(side="left", labels="everywhere")
+
+
+def call_with(**changes):
+    return lambda model: model(**(BATCH | changes))
+
+
+def evaluate_without_labels(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"])
+
+
+def ask_in_the_configuration(model):
+    model.get_base_model().config.output_hidden_states = True
+    try:
+        return model(**BATCH)
+    finally:
+        model.get_base_model().config.output_hidden_states = False
+
+
+# name -> (call, part of the reason)
+CALLS = {
+    "output_hidden_states": (call_with(output_hidden_states=True), "output_hidden_states was asked for"),
+    "output_hidden_states of the configuration": (ask_in_the_configuration, "output_hidden_states was asked for"),
+    "output_attentions": (call_with(output_attentions=True), "output_attentions was asked for"),
+    "use_cache": (call_with(use_cache=True), "use_cache=True was asked for"),
+    "evaluation without labels": (evaluate_without_labels, "use_cache=False takes the fast route"),
+    "unknown arguments": (call_with(labels=None, use_cache=False, logits_to_keep=2), "does not serve: logits_to_keep"),
+}
+
+
+def of_type(config):
+    return lambda: get_peft_model(build("llama"), config).double()
+
+
+def twice_the_submodules():
+    base = build("llama")
+    config = prompt_config(base)
+    config.num_transformer_submodules = 2
+    return get_peft_model(base, config).double()
+
+
+def other_word_embeddings():
+    model = prompted("llama")
+    model.word_embeddings = copy.deepcopy(model.word_embeddings)
+    return model
+
+
+# name -> (model, part of the reason)
+MODELS = {
+    "prefix tuning": (
+        of_type(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        "type PREFIX_TUNING",
+    ),
+    "p-tuning": (
+        of_type(PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16)),
+        "type P_TUNING",
+    ),
+    "lora": (of_type(LoraConfig(task_type="CAUSAL_LM", r=2)), "type LORA"),
+    "two submodules": (twice_the_submodules, "num_transformer_submodules=2"),
+    "no virtual tokens": (lambda: prompted("llama", num_virtual_tokens=0), "no virtual tokens"),
+    "other word embeddings": (other_word_embeddings, "another module than the model's input embeddings"),
+}
+
+
+@functools.cache
+def llama():
+    return prompted("llama")
+
+
+def warned(action):
+    """What the action returns, and the warnings of this package."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = action()
+    return result, [str(w.message) for w in caught if str(w.message).startswith("softprompt")]
+
+
+def outcome(model):
+    """Logits and gradients of a sum of them (PEFT fits neither labels nor masks to two submodules)."""
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=BATCH["input_ids"], use_cache=False).logits
+    logits.square().mean().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+def assert_identical(got, expected):
+    assert type(got) is type(expected)
+    assert got.keys() == expected.keys()
+    for name in ("loss", "logits"):
+        if expected.get(name) is not None:
+            assert torch.equal(got[name], expected[name]), name
+    for name in ("hidden_states", "attentions"):
+        if expected.get(name) is not None:
+            assert all(torch.equal(*both) for both in zip(got[name], expected[name], strict=True)), name
+
+
+@pytest.mark.parametrize("call, reason", CALLS.values(), ids=CALLS)
+def test_a_call_that_is_not_served_gives_one_warning_and_the_result_of_peft(call, reason):
+    stock, fast = pair(llama())
+    softprompt.patch(fast)
+    for times in (1, 2):
+        got, messages = warned(lambda: call(fast))
+        assert_identical(got, call(stock))
+        assert len(messages) == (1 if times == 1 else 0)
+        assert all(reason in message for message in messages)
+        (counted,) = softprompt.explain(fast).fallbacks
+        assert reason in counted[0]
+        assert counted[1] == times
+    assert reason in str(softprompt.explain(fast))
+    assert_same_step(fast, stock, BATCH)
+
+
+@pytest.mark.parametrize("call, reason", CALLS.values(), ids=CALLS)
+def test_a_call_that_is_not_served_may_be_an_error(call, reason):
+    _, fast = pair(llama())
+    softprompt.patch(fast, on_unsupported="error")
+    with pytest.raises(softprompt.UnsupportedModelError, match=reason):
+        call(fast)
+    softprompt.patch(fast, positions="compact")
+    with pytest.raises(softprompt.UnsupportedModelError, match=reason):
+        call(fast)
+
+
+@pytest.mark.parametrize("make, reason", MODELS.values(), ids=MODELS)
+def test_adapters_that_are_not_served_run_on_the_forward_of_peft(make, reason):
+    stock, fast = pair(make())
+    _, messages = warned(lambda: softprompt.patch(fast))
+    for times in (1, 2):
+        got, more = warned(lambda: outcome(fast))
+        messages += more
+        expected = outcome(stock)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+        assert len(messages) == 1, f"after call {times}"
+    assert reason in messages[0]
+    assert reason in str(softprompt.explain(fast))
+    with pytest.raises(softprompt.UnsupportedModelError, match=reason):
+        outcome(softprompt.patch(fast, on_unsupported="error"))
+    softprompt.unpatch(fast)
+    assert torch.equal(outcome(fast)["logits"], outcome(stock)["logits"])
+
+
+def test_a_forward_that_was_replaced_on_the_instance_stays():
+    stock, fast = pair(llama())
+
+    def doubled(self, *args, **kwargs):
+        output = type(self).forward(self, *args, **kwargs)
+        return type(output)(loss=output.loss * 2, logits=output.logits)
+
+    fast.forward = types.MethodType(doubled, fast)
+    _, messages = warned(lambda: softprompt.patch(fast))
+    assert len(messages) == 1
+    assert "replaced on the instance" in messages[0]
+    assert torch.equal(step(fast, BATCH).loss, 2 * step(stock, BATCH).loss)
+    assert softprompt.explain(fast).route == "stock"
+    with pytest.raises(softprompt.UnsupportedModelError, match="replaced on the instance"):
+        softprompt.patch(fast, on_unsupported="error")
+
+
+def test_a_classifier_is_left_alone():
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0, num_labels=2
+    )
+    base = LlamaForSequenceClassification(config)
+    peft_config = prompt_config(base)
+    peft_config.task_type = TaskType.SEQ_CLS
+    model = get_peft_model(base, peft_config).eval()
+    before = model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+    cls = type(model)
+    _, messages = warned(lambda: softprompt.patch(model))
+    assert len(messages) == 1
+    assert "not a causal language model" in messages[0]
+    assert type(model) is cls
+    assert torch.equal(model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits, before)
+    with pytest.raises(softprompt.UnsupportedModelError, match="not a causal language model"):
+        softprompt.patch(model, on_unsupported="error")
+
+
+def test_a_model_whose_own_forward_fails_on_soft_prompts_is_left_alone():
+    base = build("llama")
+    base.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output if args[0].shape[1] != 10 else 1 / 0
+    )
+    model = get_peft_model(base, prompt_config(base, 3))
+    _, messages = warned(lambda: softprompt.patch(model))
+    assert len(messages) == 1
+    assert "own forward fails on soft prompts: ZeroDivisionError" in messages[0]
+    assert softprompt.explain(model).route == "stock"
+    loss, messages = warned(lambda: model(**BATCH).loss)
+    assert torch.isfinite(loss)
+    assert messages == []
+
+
+def test_a_model_that_mixes_positions_within_a_row_is_found_out_by_the_self_check():
+    """A layer that looks at absolute rows cannot be packed; numbers say so, and the padded route serves it."""
+    stock, fast = pair(llama())
+    for model in (stock, fast):
+        model.get_base_model().model.layers[0].register_forward_hook(lambda module, args, output: output.cumsum(1))
+    softprompt.patch(fast, on_unsupported="error")
+    report = softprompt.explain(fast)
+    assert report.route == "padded"
+    assert any("packed/interface" in row and "off by" in row for row in report.rejected)
+    assert_same_step(fast, stock, make_batch(side="right"))
+
+
+def test_explain_names_the_route_before_and_after_patching():
+    routes = {}
+    for name in ("llama", "bloom", "gptj", "falcon", "gemma", "recurrent_gemma", "mamba"):
+        model = prompted(name)
+        before = softprompt.explain(model)
+        assert not before.patched
+        assert "not patched" in str(before)
+        after = softprompt.explain(softprompt.patch(model))
+        assert after.patched
+        assert "not patched" not in str(after)
+        assert after.route == before.route
+        assert f"route: {after.route}" in str(after)
+        routes[name] = (after.route, dict(after.details)["attention"])
+        assert softprompt.explain(model.get_base_model()).route == after.route
+    assert routes == {
+        "llama": ("packed", "interface seam"),
+        "bloom": ("packed", "bloom seam"),
+        "gptj": ("packed", "mask seam"),
+        "falcon": ("packed", "dense seam"),
+        "gemma": ("packed", "interface seam"),
+        "recurrent_gemma": ("padded", "the model's own"),
+        "mamba": ("padded", "the model's own"),
+    }
+
+
+def test_explain_says_what_would_be_faster():
+    model = prompted("gptj")
+    model.get_base_model().config.attn_pdrop = 0.1
+    model.get_base_model().gradient_checkpointing_enable()
+    model.train()
+    text = str(softprompt.explain(model))
+    for part in ("AttentionInterface", "no gradient checkpointing", "dropout off", "attn_pdrop"):
+        assert part in text
+
+
+def test_explain_knows_an_embedding_and_a_head_that_have_to_be_called():
+    model = prompted("gemma")
+    details = dict(softprompt.explain(model).details)
+    assert "called as a module" in details["embedding"]
+    assert details["head"] == "label rows, fused cross-entropy"
+    model.get_base_model().lm_head.register_forward_hook(lambda module, args, output: output)
+    details = dict(softprompt.explain(model).details)
+    assert details["head"] == "label rows, the model's own head"
+    assert "hooks" in details["head, why"]
