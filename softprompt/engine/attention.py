@@ -186,14 +186,27 @@ def _bloom_attention(
     return residual + functional.dropout(out, self.hidden_dropout, self.training), None
 
 
-def _bloom_attention_modules(body: nn.Module) -> list[Any]:
-    modules: list[Any] = [m for m in body.modules() if type(m).__name__ == "BloomAttention"]
-    for module in modules:
+def _bloom_forwards(body: nn.Module) -> list[tuple[Any, Callable[..., Any]]]:
+    """The modules of BLOOM whose forward is replaced for a call, and by what.
+
+    Beside the attention that is the GELU, which BLOOM writes out as some twenty elementwise operations: the
+    same function (tanh approximation) in one.
+    """
+    forwards: list[tuple[Any, Callable[..., Any]]] = []
+    module: Any
+    for module in body.modules():
+        kind = type(module).__name__
+        if kind not in ("BloomAttention", "BloomGelu"):
+            continue
+        if "forward" in module.__dict__:
+            raise UnsupportedAttentionError(f"the forward of a {kind} was replaced on the instance")
+        if kind == "BloomGelu":
+            forwards.append((module, functools.partial(functional.gelu, approximate="tanh")))
+            continue
         if module.pretraining_tp > 1 and module.slow_but_exact:
             raise UnsupportedAttentionError("BLOOM with pretraining_tp > 1 and slow_but_exact")
-        if "forward" in module.__dict__:
-            raise UnsupportedAttentionError("the forward of BLOOM's attention was replaced on the instance")
-    return modules
+        forwards.append((module, functools.partial(_bloom_attention, module)))
+    return forwards
 
 
 # ---------------------------------------------------------------------------------------------- seam: mask
@@ -252,7 +265,7 @@ def packed_attention(body: nn.Module, seam: str, packing: Packing) -> Iterator[T
     """
     configs = families.attention_configs(body)
     restore = [(config, config._attn_implementation_internal, _ACTIVE.get(id(config))) for config in configs]
-    replaced = _bloom_attention_modules(body) if seam == "bloom" else []
+    replaced = _bloom_forwards(body) if seam == "bloom" else []
     mask = None
     if seam == "dense":
         allowed = visible(packing.layout.attention, None)[None, None]
@@ -263,11 +276,11 @@ def packed_attention(body: nn.Module, seam: str, packing: Packing) -> Iterator[T
             _ACTIVE[id(config)] = packing
             if seam != "dense":
                 config._attn_implementation_internal = name
-        for module in replaced:
-            module.forward = functools.partial(_bloom_attention, module)
+        for module, replacement in replaced:
+            module.forward = replacement
         yield mask
     finally:
-        for module in replaced:
+        for module, _ in replaced:
             module.__dict__.pop("forward", None)
         for config, implementation, before in restore:
             config._attn_implementation_internal = implementation

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM, 
 from softprompt import tiny
 from softprompt.tiny import generate, pretrain, recipe
 
-SMALL = pretrain.Recipe(vocab_size=400, hidden_size=32, n_layer=1, n_head=2, batch_size=16, text_rows=16)
+SMALL = pretrain.Recipe(
+    vocab_size=400, hidden_size=32, n_layer=1, n_head=2, batch_size=16, text_rows=16, learning_rate=1e-2
+)
 MEGABYTE = 1_000_000
 
 
@@ -162,11 +164,11 @@ def test_tuning_eight_virtual_tokens_takes_the_model_from_chance_to_the_task(mod
         prompted,
         tokenizer,
         recipe.read_table(tiny.train_table()),
-        epochs=4,
+        epochs=2,
         batch_size=8,
         learning_rate=3e-2,
     )
-    assert recipe.exact_match(prompted, tokenizer, rows) >= 0.9
+    assert recipe.exact_match(prompted, tokenizer, rows) >= 0.95
 
 
 def test_label_accuracy_is_the_share_of_greedily_decoded_labels(model, tokenizer):
