@@ -318,10 +318,8 @@ def _adapters_of_rows(
     return list(adapter_names)
 
 
-def _reason_for_stock(
-    model: Any, plan: Plan, names: list[str], labels: Tensor | None, extra: dict[str, Any]
-) -> str | None:
-    """Why this call goes to PEFT's forward, as a sentence, or None."""
+def adapter_obstacle(model: Any, names: Sequence[str]) -> str | None:
+    """Why these adapters of a PEFT model are not served, as a sentence, or None."""
     for name in dict.fromkeys(names):
         config = model.peft_config[name]
         if config.peft_type != PeftType.PROMPT_TUNING:
@@ -332,10 +330,18 @@ def _reason_for_stock(
             )
         if config.num_virtual_tokens == 0:
             return f"adapter {name!r} has no virtual tokens"
-    base = model.get_base_model()
-    if model.word_embeddings is not base.get_input_embeddings():
+    if model.word_embeddings is not model.get_base_model().get_input_embeddings():
         return "PEFT embeds tokens with another module than the model's input embeddings"
-    obstacle = obstacle_to(plan, compact=model._softprompt.options.positions == "compact")
+    return None
+
+
+def _reason_for_stock(
+    model: Any, plan: Plan, names: list[str], labels: Tensor | None, extra: dict[str, Any]
+) -> str | None:
+    """Why this call goes to PEFT's forward, as a sentence, or None."""
+    base = model.get_base_model()
+    compact = model._softprompt.options.positions == "compact"
+    obstacle = adapter_obstacle(model, names) or obstacle_to(plan, compact=compact)
     if obstacle is not None:
         return obstacle
     for name in ("output_attentions", "output_hidden_states"):
@@ -344,7 +350,8 @@ def _reason_for_stock(
             return f"{name} was asked for, which only the padded forward has"
     if extra.get("use_cache"):
         return "use_cache=True was asked for, and the packed row has no cache"
-    if extra.get("use_cache") is None and labels is None and not model.training:
+    caches = extra.get("use_cache") is None and getattr(base.config, "use_cache", True)
+    if caches and labels is None and not model.training:
         return (
             "without labels in evaluation mode the output holds a cache; use_cache=False takes the fast route"
         )

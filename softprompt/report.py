@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft import PeftModelForCausalLM
+
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO, choose_backend, triton_availability
-from softprompt.peft import state_of
+from softprompt.peft import adapter_obstacle, state_of
 
 _OPS_OF_ROUTE = {
     "packed": ("pack_layout", "embed_prompt", "shared_prompt_attention", "linear_cross_entropy"),
@@ -61,6 +63,8 @@ def explain(model: CausalLM) -> Report:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     plan = plan_for(base)
     refusal = state.refusal if state is not None else None
+    if refusal is None and isinstance(model, PeftModelForCausalLM):
+        refusal = adapter_obstacle(model, [model.active_adapter])
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = next(base.parameters()).device
     backend = state.options.backend if state is not None else AUTO

@@ -9,14 +9,16 @@ from torch import Tensor
 LENGTHS = (7, 3, 5)  # in rows of 8 every pad still sees the prompt through a window of 6
 
 
-def make_batch(lengths=LENGTHS, side="right", labels="answer", *, holes=False, width=None, seed=0, vocabulary=VOCABULARY):
+def make_batch(
+    lengths=LENGTHS, side="right", labels="answer", *, holes=False, width=None, seed=0, vocabulary=VOCABULARY
+):
     """A padded batch of random texts.
 
     Args:
         lengths: tokens of each text.
         side: where the pads are.
-        labels: "answer" (the last two tokens), "everywhere" (all tokens), "first" (the first token), "pads" (all tokens
-            and all pads), or None.
+        labels: "answer" (the last two tokens), "everywhere" (all tokens), "first" (the first token),
+            "pads" (all tokens and all pads), or None.
         holes: mask some tokens inside the texts.
         width: L; the longest text plus one when not given, so that every row has a pad.
         seed: of the texts.

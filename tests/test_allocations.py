@@ -1,9 +1,8 @@
-"""What a patched training step never makes: logits of more rows than have labels, and B copies of the prompt."""
+"""What a patched step never makes: logits of rows without labels, copies of the prompt, and pads."""
 
 import math
 
 import pytest
-import torch
 from parity import make_batch
 from tiny_models import prompted
 from torch.profiler import ProfilerActivity, profile
@@ -20,7 +19,7 @@ PACKED_TOKENS = PROMPT + NUM_TOKENS + PREDICTORS
 
 
 def shapes_of_a_step(model):
-    """The shapes of all tensors that any op of a step reads or writes, also inside the ops of this package."""
+    """The shapes of all tensors that the ops of a step read or write, also inside this package's ops."""
     model.train()
     model(**BATCH).loss.backward()  # plans and caches
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -48,7 +47,9 @@ def rows_of_the_body(shapes, hidden_size):
     return max(math.prod(s) // hidden_size for s in shapes if len(s) == 3 and s[-1] == hidden_size)
 
 
-@pytest.mark.parametrize("name, hidden_size", [("llama", 48), ("bloom", 32), ("gpt2", 48), ("gemma2", 48), ("opt", 48)])
+@pytest.mark.parametrize(
+    "name, hidden_size", [("llama", 48), ("bloom", 32), ("gpt2", 48), ("gemma2", 48), ("opt", 48)]
+)
 def test_a_packed_step_has_no_logits_beyond_the_labels_and_no_pads(name, hidden_size):
     model = prompted(name, num_virtual_tokens=PROMPT, vocab_size=VOCABULARY)
     stock = shapes_of_a_step(model)

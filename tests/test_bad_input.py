@@ -18,7 +18,9 @@ ROUTES = ["llama", "gptj", "gemma", "lfm2", "recurrent_gemma"]
 
 @pytest.fixture(scope="module")
 def models():
-    made = {name: softprompt.patch(prompted(name), on_unsupported="error") for name in (*ROUTES, "gpt2", "opt")}
+    made = {
+        name: softprompt.patch(prompted(name), on_unsupported="error") for name in (*ROUTES, "gpt2", "opt")
+    }
     for model in made.values():
         model(**BATCH)
     return made
@@ -100,16 +102,25 @@ WRONG = {
         {"attention_mask": torch.ones(3, 12)},
         r"attention_mask must be \[B, L\] = \[3, 8\], without the prompt, got shape \[3, 12\]",
     ),
-    "a mask of rank 4": ({"attention_mask": torch.ones(3, 1, 8, 8)}, r"attention_mask must be .*\[3, 1, 8, 8\]"),
+    "a mask of rank 4": (
+        {"attention_mask": torch.ones(3, 1, 8, 8)},
+        r"attention_mask must be .*\[3, 1, 8, 8\]",
+    ),
     "a mask of rank 1": ({"attention_mask": torch.ones(8)}, r"attention_mask must be .* got shape \[8\]"),
-    "a mask of other rows": ({"attention_mask": torch.ones(2, 8)}, r"attention_mask must be .* got shape \[2, 8\]"),
+    "a mask of other rows": (
+        {"attention_mask": torch.ones(2, 8)},
+        r"attention_mask must be .* got shape \[2, 8\]",
+    ),
     "labels with the prompt": (
         {"labels": torch.ones(3, 12, dtype=torch.int64)},
         r"labels must be \[B, L\] = \[3, 8\], without the prompt, got shape \[3, 12\]",
     ),
     "float labels": ({"labels": torch.ones(3, 8)}, "labels must be integers, got torch.float32"),
     "float ids": ({"input_ids": torch.ones(3, 8)}, "input_ids must be integers, got torch.float32"),
-    "ids of one row": ({"input_ids": torch.ones(8, dtype=torch.int64)}, r"input_ids must be \[B, L\], got shape \[8\]"),
+    "ids of one row": (
+        {"input_ids": torch.ones(8, dtype=torch.int64)},
+        r"input_ids must be \[B, L\], got shape \[8\]",
+    ),
     "no rows": (EMPTY, r"the batch is empty: expected at least one row, got shape \[0, 8\]"),
     "nothing": (dict.fromkeys(BATCH), "You have to provide either input_ids or inputs_embeds"),
     "embeddings of another width": (
@@ -145,7 +156,10 @@ def test_more_tokens_than_positions_are_refused_before_the_model_runs(models, na
     if length == 60:
         assert torch.isfinite(model(**batch).loss)
         return
-    with body_not_called(model), pytest.raises(ValueError, match="65 tokens long, but the model has 64 positions"):
+    with (
+        body_not_called(model),
+        pytest.raises(ValueError, match="65 tokens long, but the model has 64 positions"),
+    ):
         model(**batch)
     with pytest.raises(ValueError, match="65 tokens long"):
         softprompt.forward(model.get_base_model(), torch.zeros(5, 48), batch["input_ids"][:, :60])
@@ -160,7 +174,9 @@ def test_pads_beyond_the_positions_are_refused_where_they_count(models):
         assert torch.isfinite(compact(**batch).loss)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), build("llama"), "llama"], ids=["module", "transformers", "name"])
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), build("llama"), "llama"], ids=["module", "transformers", "name"]
+)
 def test_only_peft_models_are_patched(model):
     with pytest.raises(TypeError, match=rf"takes a PEFT model .* got {type(model).__name__}"):
         softprompt.patch(model)

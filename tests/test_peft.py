@@ -89,9 +89,8 @@ def test_patched_takes_the_patch_back_at_the_end_of_the_block(model):
 def test_patched_on_a_patched_model_restores_its_options(models):
     stock, fast = models
     softprompt.patch(fast)
-    with softprompt.patched(fast, positions="compact"):
-        with pytest.raises(AssertionError):
-            assert_same_step(fast, stock, BATCH)
+    with softprompt.patched(fast, positions="compact"), pytest.raises(AssertionError):
+        assert_same_step(fast, stock, BATCH)
     assert is_patched(fast)
     assert_same_step(fast, stock, BATCH)
 
@@ -182,7 +181,9 @@ def test_disable_adapter_gives_the_bare_model(models, moment):
         softprompt.patch(fast)
     assert torch.equal(inside.logits, bare.logits)
     assert torch.equal(inside.loss, bare.loss)
-    assert torch.equal(tokens, stock.get_base_model().generate(input_ids=BATCH["input_ids"], max_new_tokens=3))
+    assert torch.equal(
+        tokens, stock.get_base_model().generate(input_ids=BATCH["input_ids"], max_new_tokens=3)
+    )
     assert_same_step(fast, stock, BATCH)
     with fast.disable_adapter():
         assert torch.equal(fast(**BATCH).logits, bare.logits)
@@ -278,7 +279,12 @@ def test_generate_gives_the_tokens_of_peft(name):
     stock, fast = pair(prompted(name))
     softprompt.patch(fast)
     batch = {key: BATCH[key] for key in ("input_ids", "attention_mask")}
-    for options in ({}, {"num_beams": 2}, {"use_cache": False}, {"do_sample": True, "num_return_sequences": 2}):
+    for options in (
+        {},
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"do_sample": True, "num_return_sequences": 2},
+    ):
         torch.manual_seed(0)
         expected = stock.generate(**batch, max_new_tokens=5, **options)
         torch.manual_seed(0)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from parity import assert_close, assert_same_step, make_batch, prompt_of, step
-from tiny_models import build, pair, prompt_config, prompted, with_prompt
+from tiny_models import pair, prompt_config, prompted
 from torch import nn
 
 import softprompt
@@ -151,7 +151,7 @@ def test_each_row_may_name_its_adapter(several, side):
         real = batch["attention_mask"][row].bool()
         columns = got.logits[row, -len(real) :][real]
         assert_close(columns, logits[row][-len(real) :][real], 2e-5, f"logits of row {row}")
-        prompt = got.logits[row, : 9][9 - ADAPTERS[adapter] :]
+        prompt = got.logits[row, :9][9 - ADAPTERS[adapter] :]
         assert_close(prompt, logits[row][: ADAPTERS[adapter]], 2e-5, f"prompt logits of row {row}")
 
 
@@ -202,6 +202,24 @@ def test_a_hook_on_the_embedding_sees_the_padded_batch(name):
         model.get_base_model().get_input_embeddings().register_forward_hook(shaped_noise)
     assert_same_step(fast, stock, BATCH)
     assert (step(fast, BATCH).loss - quiet).abs() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["model", "model.norm", "model.layers.1.mlp"])
+def test_a_hook_inside_the_model_acts_once(part):
+    stock, fast = pair(prompted("llama"))
+    for model in (stock, fast):
+        module = model.get_base_model().get_submodule(part)
+        module.register_forward_hook(lambda module, args, output: scaled(output))
+    softprompt.patch(fast, on_unsupported="error")
+    assert_same_step(fast, stock, BATCH)
+    assert len(module._forward_hooks) == 1
+
+
+def scaled(output):
+    if isinstance(output, torch.Tensor):
+        return output * 1.3
+    output.last_hidden_state = output.last_hidden_state * 1.3
+    return output
 
 
 def test_a_hook_on_the_head_acts(models):
@@ -257,7 +275,7 @@ def test_a_changed_head_is_seen(models, part):
 
 @pytest.mark.parametrize("ignored", ["position_ids", "token_type_ids"])
 def test_arguments_that_peft_ignores_are_ignored_with_its_words(models, ignored):
-    stock, fast = models
+    stock = models[0]
     said = []
     for model in models:
         with warnings.catch_warnings(record=True) as caught:

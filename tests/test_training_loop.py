@@ -1,4 +1,4 @@
-"""The loop that PEFT's users write, with one line added: the same losses at every step and the same prompts."""
+"""The loop that PEFT's users write, with one line added: the same losses at every step, the same prompt."""
 
 import csv
 import functools
@@ -75,7 +75,7 @@ def token_ids(text, vocabulary):
 
 
 def complaints(vocabulary, length=64, batch_size=8):
-    """The rows of the task as left-padded batches: the text is masked in the labels, the label's words count."""
+    """The rows of the task as left-padded batches with labels on the answers."""
     with COMPLAINTS.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     samples = []

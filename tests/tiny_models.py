@@ -144,7 +144,7 @@ def build(name, dtype=torch.float64, implementation=None, **overrides):
 
 
 def _spread(model, embedding_scale):
-    """transformers starts with weights of 0.02, which hide mistakes: every layer shall matter."""
+    """Weights of 0.02, as transformers makes them, would hide mistakes: every layer shall matter."""
     generator = torch.Generator().manual_seed(1)
     embedding = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
@@ -174,7 +174,7 @@ def prompt_config(base, num_virtual_tokens=4):
 
 
 def with_prompt(base, num_virtual_tokens=4, seed=3):
-    """A PEFT model around `base`; its prompt is in the base's dtype, so that nothing is rounded in between."""
+    """A PEFT model around `base`, with the prompt in its dtype, so that nothing is rounded in between."""
     torch.manual_seed(seed)
     model = get_peft_model(base, prompt_config(base, num_virtual_tokens))
     model.prompt_encoder.to(next(base.parameters()).dtype)

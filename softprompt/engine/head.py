@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORE_INDEX = -100
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
@@ -40,14 +42,14 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
         asked = True
         return answer
 
-    before = body.__dict__.get("forward")
-    body.forward = forward
+    # The hidden rows come from behind the decoder's hooks: they must not act a second time.
+    replaced = {name: body.__dict__[name] for name in ("forward", *_HOOKS) if name in body.__dict__}
+    body.__dict__.update({name: OrderedDict() for name in _HOOKS}, forward=forward)
     try:
         logits = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
     finally:
         del body.__dict__["forward"]
-        if before is not None:
-            body.__dict__["forward"] = before
+        body.__dict__.update(replaced)
     if not asked:
         raise RuntimeError(f"{type(model).__name__} never calls the {type(body).__name__} that it holds")
     return logits

@@ -36,7 +36,9 @@ def test_input_embeddings_win_over_ids():
     assert batch.shape == (2, 5)
 
 
-@pytest.mark.parametrize("rows", [[1, 0], (1, 0), torch.tensor([1, 0]), torch.tensor([1, 0], dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "rows", [[1, 0], (1, 0), torch.tensor([1, 0]), torch.tensor([1, 0], dtype=torch.uint8)]
+)
 def test_the_prompts_of_rows_become_one_int32_tensor(rows):
     batch = check([PROMPT, torch.ones(2, 8)], prompt_of_row=rows)
     assert batch.prompt_of_row.dtype == torch.int32
@@ -63,13 +65,19 @@ WRONG = {
     ),
     "a mask of rank 4": ({"attention_mask": torch.ones(2, 1, 3, 3)}, r"got shape \[2, 1, 3, 3\]"),
     "a mask of rank 1": ({"attention_mask": torch.ones(3)}, r"got shape \[3\]"),
-    "longer labels": ({"labels": torch.ones(2, 7)}, r"labels must be \[B, L\] = \[2, 3\].* got shape \[2, 7\]"),
+    "longer labels": (
+        {"labels": torch.ones(2, 7)},
+        r"labels must be \[B, L\] = \[2, 3\].* got shape \[2, 7\]",
+    ),
     "float labels": ({"labels": torch.ones(2, 3)}, "labels must be integers, got torch.float32"),
     "bool labels": ({"labels": torch.ones(2, 3) > 0}, "labels must be integers, got torch.bool"),
     "no prompts": ({"prompts": ()}, "expected at least one prompt, got none"),
     "a wide prompt": ({"prompts": (torch.zeros(4, 9),)}, r"prompt 0 must be \[P, 8\], got \[4, 9\]"),
     "a flat prompt": ({"prompts": (PROMPT, torch.zeros(8))}, r"prompt 1 must be \[P, 8\], got \[8\]"),
-    "an empty prompt": ({"prompts": (torch.zeros(0, 8),)}, "prompt 0 has no virtual tokens, expected at least one"),
+    "an empty prompt": (
+        {"prompts": (torch.zeros(0, 8),)},
+        "prompt 0 has no virtual tokens, expected at least one",
+    ),
     "two prompts for no rows": ({"prompts": (PROMPT, PROMPT)}, "2 prompts need prompt_of_row"),
     "too few prompts of rows": ({"prompt_of_row": [0]}, "one entry for each of 2 rows, got 1"),
     "an unknown prompt": ({"prompt_of_row": [0, 1]}, r"prompt_of_row\[1\] = 1 is not one of the 1 prompts"),

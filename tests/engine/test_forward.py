@@ -22,7 +22,8 @@ def model_of(name):
 def random_prompts(*lengths, width=48, seed=3):
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(length, width, generator=generator, dtype=torch.float64).requires_grad_() for length in lengths
+        torch.randn(length, width, generator=generator, dtype=torch.float64).requires_grad_()
+        for length in lengths
     ]
 
 
@@ -50,7 +51,9 @@ def test_one_prompt_gives_the_result_of_peft(name):
     assert output.logits.shape == logits.shape
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "mistral-window", "gptj", "falcon", "gpt_oss", "qwen2-window"])
+@pytest.mark.parametrize(
+    "name", ["llama", "bloom", "mistral-window", "gptj", "falcon", "gpt_oss", "qwen2-window"]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_several_prompts_give_each_row_the_result_of_its_own(name, side):
     base = model_of(name)
@@ -68,8 +71,12 @@ def test_several_prompts_give_each_row_the_result_of_its_own(name, side):
         total, grads[number] = total + loss, grads[number] + grad
         real = one["attention_mask"][0].bool()
         length = prompts[number].shape[0]
-        assert_close(output.logits[row, 6:][real].detach(), logits[0, length:][real], 2e-5, f"logits of row {row}")
-        assert_close(output.logits[row, 6 - length : 6].detach(), logits[0, :length], 2e-5, f"prompt of row {row}")
+        assert_close(
+            output.logits[row, 6:][real].detach(), logits[0, length:][real], 2e-5, f"logits of row {row}"
+        )
+        assert_close(
+            output.logits[row, 6 - length : 6].detach(), logits[0, :length], 2e-5, f"prompt of row {row}"
+        )
     assert_close(output.loss.detach(), total, 2e-6, "loss")
     for number, prompt in enumerate(prompts):
         assert_close(prompt.grad, grads[number], 2e-5, f"gradient of prompt {number}")
@@ -147,7 +154,9 @@ def test_compact_positions_make_both_paddings_equal(name):
 
 def test_compact_positions_need_a_packed_route():
     (prompt,) = random_prompts(4)
-    with pytest.raises(softprompt.UnsupportedModelError, match=r'positions="compact" needs the packed route: .*mamba'):
+    with pytest.raises(
+        softprompt.UnsupportedModelError, match=r'positions="compact" needs the packed route: .*mamba'
+    ):
         softprompt.forward(model_of("mamba"), prompt, **BATCH, positions="compact")
 
 

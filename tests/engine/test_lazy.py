@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import convert_to_fp32
-from parity import assert_close, make_batch, prompt_of, real_columns, step
+from parity import assert_close, make_batch, prompt_of, real_columns
 from tiny_models import pair, prompted
 from transformers import Trainer, TrainingArguments
 
@@ -265,7 +265,12 @@ class Rows(torch.utils.data.Dataset):
 
 def arguments(path, **options):
     return TrainingArguments(
-        output_dir=str(path), use_cpu=True, report_to=[], per_device_train_batch_size=3, disable_tqdm=True, **options
+        output_dir=str(path),
+        use_cpu=True,
+        report_to=[],
+        per_device_train_batch_size=3,
+        disable_tqdm=True,
+        **options,
     )
 
 

@@ -137,7 +137,7 @@ def test_a_head_that_is_no_linear_layer_is_called():
 
 
 def test_a_head_whose_logits_are_changed_behind_it_is_found_out():
-    """Granite divides its logits; a configuration that hides it makes the fused head wrong, and numbers say so."""
+    """The fused head does not know of the change, and its numbers say so."""
     model = build("granite")
 
     class Hidden(type(model)):
@@ -160,7 +160,9 @@ def test_a_head_whose_logits_are_changed_behind_it_is_found_out():
 def test_a_loss_of_its_own_that_no_route_computes_leaves_the_stock_forward():
     stock, fast = pair(prompted("llama"))
     for model in (stock, fast):
-        model.get_base_model().loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().mean()
+        model.get_base_model().loss_function = lambda logits, labels, vocab_size, **kwargs: (
+            logits.square().mean()
+        )
     with pytest.warns(UserWarning, match="PEFT's own forward stays in use"):
         softprompt.patch(fast)
     plan = plan_for(fast.get_base_model())

@@ -218,12 +218,12 @@ def _kernel(
     num_tokens: int,
     longest_text: int,
     scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    backend: str,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = AUTO,
 ) -> Tensor:
     layout = AttentionLayout(
         slots,

@@ -30,7 +30,7 @@ class _Options:
     window: int | None
     softcap: float | None
     slopes: Tensor | None  # [Hq]
-    sinks: Tensor | None  # [Hq]
+    sinks: Tensor | None  # [Hq] in bias_dtype
     dropout_p: float
     explicit: bool  # needs something that scaled_dot_product_attention lacks
     bias_dtype: torch.dtype
@@ -67,15 +67,16 @@ def shared_prompt_attention(
         query, key, value = (
             functional.pad(tensor, (0, width - tensor.shape[2])) for tensor in (query, key, value)
         )
+    bias_dtype = torch.float32 if half and explicit else query.dtype
     options = _Options(
         scale=scale,
         window=sliding_window,
         softcap=softcap,
         slopes=alibi_slopes,
-        sinks=sinks,
+        sinks=None if sinks is None else sinks.to(bias_dtype),
         dropout_p=dropout_p,
         explicit=explicit,
-        bias_dtype=torch.float32 if half and explicit else query.dtype,
+        bias_dtype=bias_dtype,
     )
     run = _dense if _dense_is_cheaper(layout, query.shape[0] * query.shape[2]) else _padded
     out = run(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, options)
@@ -191,11 +192,9 @@ def _attend(
             scale=options.scale,
             enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
-    batch, heads, queries, _ = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
     # The query heads of one key head stand in one matrix, so that keys need not be repeated.
-    grouped = query.reshape(batch, kv_heads, -1, query.shape[3])
-    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, queries, keys)
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (grouped @ key.transpose(2, 3)).view(*query.shape[:3], key.shape[2])
     scores = scores.to(bias.scores.dtype) * options.scale
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
@@ -203,11 +202,11 @@ def _attend(
     if options.sinks is None:
         probabilities = scores.softmax(3)
     else:
-        sinks = options.sinks.to(scores.dtype)[:, None, None]
+        sinks = options.sinks[:, None, None]
         probabilities = (scores - torch.logaddexp(scores.logsumexp(3, keepdim=True), sinks)).exp()
     probabilities = functional.dropout(probabilities, options.dropout_p, options.dropout_p > 0)
-    out = probabilities.to(value.dtype).view(batch, kv_heads, -1, keys) @ value
-    return out.view(batch, heads, queries, -1)
+    out = probabilities.to(value.dtype).view(*grouped.shape[:3], key.shape[2]) @ value
+    return out.view(*query.shape[:3], value.shape[3])
 
 
 def _heads_first(rows: Tensor, batch_size: int) -> Tensor:

@@ -1,0 +1,122 @@
+"""Packed rows, inputs and options for the tests of `shared_prompt_attention`."""
+
+import importlib
+
+import torch
+
+from softprompt.layout import build_layout
+from softprompt.ops.shared_prompt_attention import shared_prompt_attention
+
+sdpa = importlib.import_module("softprompt.ops.shared_prompt_attention.sdpa")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference", "dense", "padded"]
+HEADS = [(4, 4, 8, 8), (4, 2, 8, 6), (3, 1, 6, 8)]  # Hq, Hkv, D, Dv
+OPTIONS = {
+    "none": {},
+    "scale": {"scale": 0.9},
+    "window 1": {"sliding_window": 1},
+    "window 3": {"sliding_window": 3},
+    "window 99": {"sliding_window": 99},
+    "softcap": {"softcap": 1.5},
+    "alibi": {"alibi_slopes": True},
+    "sinks": {"sinks": True},
+    "all": {"scale": 1.1, "sliding_window": 3, "softcap": 2.0, "alibi_slopes": True, "sinks": True},
+}
+# Rows of each batch: r a real token, . a pad.
+RIGHT, LEFT, HOLED = (
+    ["rrrrr", "r....", ".....", "rrr.."],
+    ["rrrrr", "....r", "..rrr"],
+    ["r.rr.", ".r..r", "rr.rr"],
+)
+BATCHES = {
+    "right": {"rows": RIGHT, "prompts": [3]},
+    "right, dummies": {"rows": RIGHT, "prompts": [3], "token_bucket": 16},
+    "left, predictors": {"rows": LEFT, "prompts": [4], "labelled": True},
+    "holed, predictors, mask positions": {
+        "rows": HOLED,
+        "prompts": [2],
+        "labelled": True,
+        "positions": "mask",
+        "token_bucket": 8,
+    },
+    "compact": {"rows": HOLED, "prompts": [2], "labelled": True, "positions": "compact"},
+    "ragged prompts": {
+        "rows": RIGHT + LEFT,
+        "prompts": [2, 5, 1],
+        "prompt_of_row": [2, 0, 1, 0, 1, 1, 2],
+        "labelled": True,
+        "token_bucket": 16,
+    },
+    "equal prompts, one unused": {"rows": RIGHT, "prompts": [3, 3, 3], "prompt_of_row": [2, 0, 0, 2]},
+    "one token": {"rows": ["..r"], "prompts": [1]},
+    "empty texts": {"rows": ["...", "..."], "prompts": [2, 3], "prompt_of_row": [0, 1], "token_bucket": 4},
+    "no rows": {"rows": [], "prompts": [4]},
+}
+
+
+def packed_batch(rows, prompts, prompt_of_row=None, labelled=False, **options):
+    mask = torch.tensor([[letter == "r" for letter in row] for row in rows], dtype=torch.int64)
+    mask = mask.view(len(rows), -1 if rows else 3).to(DEVICE)
+    return mask, build_layout(
+        mask,
+        prompts,
+        labels=torch.ones_like(mask) if labelled else None,
+        prompt_of_row=None if prompt_of_row is None else torch.tensor(prompt_of_row, device=DEVICE),
+        **options,
+    )
+
+
+def layout_of(name):
+    return packed_batch(**BATCHES[name])[1].attention
+
+
+def long_batch(num_texts=24, longest=40, prompt=20, seed=0):
+    lengths = torch.randint(1, longest + 1, (num_texts, 1), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(longest) < lengths).long().to(DEVICE)
+    return build_layout(mask, [prompt]).attention
+
+
+def tensors(layout, heads=HEADS[0], dtype=torch.float64, seed=0):
+    """query, key and value, in the layout in which models produce them."""
+    generator = torch.Generator().manual_seed(seed)
+    num_query, num_key, width, value_width = heads
+    return [
+        torch.randn(layout.num_rows, count, size, generator=generator, dtype=torch.float64)
+        .to(DEVICE, dtype)
+        .transpose(0, 1)
+        .requires_grad_()
+        for count, size in ((num_query, width), (num_key, width), (num_key, value_width))
+    ]
+
+
+def with_vectors(options, num_heads, dtype=torch.float64):
+    """The options with ALiBi slopes and sinks filled in."""
+    generator = torch.Generator().manual_seed(7)
+    filled = dict(options)
+    for name in ("alibi_slopes", "sinks"):
+        if filled.get(name) is True:
+            vector = torch.rand(num_heads, generator=generator, dtype=torch.float64)
+            filled[name] = vector.to(DEVICE, dtype).requires_grad_(name == "sinks")
+    return filled
+
+
+def results(inputs, layout, options, grad=None, **more):
+    """Output and gradients of all inputs, sinks included."""
+    out = shared_prompt_attention(*inputs, layout, **options, **more)
+    if grad is None:
+        shape = (out.shape[1], out.shape[0], out.shape[2])
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).transpose(
+            0, 1
+        )
+    wanted = [*inputs, *([options["sinks"]] if options.get("sinks") is not None else [])]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.device, out.dtype))]
+
+
+def hold(monkeypatch, name):
+    """The back end of that name; "dense" and "padded" are "sdpa" held to one of its forms."""
+    if name == "reference":
+        return name
+    dense = name == "dense"
+    monkeypatch.setattr(sdpa, "_dense_is_cheaper", lambda layout, width: dense and layout.num_tokens > 0)
+    return "sdpa"

@@ -1,0 +1,51 @@
+"""`explain` says which route a model takes and why, and what would be faster."""
+
+from tiny_models import prompted
+
+import softprompt
+
+
+def test_explain_names_the_route_before_and_after_patching():
+    routes = {}
+    for name in ("llama", "bloom", "gptj", "falcon", "gemma", "recurrent_gemma", "mamba"):
+        model = prompted(name)
+        before = softprompt.explain(model)
+        assert not before.patched
+        assert "not patched" in str(before)
+        after = softprompt.explain(softprompt.patch(model))
+        assert after.patched
+        assert "not patched" not in str(after)
+        assert after.route == before.route
+        assert f"route: {after.route}" in str(after)
+        routes[name] = (after.route, dict(after.details)["attention"])
+        assert softprompt.explain(model.get_base_model()).route == after.route
+    assert routes == {
+        "llama": ("packed", "interface seam"),
+        "bloom": ("packed", "bloom seam"),
+        "gptj": ("packed", "mask seam"),
+        "falcon": ("packed", "dense seam"),
+        "gemma": ("packed", "interface seam"),
+        "recurrent_gemma": ("padded", "the model's own"),
+        "mamba": ("padded", "the model's own"),
+    }
+
+
+def test_explain_says_what_would_be_faster():
+    model = prompted("gptj")
+    model.get_base_model().config.attn_pdrop = 0.1
+    model.get_base_model().gradient_checkpointing_enable()
+    model.train()
+    text = str(softprompt.explain(model))
+    for part in ("AttentionInterface", "no gradient checkpointing", "dropout off", "attn_pdrop"):
+        assert part in text
+
+
+def test_explain_knows_an_embedding_and_a_head_that_have_to_be_called():
+    model = prompted("gemma")
+    details = dict(softprompt.explain(model).details)
+    assert "called as a module" in details["embedding"]
+    assert details["head"] == "label rows, fused cross-entropy"
+    model.get_base_model().lm_head.register_forward_hook(lambda module, args, output: output)
+    details = dict(softprompt.explain(model).details)
+    assert details["head"] == "label rows, the model's own head"
+    assert "hooks" in details["head, why"]
