@@ -19,7 +19,7 @@ from peft import PeftModel, PeftModelForCausalLM, PeftType
 from torch import Tensor, nn
 
 from softprompt.engine import Plan, families, plan_for, run_plan
-from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.batch import Batch, check_batch, check_texts
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
     POSITIONS,
@@ -28,6 +28,7 @@ from softprompt.engine.forward import (
     obstacle_to,
     prompt_width,
 )
+from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -131,6 +132,8 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
             unpatch(model)
         else:
             setattr(model, _STATE, before)
+            if before.refusal is None:
+                model.__class__ = _patched_class(before.stock_class)
 
 
 def state_of(model: nn.Module) -> PatchState | None:
@@ -142,6 +145,12 @@ def _refusal(model: PeftModel) -> str | None:
     """Why the class of this model is left alone, or None."""
     if not isinstance(model, PeftModelForCausalLM):
         return f"{type(model).__name__} is not a causal language model (task type CAUSAL_LM)"
+    stock = model.__dict__[_STATE].stock_class if _STATE in model.__dict__ else type(model)
+    for name in ("forward", "get_prompt"):
+        if getattr(stock, name) is not getattr(PeftModelForCausalLM, name):
+            return f"{stock.__name__} has a {name} of its own, which the packed forward would not call"
+    if "get_prompt" in model.__dict__:
+        return "the model's get_prompt was replaced on the instance"
     replaced = model.__dict__.get("forward")
     if replaced is not None and not _is_own_method(model, "forward", replaced):
         return (
@@ -204,11 +213,14 @@ class _Patched(PeftModelForCausalLM):
         """
         names = _adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         plan = plan_for(self.get_base_model())
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        text_length = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0
         reason = _reason_for_stock(
             self,
             plan,
             names,
             labels,
+            text_length,
             {
                 "output_attentions": output_attentions,
                 "output_hidden_states": output_hidden_states,
@@ -218,6 +230,8 @@ class _Patched(PeftModelForCausalLM):
         )
         if reason is not None:
             _fall_back(self, reason, adapter_names)
+            if kwargs.get("past_key_values") is None:
+                _check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -330,18 +344,47 @@ def adapter_obstacle(model: Any, names: Sequence[str]) -> str | None:
             )
         if config.num_virtual_tokens == 0:
             return f"adapter {name!r} has no virtual tokens"
+    if families.has_hooks(model.get_base_model()):
+        return "the language model itself has hooks or a replaced forward, which the packed route would skip"
     if model.word_embeddings is not model.get_base_model().get_input_embeddings():
         return "PEFT embeds tokens with another module than the model's input embeddings"
     return None
 
 
+def _check_stock_input(
+    base: Any,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+) -> None:
+    """The errors of the fast route, for a call that PEFT serves."""
+    ids, _ = check_texts(
+        prompt_width(base),
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        labels=labels,
+    )
+    raise_out_of_range(ids, labels, families.vocab_size(base))
+
+
 def _reason_for_stock(
-    model: Any, plan: Plan, names: list[str], labels: Tensor | None, extra: dict[str, Any]
+    model: Any,
+    plan: Plan,
+    names: list[str],
+    labels: Tensor | None,
+    text_length: int,
+    extra: dict[str, Any],
 ) -> str | None:
     """Why this call goes to PEFT's forward, as a sentence, or None."""
     base = model.get_base_model()
+    obstacle = adapter_obstacle(model, names)
+    if obstacle is not None:
+        return obstacle
+    longest = text_length + max(model.peft_config[name].num_virtual_tokens for name in names)
     compact = model._softprompt.options.positions == "compact"
-    obstacle = adapter_obstacle(model, names) or obstacle_to(plan, compact=compact)
+    obstacle = obstacle_to(plan, compact=compact, longest=longest)
     if obstacle is not None:
         return obstacle
     for name in ("output_attentions", "output_hidden_states"):

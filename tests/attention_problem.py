@@ -71,10 +71,12 @@ def layout_of(name):
     return packed_batch(**BATCHES[name])[1].attention
 
 
-def long_batch(num_texts=24, longest=40, prompt=20, seed=0):
+def long_batch(num_texts, longest, prompts, seed=0):
+    """Texts of random lengths, one after the other on the prompts in turn."""
     lengths = torch.randint(1, longest + 1, (num_texts, 1), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(longest) < lengths).long().to(DEVICE)
-    return build_layout(mask, [prompt]).attention
+    prompt_of_row = torch.arange(num_texts, device=DEVICE) % len(prompts)
+    return build_layout(mask, prompts, prompt_of_row=prompt_of_row).attention
 
 
 def tensors(layout, heads=HEADS[0], dtype=torch.float64, seed=0):

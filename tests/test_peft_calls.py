@@ -326,7 +326,7 @@ def test_dropout_of_the_frozen_model_is_announced_once_and_off_in_evaluation():
     softprompt.patch(fast, on_unsupported="error")
     assert_same_step(fast, stock, BATCH)
     fast.train()
-    with pytest.warns(UserWarning, match="dropout .*attn_pdrop"):
+    with pytest.warns(UserWarning, match=r"dropout \(.*p=0.1"):
         fast(**BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

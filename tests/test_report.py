@@ -31,12 +31,11 @@ def test_explain_names_the_route_before_and_after_patching():
 
 
 def test_explain_says_what_would_be_faster():
-    model = prompted("gptj")
-    model.get_base_model().config.attn_pdrop = 0.1
+    model = prompted("gptj", attn_pdrop=0.1)
     model.get_base_model().gradient_checkpointing_enable()
     model.train()
     text = str(softprompt.explain(model))
-    for part in ("AttentionInterface", "no gradient checkpointing", "dropout off", "attn_pdrop"):
+    for part in ("AttentionInterface", "no gradient checkpointing", "dropout off", "p=0.1"):
         assert part in text
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,9 @@ class Packing:
 # The packing of each model that is inside a packed call, by the id of its configuration objects. Not a
 # context variable: autograd recomputes checkpointed layers in threads of its own.
 _ACTIVE: dict[int, Packing] = {}
+# A packed call sets attributes of the model and of its configuration, which replicas in other threads may
+# share: one call at a time.
+IN_USE = threading.RLock()
 
 
 # ---------------------------------------------------------------------------------------------- seam:
@@ -261,8 +265,13 @@ def seams_for(model: CausalLM) -> tuple[str, ...]:
 def packed_attention(body: nn.Module, seam: str, packing: Packing) -> Iterator[Tensor | None]:
     """Makes `body` run on the packed row inside the block; yields the attention mask to call it with.
 
-    Whatever it sets is put back at the end, also after an exception.
+    Whatever it sets is put back at the end, also after an exception. One thread at a time is inside.
     """
+    with IN_USE:
+        yield from _packed_attention_alone(body, seam, packing)
+
+
+def _packed_attention_alone(body: nn.Module, seam: str, packing: Packing) -> Iterator[Tensor | None]:
     configs = families.attention_configs(body)
     restore = [(config, config._attn_implementation_internal, _ACTIVE.get(id(config))) for config in configs]
     replaced = _bloom_forwards(body) if seam == "bloom" else []

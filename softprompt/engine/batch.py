@@ -51,6 +51,50 @@ def check_batch(
     Raises:
         ValueError: says what was given and what is expected.
     """
+    input_ids, attention_mask = check_texts(
+        hidden_size,
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        labels=labels,
+    )
+    num_rows, device = attention_mask.shape[0], attention_mask.device
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    for number, prompt in enumerate(prompts):
+        if prompt.ndim != 2 or prompt.shape[1] != hidden_size:
+            raise ValueError(f"prompt {number} must be [P, {hidden_size}], got {list(prompt.shape)}")
+        if prompt.shape[0] == 0:
+            raise ValueError(f"prompt {number} has no virtual tokens, expected at least one")
+    if prompt_of_row is None and len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} prompts need prompt_of_row: the number of the prompt of each row")
+    rows: Tensor | None = None
+    if prompt_of_row is not None:
+        rows = _checked_rows(prompt_of_row, num_rows, len(prompts), device)
+    return Batch(tuple(prompts), rows, input_ids, inputs_embeds, attention_mask, labels)
+
+
+def check_texts(
+    hidden_size: int,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """The input ids that count (None beside `inputs_embeds`), and a mask.
+
+    Raises:
+        ValueError: says what was given and what is expected.
+    """
+    for name, value in (
+        ("input_ids", input_ids),
+        ("inputs_embeds", inputs_embeds),
+        ("attention_mask", attention_mask),
+        ("labels", labels),
+    ):
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
     if inputs_embeds is not None:
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size:
             raise ValueError(f"inputs_embeds must be [B, L, {hidden_size}], got {list(inputs_embeds.shape)}")
@@ -80,30 +124,12 @@ def check_batch(
             )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers, got {labels.dtype}")
-    if not prompts:
-        raise ValueError("expected at least one prompt, got none")
-    for number, prompt in enumerate(prompts):
-        if prompt.ndim != 2 or prompt.shape[1] != hidden_size:
-            raise ValueError(f"prompt {number} must be [P, {hidden_size}], got {list(prompt.shape)}")
-        if prompt.shape[0] == 0:
-            raise ValueError(f"prompt {number} has no virtual tokens, expected at least one")
-    if prompt_of_row is None and len(prompts) > 1:
-        raise ValueError(f"{len(prompts)} prompts need prompt_of_row: the number of the prompt of each row")
-    rows: Tensor | None = None
-    if prompt_of_row is not None:
-        rows = _checked_rows(prompt_of_row, num_rows, len(prompts), device)
-    return Batch(tuple(prompts), rows, input_ids, inputs_embeds, attention_mask, labels)
+    return input_ids, attention_mask
 
 
 def _checked_rows(
     prompt_of_row: Tensor | Sequence[int], num_rows: int, num_prompts: int, device: torch.device
 ) -> Tensor:
-    if isinstance(prompt_of_row, Tensor) and prompt_of_row.device.type != "cpu":
-        # The numbers cannot be looked at without waiting for the device: clamp them, so that nothing reads
-        # outside.
-        if prompt_of_row.shape != (num_rows,):
-            raise ValueError(f"prompt_of_row must be [{num_rows}], got {list(prompt_of_row.shape)}")
-        return prompt_of_row.clamp(0, num_prompts - 1).int()
     numbers = prompt_of_row.tolist() if isinstance(prompt_of_row, Tensor) else list(prompt_of_row)
     if len(numbers) != num_rows:
         raise ValueError(f"prompt_of_row must have one entry for each of {num_rows} rows, got {len(numbers)}")

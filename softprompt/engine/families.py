@@ -25,6 +25,8 @@ _POSITION_TABLES = {
     "codegen": "max_position_embeddings",
     "mpt": "max_seq_len",
 }
+# Attention whose mask is a buffer indexed by the place in the row; too short a probe would not show it.
+_MASKS_BY_PLACE = ("gpt_neo",)
 _PLAIN_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
@@ -57,6 +59,12 @@ def body_of(model: CausalLM) -> nn.Module:
     get_decoder: Any = getattr(body, "get_decoder", None)
     inner = get_decoder() if get_decoder is not None else None
     return inner if isinstance(inner, nn.Module) else body
+
+
+def vocab_size(model: CausalLM) -> int:
+    """V of the input embeddings."""
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", 0) or config_of(model).vocab_size)
 
 
 def attention_configs(body: nn.Module) -> list[Any]:
@@ -98,6 +106,10 @@ def position_limit(model: CausalLM, body: nn.Module) -> int | None:
 def packing_obstacle(model: CausalLM) -> str | None:
     """Why rows of this model cannot share one packed row, or None."""
     config = config_of(model)
+    if config.model_type in _MASKS_BY_PLACE:
+        return f"{config.model_type} masks tokens by their place in the row, which packing changes"
+    if getattr(config, "attn_temperature_tuning", False):
+        return f"{config.model_type} scales its attention by the place in the row, which packing changes"
     if getattr(model, "_is_stateful", False):
         return f"{config.model_type} keeps a recurrent state, which would leak from one text into the next"
     kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
@@ -177,17 +189,31 @@ def head_facts(model: CausalLM) -> HeadFacts:
     return HeadFacts(scale, float(softcap) if softcap else None)
 
 
+def rotary_switch(model: CausalLM) -> int | None:
+    """Length from which dynamic and longrope rotary embeddings change, None for others.
+
+    They look at the largest position of the batch, which pads on the right belong to.
+    """
+    config = config_of(model)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope"):
+            original = kind.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            return int(original or config.max_position_embeddings)
+    return None
+
+
 def dropout_of(model: CausalLM) -> list[str]:
-    """Names of the dropout settings above 0, which act in training mode."""
-    fields = config_of(model).to_dict()
-    active = {
-        name
-        for name, value in fields.items()
-        if (name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0)
-    }
-    active |= {
-        f"{type(m).__name__}(p={m.p})" for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0
-    }
+    """Names of the random settings above 0, which act in training mode."""
+    active = set()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            active.add(f"{type(module).__name__}(p={module.p})")
+        # Attention functions are handed a number that the module keeps.
+        for name, value in vars(module).items():
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+                active.add(f"{type(module).__name__}.{name}={value}")
     return sorted(active)
 
 

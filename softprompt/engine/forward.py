@@ -13,9 +13,10 @@ from softprompt.engine import families
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.head import loss_of_rows, own_logits
-from softprompt.engine.lazy import LazyLogits, in_this_mode
+from softprompt.engine.lazy import LazyLogits, in_this_mode, with_gradient
 from softprompt.engine.packed import HiddenRows
 from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
 
 ON_UNSUPPORTED = ("fallback", "error")
@@ -54,7 +55,8 @@ def forward(
         input_ids: [B, L] integers, without the prompt.
         attention_mask: [B, L], 0 = pad, any padding side. None: no pads.
         labels: [B, L] integers, -100 = no label. None: no loss.
-        prompt_of_row: [B], the number of the prompt of each row. None: prompt 0 (only with one prompt).
+        prompt_of_row: [B], the number of the prompt of each row; a list is best, since a tensor on a GPU is
+            read back. None: prompt 0 (only with one prompt).
         inputs_embeds: [B, L, H] instead of `input_ids`.
         num_items_in_batch: what the summed loss is divided by (gradient accumulation).
         positions: "padded": as in a padded batch `[prompt | text]`, so equal to PEFT; "compact": pads do not
@@ -85,11 +87,13 @@ def forward(
     )
     plan = plan_for(model)
     compact = positions == "compact"
-    obstacle = obstacle_to(plan, compact=compact)
+    longest = max(batch.prompt_lengths) + batch.shape[1]
+    obstacle = obstacle_to(plan, compact=compact, longest=longest)
     if obstacle is not None:
         if on_unsupported == "error" or compact or len(set(batch.prompt_lengths)) > 1:
             raise UnsupportedModelError(obstacle)
         warnings.warn(f"softprompt: {obstacle}", stacklevel=2)
+        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(model))
         extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         output = stock_forward(model, batch, **extra)
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
@@ -105,12 +109,23 @@ def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def obstacle_to(plan: Plan, *, compact: bool) -> str | None:
-    """Why a call cannot take the plan's fast route, as a sentence, or None."""
+def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0) -> str | None:
+    """Why a call cannot take the plan's fast route, as a sentence, or None.
+
+    Args:
+        plan: of the model.
+        compact: whether pads are left out of the positions.
+        longest: prompt and padded text of the call, in tokens.
+    """
     if plan.route == "stock":
         return f"the model's own forward is used: {plan.reason}"
     if compact and plan.route != "packed":
         return f'positions="compact" needs the packed route: {plan.reason}'
+    if plan.rotary_switch is not None and longest > plan.rotary_switch and not compact:
+        return (
+            f"the model's rotary embedding changes beyond {plan.rotary_switch} positions, and in a padded "
+            f"batch of {longest} pads count for that"
+        )
     return None
 
 
@@ -150,24 +165,17 @@ def run_plan(
             num_items=num_items,
             backend=backend,
         )
-    return loss, _lazy_logits(model, rows, plan.logits_dtype)
+    return loss, _lazy_logits(model, plan, rows)
 
 
-def _lazy_logits(model: CausalLM, rows: HiddenRows, dtype: torch.dtype | None) -> LazyLogits:
-    head = model.get_output_embeddings()
-    weight = head.weight
-    vocab_size = int(getattr(head, "out_features", weight.shape[0]))
-    if dtype is None:
-        dtype = families.compute_dtype(weight) if weight.is_floating_point() else rows.hidden.dtype
+def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows) -> LazyLogits:
+    device_type, dtype = rows.hidden.device.type, plan.logits_dtype
+    if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
+        dtype = torch.get_autocast_dtype(device_type)
 
-    def make() -> Tensor:
-        return own_logits(model, rows.padded(), rows.output_class)
+    def values_of(hidden: Tensor) -> Tensor:
+        return own_logits(model, rows.padded(hidden), rows.output_class)
 
-    hidden = rows.hidden
-    return LazyLogits(
-        in_this_mode(make, hidden.device.type),
-        (*rows.padded_shape, vocab_size),
-        dtype,
-        hidden.device,
-        torch.is_grad_enabled() and hidden.requires_grad,
-    )
+    in_mode = in_this_mode(values_of, device_type)
+    shape = (*rows.padded_shape, plan.vocab_size)
+    return with_gradient(rows.hidden, in_mode, lambda: in_mode(rows.hidden), shape, dtype)

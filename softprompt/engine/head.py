@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompt.engine import families
+from softprompt.engine.attention import IN_USE
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
@@ -42,14 +43,15 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
         asked = True
         return answer
 
-    # The hidden rows come from behind the decoder's hooks: they must not act a second time.
-    replaced = {name: body.__dict__[name] for name in ("forward", *_HOOKS) if name in body.__dict__}
-    body.__dict__.update({name: OrderedDict() for name in _HOOKS}, forward=forward)
-    try:
-        logits = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
-    finally:
-        del body.__dict__["forward"]
-        body.__dict__.update(replaced)
+    with IN_USE:
+        # The hidden rows come from behind the decoder's hooks: they must not act a second time.
+        replaced = {name: body.__dict__[name] for name in ("forward", *_HOOKS) if name in body.__dict__}
+        body.__dict__.update({name: OrderedDict() for name in _HOOKS}, forward=forward)
+        try:
+            logits = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        finally:
+            del body.__dict__["forward"]
+            body.__dict__.update(replaced)
     if not asked:
         raise RuntimeError(f"{type(model).__name__} never calls the {type(body).__name__} that it holds")
     return logits

@@ -11,34 +11,40 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 # What a tensor can say of itself without its values. Everything else materialises.
-_KNOWN = {
-    getattr(torch.Tensor, name).__get__
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "is_cuda",
-        "is_sparse",
-        "is_quantized",
-        "is_meta",
-    )
-} | {
-    getattr(torch.Tensor, name)
-    for name in (
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "element_size",
-        "is_floating_point",
-        "__len__",
-    )
-}
-# Not `torch.Tensor.requires_grad`, which a property of Python shadows.
-_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
+_KNOWN = (
+    {
+        getattr(torch.Tensor, name).__get__
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "is_cuda",
+            "is_sparse",
+            "is_quantized",
+            "is_meta",
+        )
+    }
+    | {
+        # Not through `torch.Tensor`, whose properties of Python shadow these.
+        vars(torch._C.TensorBase)[name].__get__
+        for name in ("requires_grad", "grad_fn", "is_leaf")
+    }
+    | {
+        getattr(torch.Tensor, name)
+        for name in (
+            "size",
+            "dim",
+            "ndimension",
+            "numel",
+            "nelement",
+            "element_size",
+            "is_floating_point",
+            "__len__",
+        )
+    }
+)
 _CASTS: dict[Any, torch.dtype] = {
     torch.Tensor.float: torch.float32,
     torch.Tensor.double: torch.float64,
@@ -56,7 +62,6 @@ class LazyLogits(torch.Tensor):
 
     _make: Callable[[], Tensor]
     _value: Tensor | None
-    _has_grad: bool
 
     @staticmethod
     def __new__(
@@ -65,13 +70,11 @@ class LazyLogits(torch.Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        requires_grad: bool,
     ) -> LazyLogits:
         """Wraps `make`, which has to return a tensor of this shape, dtype and device."""
         lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         lazy._make = make
         lazy._value = None
-        lazy._has_grad = requires_grad
         return lazy
 
     @property
@@ -95,8 +98,6 @@ class LazyLogits(torch.Tensor):
             if func in _KNOWN:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if func == _REQUIRES_GRAD:
-                return first._has_grad
             if func in _CASTS and len(args) == 1 and not kwargs:
                 return first._derive(_CASTS[func], detach=False)
             if func is torch.Tensor.detach or func is torch.detach:
@@ -117,7 +118,9 @@ class LazyLogits(torch.Tensor):
             value = self.materialize()
             return (value.detach() if detach else value).to(target)
 
-        return LazyLogits(make, tuple(self.shape), target, self.device, self._has_grad and not detach)
+        if detach:
+            return LazyLogits(make, tuple(self.shape), target, self.device)
+        return with_gradient(self, lambda lazy: lazy.to(target), make, tuple(self.shape), target)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a file holds the values."""
@@ -132,6 +135,56 @@ class LazyLogits(torch.Tensor):
         return repr(self.materialize())
 
 
+class _Lazily(torch.autograd.Function):
+    """The node behind lazy logits, for code below Python's tensor functions that takes the wrapper itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: Tensor,
+        values_of: Callable[[Tensor], Tensor],
+        make: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(source)
+        ctx.values_of = values_of
+        return LazyLogits(make, shape, dtype, source.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return None, None, None, None, None
+        (source,) = ctx.saved_tensors
+        with torch.enable_grad():
+            inner = _plain(source).detach().requires_grad_()
+            (grad,) = torch.autograd.grad(ctx.values_of(inner), inner, _plain(grads[0]))
+        return grad, None, None, None, None
+
+
+def with_gradient(
+    source: Tensor,
+    values_of: Callable[[Tensor], Tensor],
+    make: Callable[[], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> LazyLogits:
+    """Lazy logits whose gradient goes to `source`.
+
+    Args:
+        source: what the values are computed from.
+        values_of: computes them, differentiably, from a tensor like `source`.
+        make: the same from `source` itself.
+        shape: of the values.
+        dtype: of the values.
+    """
+    if not (torch.is_grad_enabled() and source.requires_grad):
+        return LazyLogits(make, shape, dtype, source.device)
+    lazy: LazyLogits = _Lazily.apply(source, values_of, make, shape, dtype)
+    return lazy
+
+
 def _plain(item: Any) -> Any:
     return item.materialize() if isinstance(item, LazyLogits) else item
 
@@ -142,8 +195,8 @@ def _modes(device_type: str, autocast: bool, dtype: torch.dtype, grad: bool) -> 
         yield
 
 
-def in_this_mode(make: Callable[[], Tensor], device_type: str) -> Callable[[], Tensor]:
-    """`make`, to be called later under the autocast and gradient modes of now."""
+def in_this_mode(values_of: Callable[[Tensor], Tensor], device_type: str) -> Callable[[Tensor], Tensor]:
+    """`values_of`, to be called later under the autocast and gradient modes of now."""
     modes = (
         device_type,
         torch.is_autocast_enabled(device_type),
@@ -151,8 +204,8 @@ def in_this_mode(make: Callable[[], Tensor], device_type: str) -> Callable[[], T
         torch.is_grad_enabled(),
     )
 
-    def later() -> Tensor:
+    def later(source: Tensor) -> Tensor:
         with _modes(*modes):
-            return make()
+            return values_of(source)
 
     return later

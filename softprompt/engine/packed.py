@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.engine import families
-from softprompt.engine.attention import Packing, packed_attention
+from softprompt.engine.attention import IN_USE, Packing, packed_attention
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.layout import PackedLayout, build_layout
@@ -29,11 +29,11 @@ class HiddenRows:
     padded_shape: tuple[int, int]  # B, P + L
     output_class: type  # of the decoder
 
-    def padded(self) -> Tensor:
-        """[B, P + L, H]; zero at pads that were not computed."""
+    def padded(self, hidden: Tensor) -> Tensor:
+        """Rows like `hidden` as [B, P + L, H]; zero at pads that were not computed."""
         if self.layout is not None:
-            return self.layout.scatter_rows(self.hidden)
-        return self.hidden.view(*self.padded_shape, -1)
+            return self.layout.scatter_rows(hidden)
+        return hidden.view(*self.padded_shape, hidden.shape[1])
 
 
 def packed_rows(
@@ -80,11 +80,15 @@ def packed_rows(
         backend=backend,
     )
     if position_limit is not None and layout.longest_context > position_limit:
-        _raise_too_long(layout.longest_context, position_limit)
+        # Predictors are counted but have no position; only an input this long is looked at again.
+        longest = max(batch.prompt_lengths) + int((batch.attention_mask != 0).sum(1).max())
+        if longest > position_limit:
+            _raise_too_long(longest, position_limit)
     embeds = _embed(embedding, batch, layout, backend)
     # The attention has no Triton kernel yet.
     attention_backend = AUTO if backend == "triton" else backend
-    stock = families.config_of(model)._attn_implementation
+    with IN_USE:
+        stock = families.config_of(model)._attn_implementation
     packing = Packing(layout, stock, attention_backend, examine)
     if families.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families
-from softprompt.engine.attention import seams_for
+from softprompt.engine.attention import IN_USE, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.head import loss_of_rows
@@ -45,7 +45,9 @@ class Plan:
     grad_error: float | None = None
     rejected: tuple[str, ...] = ()  # candidates that came before, and what was wrong with each
     output_class: type = CausalLMOutputWithPast  # of the model's own forward
-    logits_dtype: torch.dtype | None = None  # of the model's own logits, where it is not the head's
+    logits_dtype: torch.dtype = torch.float32  # of the model's own forward, without autocast
+    vocab_size: int = 0  # width of its logits
+    rotary_switch: int | None = None  # see `families.rotary_switch`
 
     def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> HiddenRows:
         """The hidden rows of a batch on this route.
@@ -77,12 +79,13 @@ def plan_for(model: CausalLM) -> Plan:
     """The plan of a causal LM: made on first use, and again after its attention, dtype, head or hooks have
     changed.
     """
-    key = _fingerprint(model)
-    known = _PLANS.get(model)
-    if known is None or known[0] != key:
-        known = (key, make_plan(model))
-        _PLANS[model] = known
-    return known[1]
+    with IN_USE:
+        key = _fingerprint(model)
+        known = _PLANS.get(model)
+        if known is None or known[0] != key:
+            known = (key, make_plan(model))
+            _PLANS[model] = known
+        return known[1]
 
 
 def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
@@ -96,6 +99,7 @@ def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
         None if embedding is None else (id(embedding), families.has_hooks(embedding)),
         None if head is None else (id(head), families.has_hooks(head)),
         id(getattr(model, "_loss_function", None)),
+        bool(getattr(model.config, "output_router_logits", False)),
     )
 
 
@@ -115,7 +119,13 @@ def make_plan(model: CausalLM) -> Plan:
             batch = _probe_batch(model)
             output, expected = _stock_step(model, batch)
             plan = _first_that_holds(model, batch, expected, limit)
-            return replace(plan, output_class=type(output), logits_dtype=_unusual_dtype(model, output.logits))
+            return replace(
+                plan,
+                output_class=type(output),
+                logits_dtype=output.logits.dtype,
+                vocab_size=output.logits.shape[-1],
+                rotary_switch=families.rotary_switch(model),
+            )
     except _StockFailedError as error:
         return Plan("stock", str(error))
 
@@ -133,6 +143,8 @@ def _structural_obstacle(model: CausalLM) -> str | None:
         return str(error)
     if model.get_output_embeddings() is None:
         return f"{type(model).__name__} has no language modelling head"
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        return "the model has no floating point weights"
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         return "some weights are on the meta device, so the self-check cannot run"
     if getattr(model.config, "output_router_logits", False):
@@ -230,10 +242,6 @@ def _probe_batch(model: CausalLM) -> Batch:
         prompt = embedding(ids[None, 12:])[0].detach().clone()
     prompt = prompt.to(torch.promote_types(prompt.dtype, torch.float32)).requires_grad_()
     return Batch((prompt,), None, input_ids, None, attention_mask, labels)
-
-
-def _unusual_dtype(model: CausalLM, logits: Tensor) -> torch.dtype | None:
-    return None if logits.dtype == _dtype(model) else logits.dtype
 
 
 def _stock_step(model: CausalLM, batch: Batch) -> tuple[Any, tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from tiny_models import pair, prompted
 from transformers import Trainer, TrainingArguments
 
 import softprompt
-from softprompt.engine.lazy import LazyLogits
+from softprompt.engine.lazy import LazyLogits, with_gradient
 
 BATCH = make_batch(side="right", labels="everywhere", width=7)  # the longest text fills its row
 REAL = real_columns(BATCH, 4)
@@ -27,7 +27,7 @@ def make_lazy(requires_grad=False, calls=None):
             calls.append(1)
         return value * 1
 
-    return LazyLogits(make, (2, 3, 4), torch.float32, torch.device("cpu"), requires_grad), value
+    return with_gradient(value, lambda source: source * 1, make, (2, 3, 4), torch.float32), value
 
 
 @pytest.fixture(params=["llama", "bloom", "opt", "mamba"])

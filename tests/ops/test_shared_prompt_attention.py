@@ -157,7 +157,7 @@ def plain_pytorch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name != "window 1"])  # truth: no gradient
 def test_the_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(backend, options, dtype):
-    layout = long_batch(num_texts=20, longest=12, prompt=10)
+    layout = long_batch(num_texts=20, longest=12, prompts=[10])
     heads = (4, 2, 16, 12)
     inputs = tensors(layout, heads, dtype)
     options = with_vectors(OPTIONS[options], heads[0], dtype)
@@ -176,16 +176,19 @@ def test_the_error_is_at_most_twice_that_of_plain_pytorch_in_the_same_dtype(back
         assert error <= 2 * limit + rounding
 
 
-def test_the_gradient_of_a_prompt_in_half_precision_is_summed_in_fp32(form):
-    layout = long_batch(num_texts=200, longest=5, prompt=4)
+@pytest.mark.parametrize("prompts", [[4], [4, 3]], ids=str)
+def test_the_gradient_of_a_prompt_in_half_precision_is_summed_in_fp32(form, prompts):
+    layout = long_batch(num_texts=400, longest=5, prompts=prompts)
     inputs = tensors(layout, dtype=torch.bfloat16)
     wide_inputs, _ = as_double(inputs, {})
-    grad = torch.ones(4, layout.num_rows, 8)  # all shares of one sign: a sum in bf16 would stop growing
+    grad = torch.ones(4, layout.num_rows, 8)
     truth = results(wide_inputs, layout, {}, grad, backend="reference")
     ours = results(inputs, layout, {}, grad, backend="sdpa")
     prompt = slice(0, layout.prompt_tokens)
-    assert truth[3][:, prompt].abs().max() > 100
-    torch.testing.assert_close(ours[3][:, prompt].double(), truth[3][:, prompt], rtol=0.006, atol=0.1)
+    # A GPU rounds the share of each text, and the shares of keys cancel.
+    for index in (2, 3) if DEVICE == "cpu" else (3,):
+        value, expected = ours[index][:, prompt].double(), truth[index][:, prompt]
+        torch.testing.assert_close(value, expected, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", ["none", "all"])
