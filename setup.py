@@ -1,4 +1,4 @@
-"""The package is described in pyproject.toml; the native ops of csrc/ will be built from here."""
+"""The package is described in pyproject.toml."""
 
 from setuptools import setup
 

@@ -114,6 +114,10 @@ def unpatch(model: Model) -> Model:
     """
     state: PatchState | None = model.__dict__.get(_STATE)
     if state is not None:
+        if getattr(model, "_adapters_disabled", False):
+            raise RuntimeError(
+                "unpatch the model outside of disable_adapter(), which puts its forward back at the end"
+            )
         _drop_bound_methods(model)
         model.__class__ = state.stock_class
         delattr(model, _STATE)
