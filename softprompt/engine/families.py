@@ -1,7 +1,6 @@
 """What the engine has to know of a causal LM: its parts, and the few facts that its code does not show.
 
-Everything here is a guess that the self-check of `plan.py` confirms or rejects with numbers; nothing is
-trusted.
+The self-check of `plan.py` confirms or rejects all of it with numbers, but for what depends on length.
 """
 
 from __future__ import annotations
