@@ -7,9 +7,10 @@ say which packed token is what; `build_layout` makes them with one read by the h
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +21,8 @@ from softprompt.ops.pack_layout import LayoutTensors, pack_layout
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 IGNORE_INDEX = -100
+_ROW_TENSORS = ("token_index", "position_ids", "slots", "key_slots", "segments", "sees")
+_LABEL_TENSORS = ("label_rows", "label_targets")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +46,11 @@ class PackedLayout:
     label_targets: Tensor  # [M], padded to the label bucket with -100
     prompt_lengths: tuple[int, ...]
     batch_shape: tuple[int, int]  # B, L
-    num_tokens: int  # N, predictors included
+    num_tokens: int | None  # N, predictors included; None, as below: only the device knows
     num_labels: int
-    longest_text: int
+    longest_text: int | None
     longest_context: int  # largest prompt + text of one row
+    uncut: LayoutTensors | None = None  # the tensors that these are cut from
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +79,27 @@ class PackedLayout:
             self.longest_text,
         )
 
+    def resized(self, num_rows: int, num_label_rows: int) -> PackedLayout:
+        """The same batch with T = `num_rows` (more or fewer dummies) and M = `num_label_rows`.
+
+        Raises:
+            ValueError: tokens or labels do not fit, or the layout was made with less room.
+        """
+        if self.uncut is None or self.num_tokens is None:
+            raise ValueError("this layout does not hold the tensors that it was cut from")
+        room, label_room = self.uncut.token_index.shape[0], self.uncut.label_rows.shape[0]
+        live = self.prompt_tokens + self.num_tokens
+        if not (live <= num_rows <= room and self.num_labels <= num_label_rows <= label_room):
+            raise ValueError(
+                f"expected {live} to {room} rows and {self.num_labels} to {label_room} label rows, "
+                f"got {num_rows} and {num_label_rows}"
+            )
+        return replace(
+            self,
+            **{name: getattr(self.uncut, name)[:num_rows] for name in _ROW_TENSORS},
+            **{name: getattr(self.uncut, name)[:num_label_rows] for name in _LABEL_TENSORS},
+        )
+
     def scatter_rows(self, packed: Tensor) -> Tensor:
         """Puts packed rows back into the padded layout.
 
@@ -84,7 +109,12 @@ class PackedLayout:
         Returns:
             [B, P + L, H] with P the longest prompt: a row's prompt (a shorter prompt stands at its end, next
             to the text), then its columns. Columns that were not packed (pads) are zero. Differentiable.
+
+        Raises:
+            ValueError: the host does not know how many tokens there are.
         """
+        if self.num_tokens is None:
+            raise ValueError("rows can only be put back by a layout whose number of tokens is known")
         num_rows, row_length = self.batch_shape
         longest = max(self.prompt_lengths)
         width = longest + row_length
@@ -118,6 +148,8 @@ def build_layout(
     positions: str = "slots",
     token_bucket: int = 1,
     label_bucket: int = 1,
+    capacity: int | None = None,
+    label_capacity: int | None = None,
     backend: str = AUTO,
 ) -> PackedLayout:
     """Packs a padded batch: one op, one read of its counts by the host, no other synchronisation.
@@ -132,6 +164,8 @@ def build_layout(
         positions: "slots", "mask" or "compact".
         token_bucket: T is rounded up to a multiple of this with dummy tokens that see only themselves.
         label_bucket: M is rounded up to a multiple of this with rows whose target is -100.
+        capacity: room for `PackedLayout.resized` beyond ΣP + B*L rows.
+        label_capacity: room for `PackedLayout.resized` beyond B*L label rows.
         backend: of `pack_layout`.
 
     Raises:
@@ -154,8 +188,8 @@ def build_layout(
         prompt_of_row=prompt_of_row,
         vocab_size=vocab_size,
         positions=positions,
-        capacity=round_up(prompt_tokens + num_rows * row_length, token_bucket),
-        label_capacity=round_up(num_rows * row_length, label_bucket),
+        capacity=max(round_up(prompt_tokens + num_rows * row_length, token_bucket), capacity or 0),
+        label_capacity=max(round_up(num_rows * row_length, label_bucket), label_capacity or 0),
         backend=backend,
     )
     num_tokens, num_labels, out_of_range, longest_text, longest_context = read_counts(tensors)
@@ -163,9 +197,6 @@ def build_layout(
         raise_out_of_range(input_ids, labels, vocab_size)
     total = round_up(prompt_tokens + num_tokens, token_bucket)
     labelled = round_up(num_labels, label_bucket)
-    offsets = torch.tensor([0, *itertools.accumulate(prompt_lengths)], dtype=torch.int32)
-    if attention_mask.is_cuda:
-        offsets = offsets.pin_memory().to(attention_mask.device, non_blocking=True)
     return PackedLayout(
         token_index=tensors.token_index[:total],
         position_ids=tensors.position_ids[:total],
@@ -173,7 +204,7 @@ def build_layout(
         key_slots=tensors.key_slots[:total],
         segments=tensors.segments[:total],
         sees=tensors.sees[:total],
-        cu_prompts=offsets,
+        cu_prompts=prompt_offsets(tuple(prompt_lengths), attention_mask.device),
         cu_texts=tensors.cu_texts,
         prompt_of_row=prompt_of_row.int(),
         label_rows=tensors.label_rows[:labelled],
@@ -184,7 +215,18 @@ def build_layout(
         num_labels=num_labels,
         longest_text=longest_text,
         longest_context=longest_context,
+        uncut=tensors,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def prompt_offsets(prompt_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[K + 1] int32: the first row of each prompt, and the first text row.
+
+    Made once, since a copy from the host makes it wait for the device.
+    """
+    with torch.inference_mode(False):  # what is made inside could not be used in a training step
+        return torch.tensor([0, *itertools.accumulate(prompt_lengths)], dtype=torch.int32, device=device)
 
 
 def read_counts(tensors: LayoutTensors) -> list[int]:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM, PeftType
+from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 
+from softprompt.calls import adapters_of_rows, check_stock_input, reason_for_stock
 from softprompt.engine import Plan, families, plan_for, run_plan
-from softprompt.engine.batch import Batch, check_batch, check_texts
+from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
     POSITIONS,
@@ -28,7 +29,7 @@ from softprompt.engine.forward import (
     obstacle_to,
     prompt_width,
 )
-from softprompt.layout import raise_out_of_range
+from softprompt.engine.graphs import StepGraphs
 from softprompt.ops.library import AUTO
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,14 +43,18 @@ class PatchOptions:
     positions: str = "padded"
     on_unsupported: str = "fallback"
     backend: str = AUTO
+    cuda_graphs: bool = True
+    compile: bool = False
 
 
 @dataclass
 class PatchState:
-    """What a patched instance carries beside its class: options, and the fallbacks that were met."""
+    """What a patched instance carries beside its class: options, recorded steps, and the fallbacks met."""
 
     options: PatchOptions
     stock_class: type
+    graphs: StepGraphs | None = None
+    tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `_tokens_of`
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
     said: set[str] = field(default_factory=set)  # notes that were given once
@@ -61,6 +66,8 @@ def patch(
     positions: str = "padded",
     on_unsupported: str = "fallback",
     backend: str = AUTO,
+    cuda_graphs: bool = True,
+    compile: bool = False,
 ) -> Model:
     """Makes a PEFT prompt-tuning model compute its loss on the packed route, in place.
 
@@ -75,6 +82,9 @@ def patch(
         on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
             the reason) or "error" (raise UnsupportedModelError).
         backend: "auto" or the name of a back end of the ops.
+        cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
+            and replay it afterwards. Steps that cannot be recorded run as without, with one warning.
+        compile: run the decoder of training steps through `torch.compile`; pays on a GPU, after minutes.
 
     Returns:
         The same model.
@@ -91,7 +101,7 @@ def patch(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
             f"got {type(model).__name__}; softprompt.forward takes a plain model and prompts"
         )
-    options = PatchOptions(positions, on_unsupported, backend)
+    options = PatchOptions(positions, on_unsupported, backend, cuda_graphs, compile)
     known: PatchState | None = model.__dict__.get(_STATE)
     state = PatchState(options, known.stock_class if known else type(model))
     state.refusal = _refusal(model)
@@ -215,11 +225,11 @@ class _Patched(PeftModelForCausalLM):
 
         Beside PEFT's arguments `adapter_names` gives each row of the batch its adapter.
         """
-        names = _adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
+        names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         plan = plan_for(self.get_base_model())
         given = input_ids if inputs_embeds is None else inputs_embeds
         text_length = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0
-        reason = _reason_for_stock(
+        reason = reason_for_stock(
             self,
             plan,
             names,
@@ -231,11 +241,12 @@ class _Patched(PeftModelForCausalLM):
                 "task_ids": task_ids,
                 **kwargs,
             },
+            compact=self._softprompt.options.positions == "compact",
         )
         if reason is not None:
             _fall_back(self, reason, adapter_names)
             if kwargs.get("past_key_values") is None:
-                _check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
+                check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -302,112 +313,35 @@ def _fast(
         compact=options.positions == "compact",
         num_items=num_items,
         backend=options.backend,
+        graphs=_graphs_of(model, base),
     )
+
+
+def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
+    state: PatchState = model._softprompt
+    if state.graphs is None or not state.graphs.are_of(base):
+        state.graphs = StepGraphs(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
+    return state.graphs
 
 
 def _prompt_of(model: Any, name: str) -> Tensor:
     """[P, H] of an adapter, through its own encoder."""
     encoder = model.prompt_encoder[name]
-    tokens = model.prompt_tokens[name].to(encoder.embedding.weight.device)
-    prompt: Tensor = encoder(tokens)
+    prompt: Tensor = encoder(_tokens_of(model, name, encoder.embedding.weight.device))
     return prompt
 
 
-def _adapters_of_rows(
-    model: Any,
-    adapter_names: Sequence[str] | None,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-) -> list[str]:
-    if adapter_names is None:
-        return [model.active_adapter]
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    num_rows = len(adapter_names) if given is None else given.shape[0]
-    if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
-        raise ValueError(
-            f"adapter_names must name one adapter for each of the {num_rows} rows, got {adapter_names!r}"
-        )
-    unknown = sorted(set(adapter_names) - set(model.peft_config))
-    if unknown:
-        raise ValueError(
-            f"adapter_names has unknown adapters {', '.join(unknown)}; the model has "
-            f"{', '.join(model.peft_config)}"
-        )
-    return list(adapter_names)
-
-
-def adapter_obstacle(model: Any, names: Sequence[str]) -> str | None:
-    """Why these adapters of a PEFT model are not served, as a sentence, or None."""
-    for name in dict.fromkeys(names):
-        config = model.peft_config[name]
-        if config.peft_type != PeftType.PROMPT_TUNING:
-            return f"adapter {name!r} is of type {PeftType(config.peft_type).value}; PROMPT_TUNING is served"
-        if config.num_transformer_submodules not in (None, 1):
-            return (
-                f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
-            )
-        if config.num_virtual_tokens == 0:
-            return f"adapter {name!r} has no virtual tokens"
-    if families.has_hooks(model.get_base_model()):
-        return "the language model itself has hooks or a replaced forward, which the packed route would skip"
-    if model.word_embeddings is not model.get_base_model().get_input_embeddings():
-        return "PEFT embeds tokens with another module than the model's input embeddings"
-    return None
-
-
-def _check_stock_input(
-    base: Any,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-) -> None:
-    """The errors of the fast route, for a call that PEFT serves."""
-    ids, _ = check_texts(
-        prompt_width(base),
-        input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        labels=labels,
-    )
-    raise_out_of_range(ids, labels, families.vocab_size(base))
-
-
-def _reason_for_stock(
-    model: Any,
-    plan: Plan,
-    names: list[str],
-    labels: Tensor | None,
-    text_length: int,
-    extra: dict[str, Any],
-) -> str | None:
-    """Why this call goes to PEFT's forward, as a sentence, or None."""
-    base = model.get_base_model()
-    obstacle = adapter_obstacle(model, names)
-    if obstacle is not None:
-        return obstacle
-    longest = text_length + max(model.peft_config[name].num_virtual_tokens for name in names)
-    compact = model._softprompt.options.positions == "compact"
-    obstacle = obstacle_to(plan, compact=compact, longest=longest)
-    if obstacle is not None:
-        return obstacle
-    for name in ("output_attentions", "output_hidden_states"):
-        asked = extra.get(name)
-        if asked or (asked is None and getattr(base.config, name, False)):
-            return f"{name} was asked for, which only the padded forward has"
-    if extra.get("use_cache"):
-        return "use_cache=True was asked for, and the packed row has no cache"
-    caches = extra.get("use_cache") is None and getattr(base.config, "use_cache", True)
-    if caches and labels is None and not model.training:
-        return (
-            "without labels in evaluation mode the output holds a cache; use_cache=False takes the fast route"
-        )
-    served = ("output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch")
-    ignored_by_peft = ("position_ids", "token_type_ids", "task_ids")
-    others = [n for n, v in extra.items() if v is not None and n not in (*served, *ignored_by_peft)]
-    if others:
-        return f"the call has arguments that the packed route does not serve: {', '.join(sorted(others))}"
-    return None
+def _tokens_of(model: Any, name: str, device: torch.device) -> Tensor:
+    """[P] PEFT's virtual token ids on the encoder's device. PEFT keeps them on the CPU; copying waits."""
+    tokens: Tensor = model.prompt_tokens[name]
+    if tokens.device == device:
+        return tokens
+    copies = model._softprompt.tokens
+    known = copies.get(name)
+    if known is None or known[0] is not tokens or known[1] != tokens._version or known[2].device != device:
+        with torch.inference_mode(False):
+            known = copies[name] = (tokens, tokens._version, tokens.to(device))
+    return known[2]
 
 
 def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None) -> None:

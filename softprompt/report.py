@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from peft import PeftModelForCausalLM
 
+from softprompt.calls import adapter_obstacle
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO, choose_backend, triton_availability
-from softprompt.peft import adapter_obstacle, state_of
+from softprompt.peft import state_of
 
 _OPS_OF_ROUTE = {
     "packed": ("pack_layout", "embed_prompt", "shared_prompt_attention", "linear_cross_entropy"),

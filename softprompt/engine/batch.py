@@ -136,4 +136,6 @@ def _checked_rows(
     for row, number in enumerate(numbers):
         if not 0 <= number < num_prompts:
             raise ValueError(f"prompt_of_row[{row}] = {number} is not one of the {num_prompts} prompts")
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
+    rows = torch.tensor(numbers, dtype=torch.int32)
+    # From pinned memory the host need not wait for the copy.
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
-from softprompt.engine.head import loss_of_rows, own_logits
+from softprompt.engine.graphs import StepGraphs, room_of
+from softprompt.engine.head import own_logits
 from softprompt.engine.lazy import LazyLogits, in_this_mode, with_gradient
-from softprompt.engine.packed import HiddenRows
+from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
 from softprompt.engine.plan import Plan, plan_for, stock_forward
-from softprompt.layout import raise_out_of_range
+from softprompt.engine.recorded import loss_of_hidden
+from softprompt.engine.recorders import first_line
+from softprompt.layout import PackedLayout, raise_out_of_range
 from softprompt.ops.library import AUTO
 
 ON_UNSUPPORTED = ("fallback", "error")
@@ -40,6 +44,7 @@ def forward(
     positions: str = "padded",
     on_unsupported: str = "fallback",
     backend: str = AUTO,
+    cuda_graphs: bool = True,
 ) -> CausalLMOutputWithPast:
     """The loss of a batch behind soft prompts: `CE(model([prompt_of_row(b) | text_b]), labels_b)` over all
     rows b.
@@ -64,6 +69,8 @@ def forward(
         on_unsupported: "fallback": a model that has no fast route runs on its own forward, with a warning;
             "error": UnsupportedModelError.
         backend: "auto" or the name of a back end of the ops.
+        cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
+            and replay it afterwards.
 
     Returns:
         CausalLMOutputWithPast with `loss` (None without labels; 0 with a zero gradient where no label counts)
@@ -98,9 +105,25 @@ def forward(
         output = stock_forward(model, batch, **extra)
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
     loss, logits = run_plan(
-        model, plan, batch, compact=compact, num_items=num_items_in_batch, backend=backend
+        model,
+        plan,
+        batch,
+        compact=compact,
+        num_items=num_items_in_batch,
+        backend=backend,
+        graphs=graphs_of(model) if cuda_graphs else None,
     )
     return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, StepGraphs] = weakref.WeakKeyDictionary()
+
+
+def graphs_of(model: CausalLM) -> StepGraphs:
+    """The recorded steps of the functional form."""
+    if model not in _GRAPHS:
+        _GRAPHS[model] = StepGraphs(model)
+    return _GRAPHS[model]
 
 
 def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -144,28 +167,83 @@ def run_plan(
     compact: bool = False,
     num_items: int | float | Tensor | None = None,
     backend: str = AUTO,
+    graphs: StepGraphs | None = None,
 ) -> tuple[Tensor | None, LazyLogits]:
-    """Loss (None without labels) and lazy logits of a batch on a plan's fast route."""
-    rows = plan.run(model, batch, compact=compact, backend=backend)
-    loss = None
-    if batch.labels is not None:
-        if rows.num_labels == 0:
-            warnings.warn(
-                "softprompt: every label of this batch is -100; the loss is 0 and so is its gradient "
-                "(a mean over no labels would be NaN and destroy the prompt)",
-                stacklevel=2,
-            )
-        loss = loss_of_rows(
-            model,
-            rows.hidden,
-            rows.label_rows,
-            rows.label_targets,
-            fused=plan.fused_head,
-            output_class=rows.output_class,
-            num_items=num_items,
-            backend=backend,
+    """Loss (None without labels) and lazy logits of a batch on a plan's fast route.
+
+    Args:
+        model: the causal LM.
+        plan: of the model.
+        batch: prompts, texts and labels.
+        compact: ignore pads in positions and windows (packed route only).
+        num_items: see `loss_of_rows`.
+        backend: of the ops.
+        graphs: records training steps of the packed route and replays them.
+    """
+    if plan.route == "packed":
+        loss, rows = _packed(model, plan, batch, compact, num_items, backend, graphs)
+    else:
+        rows = plan.run(model, batch, compact=compact, backend=backend)
+        loss = None if batch.labels is None else loss_of_hidden(model, plan, rows, num_items, backend)
+    if loss is not None and rows.num_labels == 0:
+        warnings.warn(
+            "softprompt: every label of this batch is -100; the loss is 0 and so is its gradient "
+            "(a mean over no labels would be NaN and destroy the prompt)",
+            stacklevel=2,
         )
     return loss, _lazy_logits(model, plan, rows)
+
+
+def _packed(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    compact: bool,
+    num_items: int | float | Tensor | None,
+    backend: str,
+    graphs: StepGraphs | None,
+) -> tuple[Tensor | None, HiddenRows]:
+    # Whatever the host has to think about comes before it waits for the layout's counts.
+    mode = None if graphs is None else graphs.mode_of(plan, batch)
+    layout = packed_layout(
+        model,
+        batch,
+        positions="compact" if compact else plan.positions,
+        position_limit=plan.position_limit,
+        backend=backend,
+        **({} if mode is None else room_of(batch)._asdict()),
+    )
+    if graphs is not None and mode is not None:
+        step = graphs.step(plan, batch, layout, mode, num_items=num_items, backend=backend)
+        if step is not None:
+            return step
+    rows = _rows_compiled_or_not(model, plan, batch, layout, backend, graphs)
+    if batch.labels is None:
+        return None, rows
+    return loss_of_hidden(model, plan, rows, num_items, backend), rows
+
+
+def _rows_compiled_or_not(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    layout: PackedLayout,
+    backend: str,
+    graphs: StepGraphs | None,
+) -> HiddenRows:
+    call_body = graphs.call_body() if graphs is not None else None
+    if graphs is not None and call_body is not None:
+        try:
+            return rows_of_layout(
+                model, batch, layout, seam=str(plan.seam), backend=backend, call_body=call_body
+            )
+        except Exception as error:  # compilers fail in many ways; the plain decoder decides whose fault it is
+            rows = rows_of_layout(model, batch, layout, seam=str(plan.seam), backend=backend)
+            reason = f"torch.compile of the decoder failed, it runs as it is: {first_line(error)}"
+            graphs.give_up_compiling(reason)
+            warnings.warn(f"softprompt: {reason}", stacklevel=2)
+            return rows
+    return rows_of_layout(model, batch, layout, seam=str(plan.seam), backend=backend)
 
 
 def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows) -> LazyLogits:

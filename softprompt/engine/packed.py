@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,41 @@ def packed_rows(
         IndexError: an id or a label outside the vocabulary.
         ValueError: prompt and text are longer than the position table.
     """
-    body, embedding = families.body_of(model), model.get_input_embeddings()
+    layout = packed_layout(
+        model,
+        batch,
+        positions=positions,
+        position_limit=position_limit,
+        backend=backend,
+        token_bucket=token_bucket,
+        label_bucket=label_bucket,
+    )
+    return rows_of_layout(model, batch, layout, seam=seam, examine=examine, backend=backend)
+
+
+def packed_layout(
+    model: CausalLM,
+    batch: Batch,
+    *,
+    positions: str,
+    position_limit: int | None,
+    backend: str = AUTO,
+    **room: int,
+) -> PackedLayout:
+    """The layout of a batch; the host waits here, and nowhere else in a step.
+
+    Args:
+        model: the causal LM.
+        batch: prompts, texts and labels.
+        positions: see `pack_layout`.
+        position_limit: length of the model's position table, None where there is none.
+        backend: of `pack_layout`.
+        room: buckets and capacities of `build_layout`.
+
+    Raises:
+        IndexError: an id or a label outside the vocabulary.
+        ValueError: prompt and text are longer than the position table.
+    """
     check_length(batch, positions, position_limit)
     layout = build_layout(
         batch.attention_mask,
@@ -73,28 +108,51 @@ def packed_rows(
         labels=batch.labels,
         input_ids=batch.input_ids,
         prompt_of_row=batch.prompt_of_row,
-        vocab_size=embedding.num_embeddings,
+        vocab_size=model.get_input_embeddings().num_embeddings,
         positions=positions,
-        token_bucket=token_bucket,
-        label_bucket=label_bucket,
         backend=backend,
+        **room,
     )
     if position_limit is not None and layout.longest_context > position_limit:
         # Predictors are counted but have no position; only an input this long is looked at again.
         longest = max(batch.prompt_lengths) + int((batch.attention_mask != 0).sum(1).max())
         if longest > position_limit:
             _raise_too_long(longest, position_limit)
-    embeds = _embed(embedding, batch, layout, backend)
-    # The attention has no Triton kernel yet.
-    attention_backend = AUTO if backend == "triton" else backend
+    return layout
+
+
+def rows_of_layout(
+    model: CausalLM,
+    batch: Batch,
+    layout: PackedLayout,
+    *,
+    seam: str,
+    examine: bool = False,
+    backend: str = AUTO,
+    call_body: Callable[..., Any] | None = None,
+) -> HiddenRows:
+    """Runs the decoder once over a batch that has its layout. Reads nothing back from the device.
+
+    Args:
+        model: the causal LM.
+        batch: prompts and texts.
+        layout: which packed token is what.
+        seam: how the attention gets in, see `engine.attention`.
+        examine: look at the model's mask functions too (self-check).
+        backend: of the ops.
+        call_body: the decoder as something else calls it (`torch.compile`); None: as it is.
+    """
+    body = families.body_of(model)
+    embeds = _embed(model.get_input_embeddings(), batch, layout, backend)
     with IN_USE:
         stock = families.config_of(model)._attn_implementation
-    packing = Packing(layout, stock, attention_backend, examine)
+    # The attention has no Triton kernel yet.
+    packing = Packing(layout, stock, AUTO if backend == "triton" else backend, examine)
     if families.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []
         hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)
         return _rows(hidden, layout, output_class[0])
-    output = _run_body(body, seam, packing, embeds)
+    output = _run_body(body, seam, packing, embeds, call_body)
     return _rows(output.last_hidden_state, layout, type(output))
 
 
@@ -144,7 +202,13 @@ def _embed(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> 
     return torch.cat([batch.joined_prompts(rows.device).to(rows.dtype), rows])[None]
 
 
-def _run_body(body: nn.Module, seam: str, packing: Packing, embeds: Tensor) -> Any:
+def _run_body(
+    body: nn.Module,
+    seam: str,
+    packing: Packing,
+    embeds: Tensor,
+    call_body: Callable[..., Any] | None = None,
+) -> Any:
     arguments: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False, "return_dict": True}
     if families.takes_position_ids(body):
         arguments["position_ids"] = packing.layout.position_ids.long()[None]
@@ -153,7 +217,7 @@ def _run_body(body: nn.Module, seam: str, packing: Packing, embeds: Tensor) -> A
             # Without any mask transformers would look for packed sequences in the position ids, and find
             # wrong ones.
             mask = torch.ones(1, embeds.shape[1], dtype=torch.bool, device=embeds.device)
-        return body(attention_mask=mask, **arguments)
+        return (call_body or body)(attention_mask=mask, **arguments)
 
 
 class _RecomputingBody(torch.autograd.Function):

@@ -215,8 +215,8 @@ def _kernel(
     cu_texts: Tensor,
     prompt_of_row: Tensor,
     prompt_lengths: list[int],
-    num_tokens: int,
-    longest_text: int,
+    num_tokens: int | None,
+    longest_text: int | None,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -259,7 +259,7 @@ def _kernel(
 _OP = define(
     "shared_prompt_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor position_ids,"
     " Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts, Tensor cu_texts,"
-    " Tensor prompt_of_row, int[] prompt_lengths, SymInt num_tokens, SymInt longest_text, float scale,"
+    " Tensor prompt_of_row, int[] prompt_lengths, SymInt? num_tokens, SymInt? longest_text, float scale,"
     " int? sliding_window=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None,"
     ' float dropout_p=0.0, str backend="auto") -> Tensor',
     _kernel,

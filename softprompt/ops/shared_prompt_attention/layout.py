@@ -27,8 +27,10 @@ class AttentionLayout:
     cu_texts: Tensor  # [B + 1] first row of each text, and the first dummy
     prompt_of_row: Tensor  # [B] the prompt that each text sees
     prompt_lengths: tuple[int, ...]  # K
-    num_tokens: int  # N text tokens; rows from ΣP + N on are dummies, which see only themselves
-    longest_text: int
+    # N text tokens; rows from ΣP + N on are dummies, which see only themselves. None, for both: only the
+    # tensors tell, whose values may change under a recorded step, and every row is treated alike.
+    num_tokens: int | None
+    longest_text: int | None
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # made once a step by a back end
 
     @property
@@ -43,5 +45,7 @@ class AttentionLayout:
 
     @property
     def num_live(self) -> int:
-        """ΣP + N: all rows but the dummies."""
+        """ΣP + N: all rows but the dummies, or all rows where the host does not know N."""
+        if self.num_tokens is None:
+            return self.num_rows
         return self.prompt_tokens + self.num_tokens

@@ -61,7 +61,13 @@ def remember(layout: AttentionLayout, key: Hashable, make: Callable[[], Plan]) -
 
 
 def index_texts(layout: AttentionLayout) -> TextIndex:
-    """The index tensors of the padded texts; needs at least one text token."""
+    """The index tensors of the padded texts; needs at least one text token.
+
+    Raises:
+        ValueError: the layout does not know its sizes.
+    """
+    if layout.longest_text is None:
+        raise ValueError("the padded form needs a layout that knows its longest text")
     device = layout.slots.device
     prompts, live = layout.prompt_tokens, layout.num_live
     batch_size, longest = layout.prompt_of_row.shape[0], layout.longest_text

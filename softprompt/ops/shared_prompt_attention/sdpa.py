@@ -90,6 +90,8 @@ def _dense_is_cheaper(layout: AttentionLayout, width: int) -> bool:
     scattering a query costs as much as 60 pairs, copying a row of a prompt to a text as much as 25, and the
     calls that the padded form adds as much as 8,000 at a width of 512. A causal prompt visits half its pairs.
     """
+    if layout.num_tokens is None or layout.longest_text is None:
+        return True  # the padded form needs to know
     if layout.num_tokens == 0:
         return False
     batch_size, longest = layout.prompt_of_row.shape[0], layout.longest_text

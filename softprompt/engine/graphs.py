@@ -1,0 +1,340 @@
+"""The step graph: forward, loss and prompt gradient of a packed step, recorded once and replayed.
+
+The base is frozen and only d(prompts) is wanted, so a recorded step ends where the backward ends: it reads
+static tensors (ids, layout, prompts, the loss's denominator) and writes `loss`, `d(prompts)` and the hidden
+rows. `loss.backward()` then only scales d(prompts). A step is recorded when its size is met the second time;
+a size is the number of packed tokens and of label rows, both rounded up to a bucket.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.engine import families
+from softprompt.engine.attention import IN_USE
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.lazy import in_this_mode
+from softprompt.engine.packed import HiddenRows, rows_of_layout
+from softprompt.engine.plan import Plan
+from softprompt.engine.recorded import RecordedStep, StepBatch, record_step
+from softprompt.engine.recorders import RECORDERS, RecordingError, first_line
+from softprompt.engine.watch import Watch, shared_device_obstacle
+from softprompt.layout import PackedLayout, round_up
+
+MAX_GRAPHS = 16
+SIGHTINGS = 2  # a size that comes once is not worth a recording, which costs some eager steps
+_MAX_SIZES = 512  # sizes whose sightings are counted
+_TOKEN_BUCKET, _LABEL_BUCKET = 64, 16
+
+
+def bucket_of(count: int, smallest: int) -> int:
+    """`count` rounded up to a multiple of `smallest`, or of a sixteenth of the power of two below it.
+
+    So at most 6 % of a large count is added, and an octave has 16 buckets.
+    """
+    return round_up(count, max(smallest, 1 << max(count.bit_length() - 5, 0)))
+
+
+class Room(NamedTuple):
+    """What `build_layout` needs so that a layout can be resized to any bucket."""
+
+    capacity: int
+    label_capacity: int
+
+
+def room_of(batch: Batch) -> Room:
+    """Room for the buckets of a batch."""
+    num_rows, row_length = batch.shape
+    columns = num_rows * row_length
+    return Room(
+        bucket_of(sum(batch.prompt_lengths) + columns, _TOKEN_BUCKET),
+        bucket_of(max(columns, 1), _LABEL_BUCKET),
+    )
+
+
+@dataclass(eq=False)
+class Statistics:
+    """What became of the training steps of a model."""
+
+    replayed: int = 0
+    eager: int = 0
+    recorded: int = 0
+    dropped: int = 0
+
+
+class StepGraphs:
+    """The recorded steps of one model.
+
+    Args:
+        model: the causal LM; not kept alive.
+        cuda_graphs: whether to record at all.
+        compile: run the decoder through `torch.compile`, recorded or not.
+    """
+
+    def __init__(self, model: CausalLM, *, cuda_graphs: bool = True, compile: bool = False) -> None:
+        self._model = weakref.ref(model)
+        self._enabled = cuda_graphs
+        self._compile = compile
+        self._compiled: Callable[..., Any] | None = None
+        self._watch: Watch | None = None
+        self._lasting: str | None = None  # obstacle of the model as it is now
+        self._modes: dict[Hashable, tuple[int, str | None]] = {}  # mode of the model -> number, obstacle
+        self._graphs: OrderedDict[Hashable, RecordedStep] = OrderedDict()
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()
+        self._said: set[str] = set()
+        self._hidden: Tensor | None = None  # where the recorded steps leave their hidden rows
+        self.obstacle: str | None = None  # why the last training step was not served
+        self.compile_obstacle: str | None = None
+        self.statistics = Statistics()
+
+    def are_of(self, model: CausalLM) -> bool:
+        """Whether they were recorded of this very model."""
+        return self._model() is model
+
+    def __len__(self) -> int:
+        """How many graphs there are."""
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Drops all graphs."""
+        self.statistics.dropped += len(self._graphs)
+        self._graphs.clear()
+        self._seen.clear()
+        self._modes.clear()
+        self._hidden = None
+
+    def call_body(self) -> Callable[..., Any] | None:
+        """What runs the decoder: None for itself, or its compiled form."""
+        if not self._compile or not torch.is_grad_enabled():
+            return None
+        if self._compiled is None:
+            self._compiled = torch.compile(families.body_of(self._model()))
+        return self._compiled
+
+    def give_up_compiling(self, reason: str) -> None:
+        """From now on the decoder runs as it is."""
+        self._compile, self._compiled, self.compile_obstacle = False, None, reason
+        self.clear()
+
+    def mode_of(self, plan: Plan, batch: Batch) -> int | None:
+        """The number of the mode in which the model is, for `step`.
+
+        None: the call is no training step, or it cannot be recorded, and `obstacle` says why. Asked before
+        the host waits for the device, so that its time counts little.
+        """
+        if not self._enabled or batch.labels is None or plan.route != "packed":
+            return None
+        if not torch.is_grad_enabled() or not any(prompt.requires_grad for prompt in batch.prompts):
+            return None
+        with IN_USE:
+            mode, self.obstacle = self._mode_or_obstacle(plan, batch)
+        if self.obstacle is None:
+            return mode
+        self._say(self.obstacle, batch.attention_mask.device)
+        return None
+
+    def _mode_or_obstacle(self, plan: Plan, batch: Batch) -> tuple[int | None, str | None]:
+        model: Any = self._model()
+        device = batch.attention_mask.device
+        if device.type not in RECORDERS:
+            return None, f"CUDA graphs need a CUDA device, the batch is on {device.type}"
+        if batch.input_ids is None:
+            return None, "the batch comes as inputs_embeds"
+        if self._watch is None or not self._watch.same_structure():
+            self.clear()
+            self._watch, self._lasting = None, _lasting_obstacle(model, device)
+            if self._lasting is None:
+                self._watch = Watch(model)
+        if self._watch is None:
+            return None, self._lasting
+        if self._watch.has_hooks() or _global_hooks():
+            return None, "modules of the language model have hooks or a replaced forward"
+        if torch.is_anomaly_enabled():
+            return None, "anomaly detection is on"
+        mode = (self._watch.mode(), plan, _numerics(device.type))
+        if mode not in self._modes:
+            self._modes[mode] = (len(self._modes), _passing_obstacle(model, plan, device.type))
+        return self._modes[mode]
+
+    def step(
+        self,
+        plan: Plan,
+        batch: Batch,
+        layout: PackedLayout,
+        mode: int,
+        *,
+        num_items: int | float | Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, HiddenRows] | None:
+        """Loss and hidden rows of a batch, or None where it is to be run eagerly.
+
+        Args:
+            plan: of the model, on the packed route.
+            batch: with labels and ids.
+            layout: made with `room_of(batch)`.
+            mode: what `mode_of` said of this call.
+            num_items: see `loss_of_rows`.
+            backend: of the ops.
+        """
+        if batch.input_ids is None or layout.num_tokens is None:
+            return None
+        live = layout.prompt_tokens + layout.num_tokens
+        given = StepBatch(
+            batch.joined_prompts(batch.input_ids.device),
+            batch.input_ids,
+            layout.resized(
+                bucket_of(live, _TOKEN_BUCKET), bucket_of(max(layout.num_labels, 1), _LABEL_BUCKET)
+            ),
+            max(layout.num_labels, 1) if num_items is None else num_items,
+        )
+        with IN_USE:
+            recorded = self._recorded(plan, given, mode, backend)
+            if recorded is None:
+                self.statistics.eager += 1
+                return None
+            exact, model = layout.resized(live, layout.num_labels), self._model()
+
+            def again(prompts: Tensor) -> Tensor:
+                own = replace(batch, prompts=(prompts,), labels=None)
+                return rows_of_layout(model, own, exact, seam=str(plan.seam), backend=backend).hidden
+
+            loss, hidden = recorded(given, live, in_this_mode(again, given.prompts.device.type))
+            self.statistics.replayed += 1
+        num_rows, row_length = batch.shape
+        return loss, HiddenRows(
+            hidden,
+            exact.label_rows,
+            exact.label_targets,
+            exact.num_labels,
+            exact,
+            (num_rows, max(batch.prompt_lengths) + row_length),
+            recorded.output_class,
+        )
+
+    def _recorded(self, plan: Plan, batch: StepBatch, mode: int, backend: str) -> RecordedStep | None:
+        """The recorded step of this size, recorded now where it is worth it."""
+        prompts, layout = batch.prompts, batch.layout
+        key = (
+            layout.num_rows,
+            layout.label_rows.shape[0],
+            batch.columns,
+            batch.input_ids.shape[0],
+            layout.prompt_lengths,
+            prompts.dtype,
+            prompts.device,
+            mode,
+            backend,
+        )
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        if not self._is_worth_it(key):
+            return None
+        try:
+            recorded = record_step(
+                RECORDERS[prompts.device.type],
+                self._model,
+                plan,
+                batch,
+                self._place_for,
+                dtype=torch.promote_types(_compute_weight(self._model()).dtype, torch.float32),
+                backend=backend,
+                call_body=self.call_body(),
+            )
+        except (RecordingError, RuntimeError) as error:
+            self._refuse(mode, f"recording failed: {first_line(error)}")
+            self._say(str(self.obstacle), prompts.device)
+            return None
+        self._graphs[key] = recorded
+        self.statistics.recorded += 1
+        if len(self._graphs) > MAX_GRAPHS:
+            dropped, _ = self._graphs.popitem(last=False)
+            self._seen.pop(dropped, None)
+            self.statistics.dropped += 1
+        return recorded
+
+    def _is_worth_it(self, key: Hashable) -> bool:
+        self._seen[key] = self._seen.pop(key, 0) + 1
+        if len(self._seen) > _MAX_SIZES:
+            self._seen.popitem(last=False)
+        return self._seen[key] >= SIGHTINGS
+
+    def _place_for(self, hidden: Tensor) -> Tensor:
+        """[T, H] of a tensor that all graphs share, since a replay's hidden rows are copied away at once."""
+        rows, width = hidden.shape
+        known = self._hidden
+        if known is None or known.shape[0] < rows or known.shape[1] != width or known.dtype != hidden.dtype:
+            # Graphs that write to a smaller one keep it.
+            self._hidden = hidden.new_empty(1 << (rows - 1).bit_length(), width).detach()
+            known = self._hidden
+        return known[:rows]
+
+    def _say(self, reason: str, device: torch.device) -> None:
+        """One warning for each reason, where the device could have recorded."""
+        if device.type in RECORDERS and reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"softprompt: training steps are not recorded: {reason}", stacklevel=3)
+
+    def _refuse(self, mode: int, reason: str) -> None:
+        """No more tries in this mode of the model."""
+        self.obstacle = reason
+        self._modes = {m: (n, reason if n == mode else known) for m, (n, known) in self._modes.items()}
+
+
+def _compute_weight(model: CausalLM) -> Tensor:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    weight: Tensor = head if isinstance(head, Tensor) else next(iter(model.parameters()))
+    return weight
+
+
+def _numerics(device_type: str) -> tuple[Hashable, ...]:
+    """Process-wide settings that choose kernels."""
+    autocast = torch.is_autocast_enabled(device_type)
+    return (
+        torch.get_autocast_dtype(device_type) if autocast else None,
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _global_hooks() -> bool:
+    module = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
+def _lasting_obstacle(model: CausalLM, device: torch.device) -> str | None:
+    """What lasts as long as the weights stay where they are."""
+    obstacle = shared_device_obstacle(model)
+    if obstacle is not None:
+        return obstacle
+    weight = _compute_weight(model)
+    if weight.device != device:
+        return f"the weights are on {weight.device}, the batch is on {device}"
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return "the language model has trainable weights, whose gradients a recorded step does not make"
+    if families.rotary_switch(model) is not None:
+        return "its rotary embedding depends on the longest position, which the host has to read"
+    return None
+
+
+def _passing_obstacle(model: CausalLM, plan: Plan, device_type: str) -> str | None:
+    """What depends on training flags and autocast."""
+    body = families.body_of(model)
+    training = any(module.training for module in model.modules())
+    dropout = families.dropout_of(model) if training else []
+    if dropout:
+        return f"dropout is on in the language model ({', '.join(dropout)})"
+    if families.uses_gradient_checkpointing(body):
+        return "gradient checkpointing is on"
+    if families.compute_dtype(_compute_weight(model)) == torch.float16:
+        return "fp16 gradients have to be scaled before the backward, and a recorded step scales them after"
+    return None

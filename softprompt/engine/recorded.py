@@ -1,0 +1,243 @@
+"""One recorded step: what it reads, what it writes, and its node in the autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.head import loss_of_rows
+from softprompt.engine.packed import HiddenRows, rows_of_layout
+from softprompt.engine.plan import Plan
+from softprompt.engine.recorders import Recorder, Run
+from softprompt.layout import PackedLayout, prompt_offsets
+
+_COPIED = (
+    "token_index",
+    "position_ids",
+    "slots",
+    "key_slots",
+    "segments",
+    "sees",
+    "cu_texts",
+    "prompt_of_row",
+    "label_rows",
+    "label_targets",
+)
+_NO_MASK = torch.empty(0, 0)
+
+
+class StepBatch(NamedTuple):
+    """What changes from step to step."""
+
+    prompts: Tensor  # [ΣP, H]
+    input_ids: Tensor  # [B, L]
+    layout: PackedLayout  # resized to the buckets
+    num_items: int | float | Tensor  # denominator of the loss
+
+    @property
+    def columns(self) -> int:
+        """Room for B*L ids: the next power of two."""
+        return 1 << max(self.input_ids.numel() - 1, 0).bit_length()
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """The static tensors that a recorded step reads."""
+
+    prompts: Tensor  # [ΣP, H]
+    input_ids: Tensor  # [1, columns] int64, the batch's flattened
+    num_items: Tensor  # []
+    layout: dict[str, Tensor]  # int32, by the field's name
+    prompt_lengths: tuple[int, ...]
+
+    @staticmethod
+    def like(batch: StepBatch, dtype: torch.dtype) -> _Inputs:
+        """Tensors for a batch of this size; `dtype` is the loss's."""
+        device = batch.prompts.device
+        return _Inputs(
+            torch.empty(batch.prompts.shape, dtype=batch.prompts.dtype, device=device).requires_grad_(),
+            torch.zeros(1, batch.columns, dtype=torch.int64, device=device),
+            torch.empty((), dtype=dtype, device=device),
+            {name: torch.empty_like(getattr(batch.layout, name)) for name in _COPIED},
+            batch.layout.prompt_lengths,
+        )
+
+    @torch.no_grad()
+    def fill(self, batch: StepBatch) -> None:
+        """Copies a batch in: a handful of launches."""
+        torch._foreach_copy_(
+            list(self.layout.values()), [getattr(batch.layout, name) for name in self.layout]
+        )
+        self.prompts.copy_(batch.prompts)
+        self.input_ids[0, : batch.input_ids.numel()].copy_(batch.input_ids.reshape(-1))
+        if isinstance(batch.num_items, Tensor):
+            self.num_items.copy_(batch.num_items.reshape(()))
+        else:
+            self.num_items.fill_(batch.num_items)
+
+    def fresh_layout(self) -> PackedLayout:
+        """The layout, without what back ends have prepared from the values of an earlier run."""
+        tensors: dict[str, Any] = self.layout
+        return PackedLayout(
+            **tensors,
+            cu_prompts=prompt_offsets(self.prompt_lengths, self.prompts.device),
+            prompt_lengths=self.prompt_lengths,
+            batch_shape=(1, self.input_ids.shape[1]),
+            num_tokens=None,
+            num_labels=tensors["label_rows"].shape[0],
+            longest_text=None,
+            longest_context=tensors["slots"].shape[0],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedStep:
+    """A step that can be run again on other values of the same sizes."""
+
+    inputs: _Inputs
+    loss: Tensor  # []
+    grad: Tensor  # [ΣP, H]
+    hidden: Tensor  # [T, H]
+    output_class: type  # of the decoder
+    replay: Run
+
+    def __call__(
+        self, batch: StepBatch, live: int, again: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Replays the step on a batch.
+
+        Args:
+            batch: of the recorded sizes.
+            live: rows that are no dummies.
+            again: computes the [live, H] hidden rows anew from prompts; only called where a gradient reaches
+                the hidden rows by another way than the loss.
+
+        Returns:
+            The loss and the [live, H] hidden rows, differentiable in the prompts.
+        """
+        loss, hidden = _Replay.apply(batch.prompts, self, batch, live, again)
+        return loss, hidden
+
+
+class _Replay(torch.autograd.Function):
+    """Its gradient exists when the forward is over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prompts: Tensor,
+        step: RecordedStep,
+        batch: StepBatch,
+        live: int,
+        again: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        step.inputs.fill(batch)
+        step.replay()
+        ctx.save_for_backward(prompts, step.grad.clone())
+        ctx.again = again
+        return step.loss.clone(), step.hidden[:live].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_loss, of_hidden = grads
+        prompts, grad = ctx.saved_tensors
+        total = None if of_loss is None else grad * of_loss.to(grad.dtype)
+        if of_hidden is not None:
+            # Something other than the loss was made of the hidden rows, logits as a rule.
+            with torch.enable_grad():
+                own = prompts.detach().requires_grad_()
+                (more,) = torch.autograd.grad(ctx.again(own), own, of_hidden)
+            total = more if total is None else total + more
+        return total, None, None, None, None
+
+
+def record_step(
+    recorder: Recorder,
+    model_of: Callable[[], CausalLM],
+    plan: Plan,
+    batch: StepBatch,
+    place_for: Callable[[Tensor], Tensor],
+    *,
+    dtype: torch.dtype,
+    backend: str,
+    call_body: Callable[..., Any] | None,
+) -> RecordedStep:
+    """Records forward, loss and prompt gradient of a batch.
+
+    Args:
+        recorder: of the device.
+        model_of: the causal LM, as a weak reference.
+        plan: of the model, on the packed route.
+        batch: any values of the sizes to be recorded.
+        place_for: where hidden rows like the given ones are left.
+        dtype: of the loss.
+        backend: of the ops.
+        call_body: see `rows_of_layout`.
+
+    Raises:
+        RecordingError: the recorder cannot.
+        RuntimeError: a run fails, or memory runs out.
+    """
+    inputs = _Inputs.like(batch, dtype)
+    inputs.fill(batch)
+    loss = torch.empty((), dtype=dtype, device=batch.prompts.device)
+    grad = torch.empty_like(inputs.prompts, requires_grad=False)
+    left: dict[str, Any] = {}
+
+    def run() -> None:
+        model = model_of()
+        layout = inputs.fresh_layout()
+        own = Batch((inputs.prompts,), layout.prompt_of_row, inputs.input_ids, None, _NO_MASK, None)
+        with torch.enable_grad(), _uncached_autocast(loss.device.type):
+            rows = rows_of_layout(
+                model, own, layout, seam=str(plan.seam), backend=backend, call_body=call_body
+            )
+            now = loss_of_hidden(model, plan, rows, inputs.num_items, backend)
+            (gradient,) = torch.autograd.grad(now, inputs.prompts)
+        if not left:
+            left.update(hidden=place_for(rows.hidden), output_class=rows.output_class)
+        loss.copy_(now.detach())
+        grad.copy_(gradient)
+        left["hidden"].copy_(rows.hidden.detach())
+
+    replay = recorder.record(run, batch.prompts.device)
+    return RecordedStep(inputs, loss, grad, replay=replay, **left)
+
+
+def loss_of_hidden(
+    model: CausalLM,
+    plan: Plan,
+    rows: HiddenRows,
+    num_items: int | float | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """`loss_of_rows` as the plan wants it."""
+    return loss_of_rows(
+        model,
+        rows.hidden,
+        rows.label_rows,
+        rows.label_targets,
+        fused=plan.fused_head,
+        output_class=rows.output_class,
+        num_items=num_items,
+        backend=backend,
+    )
+
+
+def _uncached_autocast(device_type: str) -> torch.autocast:
+    """Autocast as it is, but without its cache of cast weights, which ends with the block that it is in."""
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+        cache_enabled=False,
+    )

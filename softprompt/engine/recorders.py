@@ -1,0 +1,128 @@
+"""How a step is recorded once and run again: as a CUDA graph or, where there is none, by running it again."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+Run = Callable[[], None]
+
+
+class RecordingError(RuntimeError):
+    """A step cannot be recorded; says why."""
+
+
+class Recorder(Protocol):
+    """Records callables of one kind of device. They read and write tensors that stay where they are."""
+
+    def record(self, run: Run, device: torch.device) -> Run:
+        """Runs `run` at least once and returns what runs the same operations again.
+
+        Raises:
+            RecordingError: it cannot be recorded.
+        """
+        ...
+
+
+class CudaGraphRecorder:
+    """One CUDA graph for each callable.
+
+    All graphs of a device share one memory pool: what they compute in between lies in the same place, so
+    their number costs little memory. That is right as long as nothing of a run outlives it but what it
+    copies into tensors from outside the pool, and as long as two graphs never run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, Any] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._last_replay: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def record(self, run: Run, device: torch.device) -> Run:
+        """See `Recorder`. The first run compiles what has to be compiled; the second has to be free of waits.
+
+        Looking for waits before the capture keeps a forward that waits from breaking a capture, which leaves
+        random generators and the allocator in a bad state.
+        """
+        with torch.cuda.device(device):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            if not any(True for _ in self._graphs):
+                self._pools.clear()  # the last graph of a pool takes the pool with it
+            if device not in self._pools:
+                self._pools[device] = torch.cuda.graph_pool_handle()
+            current, side = torch.cuda.current_stream(device), self._streams[device]
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                run()
+                _without_waits(run)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            gc.collect()  # nothing may be freed in the middle of a capture
+            try:
+                # Other threads (data loaders that pin memory) may go on with their own calls.
+                with torch.cuda.graph(
+                    graph, pool=self._pools[device], stream=side, capture_error_mode="thread_local"
+                ):
+                    run()
+            except Exception as error:
+                raise RecordingError(f"the capture failed: {first_line(error)}") from error
+            self._graphs.add(graph)
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                stream = torch.cuda.current_stream(device)
+                last = self._last_replay.get(device)
+                if last is not None and last[0] != stream:
+                    stream.wait_event(last[1])
+                    last = None
+                graph.replay()
+                event = torch.cuda.Event() if last is None else last[1]
+                event.record(stream)
+                self._last_replay[device] = (stream, event)
+
+        # The capture itself computes nothing.
+        replay()
+        return replay
+
+
+def _without_waits(run: Run) -> None:
+    """Runs `run`, and raises where it made the host wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        # Not "error", which other threads that wait for the device would meet too.
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [warning for warning in said if "synchronizing CUDA operation" in str(warning.message)]
+    if waits:
+        place = f"{Path(waits[0].filename).name}, line {waits[0].lineno}"
+        raise RecordingError(f"its forward or backward makes the host wait for the device ({place})")
+
+
+class RerunRecorder:
+    """Runs the callable itself again: everything about a step graph but its speed, on any device."""
+
+    def record(self, run: Run, device: torch.device) -> Run:
+        """See `Recorder`."""
+        run()
+        return run
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an exception, for a reason that is one sentence."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+# By the type of the device. Tests and rehearsals add one for the CPU.
+RECORDERS: dict[str, Recorder] = {"cuda": CudaGraphRecorder()}
