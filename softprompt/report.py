@@ -10,7 +10,7 @@ from softprompt.calls import adapter_obstacle
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO, choose_backend, triton_availability
-from softprompt.peft import state_of
+from softprompt.peft import PatchState, state_of
 
 _OPS_OF_ROUTE = {
     "packed": ("pack_layout", "embed_prompt", "shared_prompt_attention", "linear_cross_entropy"),
@@ -74,9 +74,7 @@ def explain(model: CausalLM) -> Report:
         patched=state is not None,
         route=route,
         reason=reason,
-        details=_details(base, plan, state.options.positions if state else "padded")
-        if route != "stock"
-        else (),
+        details=_details(base, plan, state) if route != "stock" else (),
         backends=_backends(route, plan, backend, device.type, base),
         rejected=plan.rejected if route != "stock" else (),
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
@@ -84,7 +82,8 @@ def explain(model: CausalLM) -> Report:
     )
 
 
-def _details(base: CausalLM, plan: Plan, positions: str) -> tuple[tuple[str, str], ...]:
+def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tuple[str, str], ...]:
+    positions = state.options.positions if state is not None else "padded"
     obstacle = families.embedding_obstacle(base.get_input_embeddings())
     rows = [
         ("attention", f"{plan.seam} seam" if plan.seam else "the model's own"),
@@ -97,6 +96,8 @@ def _details(base: CausalLM, plan: Plan, positions: str) -> tuple[tuple[str, str
     ]
     if plan.head_reason:
         rows.append(("head, why", plan.head_reason))
+    if plan.route == "packed" and state is not None:
+        rows += _recording(state)
     if plan.loss_error is not None and plan.grad_error is not None:
         rows.append(
             (
@@ -106,6 +107,25 @@ def _details(base: CausalLM, plan: Plan, positions: str) -> tuple[tuple[str, str
             )
         )
     return tuple(rows)
+
+
+def _recording(state: PatchState) -> list[tuple[str, str]]:
+    """What became of the training steps so far."""
+    rows = []
+    if not state.options.cuda_graphs:
+        rows.append(("step graph", "off (cuda_graphs=False)"))
+    elif state.graphs is None:
+        rows.append(("step graph", "no training step yet"))
+    else:
+        count = state.graphs.statistics
+        text = f"{len(state.graphs)} recorded, {count.replayed} steps replayed, {count.eager} not yet worth it"
+        if count.dropped:
+            text += f", {count.dropped} dropped"
+        rows.append(("step graph", text if state.graphs.obstacle is None else f"no: {state.graphs.obstacle}"))
+    if state.options.compile:
+        obstacle = state.graphs.compile_obstacle if state.graphs is not None else None
+        rows.append(("torch.compile", obstacle or "the decoder of training steps"))
+    return rows
 
 
 def _backends(

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,9 +12,19 @@ if not torch.cuda.is_available():
     torch.set_num_threads(int(os.environ.get("SOFTPROMPT_TEST_THREADS", "1")))
 
 
-def pytest_collection_modifyitems(config, items):
-    import pytest
+@pytest.fixture
+def tape(monkeypatch):
+    """Lets steps on the CPU be recorded, by something that behaves like a CUDA graph."""
+    from tape import TapeRecorder
 
+    from softprompt.engine import recorders
+
+    recorder = TapeRecorder()
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", recorder)
+    return recorder
+
+
+def pytest_collection_modifyitems(config, items):
     if torch.cuda.is_available():
         return
     for item in items:

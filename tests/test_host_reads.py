@@ -152,6 +152,20 @@ def test_a_step_with_several_adapters_reads_once(monkeypatch):
     assert events == ["read_counts", "body"]
 
 
+def test_a_replayed_step_reads_once_and_before_the_replay(tape, monkeypatch):
+    model = patched_model("llama")
+    for _ in range(3):
+        model(**BATCH).loss.backward()
+    with watched(model.get_base_model(), monkeypatch) as events:
+        # A replaced forward is not recorded, so the watch's own goes first.
+        del families.body_of(model.get_base_model()).__dict__["forward"]
+        before = tape.replays
+        model(**BATCH).loss.backward()
+        assert tape.replays == before + 1
+        families.body_of(model.get_base_model()).forward = None  # for the watch to put back
+    assert events == ["read_counts"]
+
+
 def test_a_recomputed_step_reads_once(monkeypatch):
     model = patched_model("llama")
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})

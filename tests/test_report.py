@@ -1,5 +1,6 @@
 """`explain` says which route a model takes and why, and what would be faster."""
 
+from parity import make_batch
 from tiny_models import prompted
 
 import softprompt
@@ -48,3 +49,22 @@ def test_explain_knows_an_embedding_and_a_head_that_have_to_be_called():
     details = dict(softprompt.explain(model).details)
     assert details["head"] == "label rows, the model's own head"
     assert "hooks" in details["head, why"]
+
+
+def test_explain_counts_recorded_steps_and_says_why_there_are_none(tape):
+    model = softprompt.patch(prompted("llama"))
+    assert dict(softprompt.explain(model).details)["step graph"] == "no training step yet"
+    for _ in range(5):
+        model(**make_batch()).loss.backward()
+    assert (
+        dict(softprompt.explain(model).details)["step graph"]
+        == "1 recorded, 4 steps replayed, 1 not yet worth it"
+    )
+    softprompt.patch(model, cuda_graphs=False)
+    assert "off" in dict(softprompt.explain(model).details)["step graph"]
+
+
+def test_explain_says_that_graphs_need_a_gpu():
+    model = softprompt.patch(prompted("llama"))
+    model(**make_batch()).loss.backward()
+    assert "no: CUDA graphs need a CUDA device" in dict(softprompt.explain(model).details)["step graph"]

@@ -92,3 +92,16 @@ def test_checkpoints_resume_and_the_best_model_is_loaded(tmp_path):
         losses.append([*whole, *resumed])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert_close(prompts[1], prompts[0], 1e-3, "the best prompt")
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_the_trainer_replays_recorded_steps_without_noticing(options, tape, tmp_path):
+    stock, fast = pair(prompted("llama", torch.float32))
+    softprompt.patch(fast, on_unsupported="error")
+    options = {"max_steps": 6, "num_train_epochs": 3} | options
+    _, expected = train(stock, tmp_path, **options)
+    _, got = train(fast, tmp_path, **options)
+    assert got == pytest.approx(expected, rel=2e-2 if "bf16" in options else 1e-4)
+    count = fast._softprompt.graphs.statistics
+    assert count.replayed >= 4
+    assert count.eager <= 2

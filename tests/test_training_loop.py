@@ -105,3 +105,12 @@ def test_thirty_steps_on_twitter_complaints_equal_peft():
     steps = [batches[number % len(batches)] for number in range(30)]
     losses = assert_same_training(stock, fast, steps, batches[0])
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.skipif(not COMPLAINTS.exists(), reason=f"{COMPLAINTS} is not here")
+def test_the_same_loop_on_recorded_steps_equals_peft(tape):
+    stock, fast = pair(prompted("bloom", torch.float32, num_virtual_tokens=8))
+    batches = complaints(97)
+    steps = [batches[number % len(batches)] for number in range(20)]
+    assert_same_training(stock, fast, steps, batches[0])
+    assert fast._softprompt.graphs.statistics.replayed > 10

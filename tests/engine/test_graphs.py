@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 from parity import assert_close, assert_same_step, make_batch, prompt_of, step
-from tape import TapeRecorder
 from tiny_models import build, pair, prompt_config, prompted
 from torch import nn
 
@@ -21,10 +20,11 @@ EXACT = 1e-9  # fp64, but for softmax, rotary tables and ALiBi, which are fp32 o
 
 
 @pytest.fixture(params=["tape"])
-def recorder(request, monkeypatch):
-    made = {"tape": TapeRecorder, "rerun": RerunRecorder}[request.param]()
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", made)
-    return made
+def recorder(request, tape, monkeypatch):
+    if request.param == "tape":
+        return tape
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", RerunRecorder())
+    return recorders.RECORDERS["cpu"]
 
 
 def recorded_and_eager(name, **options):
