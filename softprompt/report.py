@@ -118,7 +118,9 @@ def _recording(state: PatchState) -> list[tuple[str, str]]:
         rows.append(("step graph", "no training step yet"))
     else:
         count = state.graphs.statistics
-        text = f"{len(state.graphs)} recorded, {count.replayed} steps replayed, {count.eager} not yet worth it"
+        text = (
+            f"{len(state.graphs)} recorded, {count.replayed} steps replayed, {count.eager} not yet worth it"
+        )
         if count.dropped:
             text += f", {count.dropped} dropped"
         rows.append(("step graph", text if state.graphs.obstacle is None else f"no: {state.graphs.obstacle}"))

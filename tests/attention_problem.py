@@ -5,12 +5,12 @@ import importlib
 import torch
 
 from softprompt.layout import build_layout
-from softprompt.ops.shared_prompt_attention import shared_prompt_attention
+from softprompt.ops.shared_prompt_attention import configs, shared_prompt_attention
 
 sdpa = importlib.import_module("softprompt.ops.shared_prompt_attention.sdpa")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "dense", "padded"]
+BACKENDS = ["reference", "dense", "padded", "triton"]
 HEADS = [(4, 4, 8, 8), (4, 2, 8, 6), (3, 1, 6, 8)]  # Hq, Hkv, D, Dv
 OPTIONS = {
     "none": {},
@@ -116,8 +116,16 @@ def results(inputs, layout, options, grad=None, **more):
 
 
 def hold(monkeypatch, name):
-    """The back end of that name; "dense" and "padded" are "sdpa" held to one of its forms."""
+    """The back end of that name.
+
+    "dense" and "padded" are "sdpa" held to one of its forms, "triton" has blocks so small that small problems
+    have many.
+    """
     if name == "reference":
+        return name
+    if name == "triton":
+        blocks = dict.fromkeys(configs.KINDS, configs.LaunchConfig(16, 16, 4, 1))
+        monkeypatch.setattr(configs, "_OVERRIDE", blocks)
         return name
     dense = name == "dense"
     monkeypatch.setattr(sdpa, "_dense_is_cheaper", lambda layout, width: dense and layout.num_tokens > 0)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_same_device, define
+from softprompt.ops.library import AUTO, check_same_device, define, triton_availability
+from softprompt.ops.shared_prompt_attention.configs import LARGEST_HEAD_DIM
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
-BACKENDS = (AUTO, "reference", "sdpa")
+BACKENDS = (AUTO, "reference", "sdpa", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,7 +53,8 @@ def shared_prompt_attention(
             get no gradient; pass one tensor to all layers, so that they share its bias.
         sinks: [Hq] one more logit per head in the softmax's denominator (gpt-oss).
         dropout_p: of the probabilities; "sdpa" only.
-        backend: "auto", "reference" or "sdpa".
+        backend: "auto", "reference", "sdpa" or "triton". "auto" is Triton on a GPU, and SDPA on a CPU, for
+            fp64, for heads wider than 256 and under dropout.
 
     Returns:
         [Hq, T, Dv] in the dtype of value, differentiable once in query, key, value and sinks.
@@ -167,10 +169,35 @@ def _check_options(
         raise ValueError(
             f"shared_prompt_attention: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}"
         )
-    if dropout_p > 0 and backend == "reference":
+    if dropout_p > 0 and backend in ("reference", "triton"):
         raise ValueError(
             f"{backend!r} takes no dropout, got dropout_p = {dropout_p}; expected 0, or backend='sdpa'"
         )
+
+
+def triton_obstacle(query: Tensor, value: Tensor) -> str | None:
+    """Why the Triton kernels do not serve these tensors, or None."""
+    availability = triton_availability(query.device.type)
+    if not availability.usable:
+        return availability.reason
+    widest = max(query.shape[2], value.shape[2])
+    if widest > LARGEST_HEAD_DIM:
+        return f"heads are at most {LARGEST_HEAD_DIM} wide, got {widest}"
+    if query.dtype == torch.float64 and query.is_cuda:
+        return "fp64 is only for the interpreter"
+    return None
+
+
+def _chosen(query: Tensor, value: Tensor, dropout_p: float, backend: str) -> str:
+    """The back end that serves this call: "reference", "sdpa" or "triton"."""
+    if backend == AUTO:
+        serves = query.is_cuda and dropout_p == 0 and triton_obstacle(query, value) is None
+        return "triton" if serves else "sdpa"
+    if backend == "triton":
+        obstacle = triton_obstacle(query, value)
+        if obstacle is not None:
+            raise ValueError(f"shared_prompt_attention: backend='triton' cannot be used: {obstacle}")
+    return backend
 
 
 def _run(
@@ -193,6 +220,26 @@ def _run(
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
     }
+    backend = _chosen(query, value, dropout_p, backend)
+    if backend == "triton":
+        return _TRITON(
+            query,
+            key,
+            value,
+            layout.slots,
+            layout.position_ids,
+            layout.key_slots,
+            layout.segments,
+            layout.sees,
+            layout.cu_prompts,
+            layout.cu_texts,
+            layout.prompt_tokens,
+            scale,
+            sliding_window,
+            softcap,
+            alibi_slopes,
+            sinks,
+        )[0]
     if backend == "reference":
         from softprompt.ops.shared_prompt_attention.reference import shared_prompt_attention as reference
 
@@ -263,4 +310,77 @@ _OP = define(
     " int? sliding_window=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None,"
     ' float dropout_p=0.0, str backend="auto") -> Tensor',
     _kernel,
+)
+
+
+def _triton_kernel(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from softprompt.ops.shared_prompt_attention.triton import forward
+
+    layout, options = arguments[:9], arguments[10:]
+    return forward(query, *layout, *options)
+
+
+def _triton_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    heads, rows, _ = query.shape
+    out = value.new_empty(rows, heads, value.shape[2]).transpose(0, 1)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty(heads, rows, dtype=wide)
+
+
+def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *layout = inputs[:10]
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[10:14]
+    ctx.save_for_backward(query, key, value, *output, *layout, *inputs[14:16])
+
+
+def _triton_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    none = (None,) * 16
+    if grad_out is None:
+        return none
+    query, key, value, out, lse, *layout, alibi_slopes, sinks = ctx.saved_tensors
+    query_grad, key_grad, value_grad, sinks_grad = _TRITON_BACKWARD(
+        grad_out, query, key, value, out, lse, *layout, *ctx.options, alibi_slopes, sinks
+    )
+    return query_grad, key_grad, value_grad, *none[:12], None if sinks is None else sinks_grad
+
+
+def _triton_backward_kernel(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from softprompt.ops.shared_prompt_attention.triton import backward
+
+    return backward(grad_out, *arguments)
+
+
+def _triton_backward_fake(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    def rows_first(like: Tensor) -> Tensor:
+        heads, rows, width = like.shape
+        return like.new_empty(rows, heads, width).transpose(0, 1)
+
+    sinks = arguments[-1]
+    return (
+        *(rows_first(tensor) for tensor in (query, key, value)),
+        lse.new_empty(0) if sinks is None else torch.empty_like(sinks),
+    )
+
+
+_LAYOUT_SCHEMA = (
+    "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts,"
+    " Tensor cu_texts, SymInt prompt_tokens, float scale, int? sliding_window, float? softcap,"
+    " Tensor? alibi_slopes, Tensor? sinks"
+)
+_TRITON_BACKWARD = define(
+    "shared_prompt_attention_triton_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
+    f" Tensor out, Tensor lse, {_LAYOUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _triton_backward_kernel,
+    fake=_triton_backward_fake,
+)
+_TRITON = define(
+    f"shared_prompt_attention_triton(Tensor query, Tensor key, Tensor value, {_LAYOUT_SCHEMA})"
+    " -> (Tensor, Tensor)",
+    _triton_kernel,
+    fake=_triton_fake,
+    backward=_triton_backward,
+    setup_context=_triton_setup,
 )
