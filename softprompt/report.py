@@ -18,6 +18,12 @@ _OPS_OF_ROUTE = {
     "stock": (),
 }
 
+_ATTENTION = {
+    "triton": "kernels for heads of up to 256; SDPA for wider ones, fp64 and dropout",
+    "sdpa": "PyTorch's SDPA on gathered texts",
+    "reference": "dense, in fp32 or better",
+}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -138,13 +144,9 @@ def _backends(
     for op in _OPS_OF_ROUTE[route]:
         if op == "shared_prompt_attention":
             if plan.seam in ("interface", "bloom"):
-                rows.append(
-                    (
-                        op,
-                        "sdpa" if backend in (AUTO, "triton") else backend,
-                        "PyTorch's SDPA on gathered texts",
-                    )
-                )
+                native = backend == AUTO and device_type == "cuda" and triton_availability("cuda").usable
+                chosen = ("triton" if native else "sdpa") if backend == AUTO else backend
+                rows.append((op, chosen, _ATTENTION[chosen]))
             continue
         if op == "linear_cross_entropy" and not plan.fused_head:
             continue

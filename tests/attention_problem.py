@@ -6,6 +6,7 @@ import torch
 
 from softprompt.layout import build_layout
 from softprompt.ops.shared_prompt_attention import configs, shared_prompt_attention
+from softprompt.ops.shared_prompt_attention.reference import visible
 
 sdpa = importlib.import_module("softprompt.ops.shared_prompt_attention.sdpa")
 
@@ -130,3 +131,58 @@ def hold(monkeypatch, name):
     dense = name == "dense"
     monkeypatch.setattr(sdpa, "_dense_is_cheaper", lambda layout, width: dense and layout.num_tokens > 0)
     return "sdpa"
+
+
+def as_double(inputs, options):
+    def double(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return value
+
+    return [double(x) for x in inputs], {name: double(value) for name, value in options.items()}
+
+
+def errors(values, truth):
+    """Relative errors in the 2-norm."""
+    return [
+        ((a.double() - b).norm() / b.norm().clamp_min(1e-3)).item()
+        for a, b in zip(values, truth, strict=True)
+    ]
+
+
+def plain_pytorch(
+    inputs, layout, scale=None, sliding_window=None, softcap=None, alibi_slopes=None, sinks=None
+):
+    """Dense attention in the dtype of the inputs, written as a model would."""
+    query, key, value = inputs
+    group = query.shape[0] // key.shape[0]
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    scores = query @ key.repeat_interleave(group, 0).transpose(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes[:, None, None] * (layout.position_ids - layout.position_ids[:, None])
+    scores = scores.float().masked_fill(~visible(layout, sliding_window), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], 2)
+    probabilities = scores.softmax(2)[:, :, : layout.num_rows].to(query.dtype)
+    return probabilities @ value.repeat_interleave(group, 0)
+
+
+def assert_error_of_the_dtype(layout, heads, options, dtype, backend):
+    """Errors against fp64 are at most twice those of plain PyTorch in the same dtype."""
+    inputs = tensors(layout, heads, dtype)
+    options = with_vectors(options, heads[0], dtype)
+    grad = torch.randn(layout.num_rows, heads[0], heads[3], generator=torch.Generator().manual_seed(3))
+    grad = grad.to(DEVICE, dtype).transpose(0, 1)
+    wide_inputs, wide_options = as_double(inputs, options)
+    truth = results(wide_inputs, layout, wide_options, grad.double(), backend="reference")
+
+    plain = plain_pytorch(inputs, layout, **options)
+    wanted = [*inputs, *([options["sinks"]] if "sinks" in options else [])]
+    plain = [plain.detach(), *torch.autograd.grad(plain, wanted, grad)]
+    ours = results(inputs, layout, options, grad, backend=backend)
+    assert [x.dtype for x in ours] == [dtype] * len(ours)
+    rounding = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    for error, limit in zip(errors(ours, truth), errors(plain, truth), strict=True):
+        assert error <= 2 * limit + rounding

@@ -146,8 +146,7 @@ def rows_of_layout(
     embeds = _embed(model.get_input_embeddings(), batch, layout, backend)
     with IN_USE:
         stock = families.config_of(model)._attn_implementation
-    # The attention has no Triton kernel yet.
-    packing = Packing(layout, stock, AUTO if backend == "triton" else backend, examine)
+    packing = Packing(layout, stock, backend, examine)
     if families.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []
         hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)

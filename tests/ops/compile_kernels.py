@@ -7,7 +7,8 @@ input and prints a JSON list with one record for each case and architecture. A c
     module, kernel  where the `@triton.jit` function is
     signature       a list of [argument, type] in the function's order: "*bf16", "*i64", "i32", "fp32", ...,
                     or "constexpr"
-    constexprs      values of the arguments of type "constexpr" (None for a pointer that is not given)
+    constexprs      values of the arguments of type "constexpr" (None for a pointer that is not given; the
+                    name of a type for one)
     divisible       arguments that are multiples of 16, pointers included: what a launch finds out by itself
     num_warps, num_stages
                     optional, as at a launch
@@ -28,11 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 _DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+_TYPES = {"fp32": triton.language.float32}
 _RESOURCES = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
 
 
@@ -44,13 +47,14 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
     source = ASTSource(
         fn=kernel,
         signature=dict(case["signature"]),
-        constexprs=case["constexprs"],
+        constexprs={name: _TYPES.get(value, value) for name, value in case["constexprs"].items()},
         attrs={(names.index(name),): _DIVISIBLE_BY_16 for name in case.get("divisible", ())},
     )
     options = {name: case[name] for name in ("num_warps", "num_stages") if name in case}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cubin = compiled.asm["cubin"]
     return {
+        "label": case.get("label", case["kernel"]),
         "kernel": case["kernel"],
         "arch": arch,
         "cubin_bytes": len(cubin),

@@ -97,7 +97,7 @@ def test_the_host_reads_nothing(backend, batch, options):
     options = with_vectors(OPTIONS[options], 4)
     with Recorder() as recorder:
         results(inputs, layout, options, backend=backend)
-    assert len(recorder.names) > 10
+    assert len(recorder.names) > (3 if backend == "triton" else 10)
     assert not READS & set(recorder.names)
 
 
@@ -180,15 +180,17 @@ def test_the_op_gives_what_the_function_gives(backend, options):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", ["dense", "padded", "triton"], indirect=True)
 def test_a_compiled_call_is_one_graph_and_equals_the_eager_one(form):
+    backend = "triton" if form == "triton" else "sdpa"
     layout = layout_of("ragged prompts")
     inputs = tensors(layout, HEADS[1])
     slopes = torch.rand(4, device=DEVICE)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def two_layers(query, key, value):
-        first = shared_prompt_attention(query, key, value, layout, backend="sdpa", sliding_window=3)
-        second = shared_prompt_attention(query, key, value, layout, backend="sdpa", alibi_slopes=slopes)
+        first = shared_prompt_attention(query, key, value, layout, backend=backend, sliding_window=3)
+        second = shared_prompt_attention(query, key, value, layout, backend=backend, alibi_slopes=slopes)
         return first + second
 
     out = two_layers(*inputs)

@@ -54,6 +54,8 @@ def forward(
     sinks: Tensor | None,  # [Hq]
 ) -> tuple[Tensor, Tensor]:
     """The output [Hq, T, Dv], a token's heads side by side, and the log-sum-exp [Hq, T] in units of log2."""
+    dtype = value.dtype
+    query, key, value = _readable(query), _readable(key), _readable(value)
     num_heads, num_rows, head_dim = query.shape
     value_dim = value.shape[2]
     out = torch.empty(num_rows, num_heads, value_dim, dtype=value.dtype, device=value.device).transpose(0, 1)
@@ -87,7 +89,7 @@ def forward(
             *out.stride()[:2],
             **_options(query, value_dim, scale, sliding_window, softcap, config),
         )
-    return out, lse
+    return out.to(dtype), lse
 
 
 def backward(
@@ -112,6 +114,8 @@ def backward(
     sinks: Tensor | None,  # [Hq]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d(query), d(key), d(value), and d(sinks), which is empty where there are none."""
+    dtype = query.dtype
+    grad_out, query, key, value, out = (_readable(t) for t in (grad_out, query, key, value, out))
     num_heads, num_rows, head_dim = query.shape
     num_key_heads, value_dim = key.shape[0], value.shape[2]
     width, itemsize = max(head_dim, value_dim), query.element_size()
@@ -180,10 +184,18 @@ def backward(
                 OF_PROMPTS=kind == "prompt",
                 **_options(query, value_dim, scale, sliding_window, softcap, config),
             )
-    if sinks is None:
-        return grads[0], grads[1], grads[2], lse.new_empty(0)
-    of_sink = torch.exp2(sinks.to(lse.dtype)[:, None] * _LOG2E - lse)
-    return grads[0], grads[1], grads[2], -(of_sink * delta).sum(1).to(sinks.dtype)
+    of_sinks = lse.new_empty(0)
+    if sinks is not None:
+        share = torch.exp2(sinks.to(lse.dtype)[:, None] * _LOG2E - lse)
+        of_sinks = -(share * delta).sum(1).to(sinks.dtype)
+    return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype), of_sinks
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself; for the interpreter, which has no bf16 arithmetic, in fp32."""
+    if tensor.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+        return tensor.float()
+    return tensor
 
 
 def _accumulator(query: Tensor) -> tuple[torch.dtype, tl.dtype]:

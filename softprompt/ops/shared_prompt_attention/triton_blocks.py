@@ -85,7 +85,7 @@ def key_ranges(
     """Where the keys of a block of queries lie: prompt rows from, to; own rows from; and if it is uniform."""
     first_segment = tl.load(segments_ptr + first)
     own = own_start(first, first_segment, cu_prompts_ptr, cu_texts_ptr, num_prompts, num_texts)
-    is_text = in_row & (segment_q >= num_prompts) & (sees_q < num_prompts)
+    is_text = in_row & (segment_q >= num_prompts) & (sees_q >= 0) & (sees_q < num_prompts)
     lowest = tl.min(tl.where(is_text, sees_q, num_prompts), 0)
     highest = tl.max(tl.where(is_text, sees_q, -1), 0)
     prompt_from = tl.load(cu_prompts_ptr + lowest)

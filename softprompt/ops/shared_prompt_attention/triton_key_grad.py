@@ -129,7 +129,7 @@ def attention_backward_key(
         head = (key_head * group + member).to(tl.int64)
         slope = 0.0
         if HAS_SLOPES:
-            slope = tl.load(slopes_ptr + head)
+            slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
         if not OF_PROMPTS:
             # The output of a dummy is its own value.
             grad_value += tl.load(

@@ -169,7 +169,7 @@ def attention_backward_query(
     slope = 0.0
     if slopes_ptr is not None:
         position_q = tl.load(positions_ptr + rows, mask=in_row, other=0)
-        slope = tl.load(slopes_ptr + head)
+        slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
     prompt_from, prompt_to, own, uniform = key_ranges(
         rows,
         in_row,

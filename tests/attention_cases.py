@@ -1,0 +1,69 @@
+"""The attention kernels as cases for `compile_kernels`, launched as a training step launches them."""
+
+import importlib
+
+from softprompt.ops.shared_prompt_attention.configs import launch_config, padded_dim
+
+_FOLDER = "softprompt.ops.shared_prompt_attention."
+KERNELS = {
+    "forward": (_FOLDER + "triton_forward", "attention_forward"),
+    "query": (_FOLDER + "triton_query_grad", "attention_backward_query"),
+    "prompt": (_FOLDER + "triton_key_grad", "attention_backward_key"),
+    "key": (_FOLDER + "triton_key_grad", "attention_backward_key"),
+}
+_INDICES = ("slots", "positions", "key_slots", "segments", "sees", "cu_prompts", "cu_texts")
+_SUMS = ("lse", "delta", "partial_key", "partial_value")
+_UNIT_STRIDES = ("query_stride", "key_stride", "value_stride", "grad_out_stride")
+
+
+def attention_case(kind, head_dim, dtype, *, value_dim=None, alibi=False, window=False, softcap=False):
+    """One kernel at one shape: `dtype` is "bf16", "fp16" or "fp32"."""
+    module, name = KERNELS[kind]
+    value_dim = value_dim or head_dim
+    config = launch_config(kind, max(head_dim, value_dim), 4 if dtype == "fp32" else 2)
+    constexprs = {
+        "HAS_WINDOW": window,
+        "HAS_SOFTCAP": softcap,
+        "QUERIES": config.queries,
+        "KEYS": config.keys,
+        "HEAD": padded_dim(head_dim),
+        "VALUE": padded_dim(value_dim),
+        "ACCUMULATOR": "fp32",
+        "PRECISION": "ieee",
+        "OF_PROMPTS": kind == "prompt",
+        "sinks_ptr": None,
+        **dict.fromkeys(_UNIT_STRIDES, 1),
+        **({} if alibi else {"slopes_ptr": None}),
+    }
+    arguments = getattr(importlib.import_module(module), name).arg_names
+    signature, divisible = [], []
+    for argument in arguments:
+        tensor = argument.removesuffix("_ptr")
+        if argument in constexprs:
+            kind_of = "constexpr"
+        elif argument in ("scale", "softcap"):
+            kind_of = "fp32"
+        elif tensor == argument:
+            kind_of = "i32"
+            if "stride" in argument or argument in ("head_dim", "value_dim"):
+                divisible.append(argument)
+        else:
+            kind_of = "*" + (
+                "i32" if tensor in _INDICES else "fp32" if tensor in (*_SUMS, "slopes") else dtype
+            )
+            divisible.append(argument)
+        signature.append([argument, kind_of])
+    return {
+        "label": f"{kind}, {dtype}, head dim {head_dim}"
+        + (f" and {value_dim}" if value_dim != head_dim else "")
+        + "".join(
+            f", {word}" for word, on in (("alibi", alibi), ("window", window), ("softcap", softcap)) if on
+        ),
+        "module": module,
+        "kernel": name,
+        "signature": signature,
+        "constexprs": {name: value for name, value in constexprs.items() if name in arguments},
+        "divisible": divisible,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -1,0 +1,219 @@
+"""The Triton kernels beyond what all back ends are asked: blocks, unknown lengths, precision, resources."""
+
+import importlib
+
+import pytest
+import torch
+from attention_cases import KERNELS, attention_case
+from attention_problem import (
+    BATCHES,
+    DEVICE,
+    HEADS,
+    OPTIONS,
+    assert_error_of_the_dtype,
+    layout_of,
+    long_batch,
+    packed_batch,
+    results,
+    tensors,
+    with_vectors,
+)
+from poison import poisoned_buffers
+
+from softprompt.ops.library import triton_availability
+from softprompt.ops.shared_prompt_attention import AttentionLayout, configs, shared_prompt_attention
+from softprompt.ops.shared_prompt_attention.configs import (
+    KINDS,
+    LaunchConfig,
+    launch_config,
+    launch_configs,
+    launched_with,
+    padded_dim,
+)
+
+triton_api = importlib.import_module("softprompt.ops.shared_prompt_attention.api")
+BLOCKS = [(16, 16), (16, 32), (32, 16), (64, 16)]
+
+
+def blocks(queries, keys):
+    return launched_with(**dict.fromkeys(KINDS, LaunchConfig(queries, keys, 4, 1)))
+
+
+def unknown(layout):
+    """The same layout for a host that does not know what its tensors hold."""
+    fields = {name: getattr(layout, name) for name in AttentionLayout.__dataclass_fields__ if name != "plans"}
+    return AttentionLayout(**(fields | {"num_tokens": None, "longest_text": None}))
+
+
+def gradient_like(layout, heads, width, dtype=torch.float64):
+    """A gradient of the output that is zero at dummies, which no model reads."""
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(layout.num_rows, heads, width, generator=generator, dtype=torch.float64)
+    grad[layout.num_live :] = 0
+    return grad.to(DEVICE, dtype).transpose(0, 1)
+
+
+def assert_equal(got, expected, bound=1e-11):
+    for value, wanted in zip(got, expected, strict=True):
+        assert value.shape == wanted.shape
+        assert (value.double() - wanted.double()).abs().max() <= bound
+
+
+@pytest.mark.parametrize("size", BLOCKS, ids=str)
+@pytest.mark.parametrize("options", ["none", "window 3", "alibi", "all"])
+def test_texts_that_cross_many_blocks_are_exact(size, options):
+    layout = long_batch(6, 70, [20, 33])
+    inputs = tensors(layout, (2, 1, 8, 6))
+    options = with_vectors(OPTIONS[options], 2)
+    grad = gradient_like(layout, 2, 6)
+    expected = results(inputs, layout, options, grad, backend="reference")
+    with blocks(*size):
+        assert_equal(results(inputs, layout, options, grad, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("options", ["none", "window 3", "softcap"])
+def test_a_host_that_knows_no_lengths_gets_the_same(batch, options):
+    layout = layout_of(batch)
+    inputs = tensors(layout, HEADS[1])
+    options = with_vectors(OPTIONS[options], HEADS[1][0])
+    grad = gradient_like(layout, HEADS[1][0], HEADS[1][3])
+    expected = results(inputs, layout, options, grad, backend="reference")
+    with blocks(16, 16):
+        for backend in ("triton", "sdpa"):
+            got = results(inputs, unknown(layout), options, grad, backend=backend)
+            got[0], wanted = got[0][:, : layout.num_live], expected[0][:, : layout.num_live]
+            assert_equal(got, [wanted, *expected[1:]])
+
+
+def test_more_dummies_change_nothing():
+    inputs = tensors(layout_of("right, dummies"))
+    first = None
+    for bucket in (1, 16, 64):
+        layout = packed_batch(**(BATCHES["right, dummies"] | {"token_bucket": bucket}))[1].attention
+        rows = [
+            torch.cat(
+                [x[:, : layout.num_live], x.new_full((x.shape[0], layout.num_rows, x.shape[2]), 7.0)], 1
+            )[:, : layout.num_rows]
+            .detach()
+            .requires_grad_()
+            for x in inputs
+        ]
+        got = results(rows, layout, {}, gradient_like(layout, 4, 8), backend="triton")
+        got = [value[:, : layout.num_live] for value in got]
+        if first is not None:
+            assert_equal(got, first, 1e-13)
+        first = got
+
+
+@pytest.mark.parametrize("prompts", [[1], [17, 3, 40], [64, 64]], ids=str)
+def test_the_sums_over_texts_are_split_and_stay_the_same_bits(prompts, monkeypatch):
+    module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
+    layout = long_batch(9, 30, prompts)
+    inputs = tensors(layout, (2, 2, 8, 8))
+    grad = gradient_like(layout, 2, 8)
+    expected = results(inputs, layout, {}, grad, backend="reference")
+    for rows in (32, 512):
+        monkeypatch.setattr(module, "_SPLIT_ROWS", rows)
+        with blocks(16, 16):
+            once, again = (results(inputs, layout, {}, grad, backend="triton") for _ in range(2))
+        assert_equal(once, expected)
+        for left, right in zip(once, again, strict=True):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [(2, 1, 32, 32), (2, 1, 80, 80), (1, 1, 96, 96), (2, 1, 128, 64), (1, 1, 192, 128), (1, 1, 256, 256)],
+)
+def test_head_dims_of_real_models(heads):
+    layout = long_batch(3, 20, [9])
+    inputs = tensors(layout, heads)
+    grad = gradient_like(layout, heads[0], heads[3])
+    expected = results(inputs, layout, {}, grad, backend="reference")
+    assert_equal(results(inputs, layout, {}, grad, backend="triton"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("batch", ["right, dummies", "ragged prompts", "empty texts", "no rows"])
+def test_every_entry_of_every_buffer_is_written(batch):
+    layout = layout_of(batch)
+    inputs = tensors(layout)
+    with poisoned_buffers():
+        values = results(inputs, layout, {}, gradient_like(layout, 4, 8), backend="triton")
+    for value in values:
+        assert value.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(16, 16, 64, 64), (8, 2, 128, 128), (4, 4, 80, 80), (2, 1, 256, 256), (4, 4, 192, 128)]
+)
+@pytest.mark.parametrize("options", ["none", "window 99", "softcap", "alibi", "sinks", "all"])
+def test_the_native_kernels_have_the_error_of_the_dtype(dtype, heads, options):
+    assert_error_of_the_dtype(long_batch(8, 300, [100, 8]), heads, OPTIONS[options], dtype, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_texts_on_a_device(dtype):
+    assert_error_of_the_dtype(long_batch(4, 2048, [20]), (8, 2, 64, 64), {}, dtype, "triton")
+
+
+@pytest.mark.gpu
+def test_a_device_takes_the_kernels_by_itself():
+    layout = long_batch(4, 40, [8])
+    inputs = [x.detach().bfloat16().requires_grad_() for x in tensors(layout, (4, 4, 64, 64))]
+    grad = gradient_like(layout, 4, 64, torch.bfloat16)
+    for left, right in zip(
+        results(inputs, layout, {}, grad, backend="auto"),
+        results(inputs, layout, {}, grad, backend="triton"),
+        strict=True,
+    ):
+        assert torch.equal(left, right)
+
+
+def test_what_the_kernels_do_not_serve_goes_elsewhere_or_is_named(monkeypatch):
+    layout = layout_of("one token")
+    wide = tensors(layout, (1, 1, 257, 8))
+    with pytest.raises(ValueError, match="heads are at most 256 wide, got 257"):
+        shared_prompt_attention(*wide, layout, backend="triton")
+    monkeypatch.setattr(triton_api, "triton_availability", lambda device: triton_availability("meta"))
+    with pytest.raises(ValueError, match="'triton' cannot be used: Triton needs CUDA tensors"):
+        shared_prompt_attention(*tensors(layout), layout, backend="triton")
+
+
+def test_a_configuration_holds_for_the_block_and_no_longer():
+    before = launch_config("forward", 64, 2)
+    other = LaunchConfig(16, 16, 4, 1)
+    with launched_with(forward=other):
+        assert launch_config("forward", 64, 2) == other
+        assert launch_config("query", 64, 2) != other
+    assert launch_config("forward", 64, 2) == before
+    with (
+        pytest.raises(ValueError, match="expected kinds of forward, query, key, prompt, got backward"),
+        blocks(16, 16),
+        launched_with(backward=other),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim, itemsize", [(64, 2), (80, 2), (128, 4), (256, 2)])
+def test_a_sweep_begins_with_the_tables_choice(kind, head_dim, itemsize):
+    candidates = launch_configs(kind, head_dim, itemsize)
+    assert candidates[0] == launch_config(kind, head_dim, itemsize)
+    assert len(set(candidates)) == len(candidates) > 4
+    assert [padded_dim(width) for width in (1, 16, 17, 80, 256)] == [16, 16, 32, 128, 256]
+
+
+def test_the_kernels_compile_for_three_gpu_generations_without_spilling(compile_kernels):
+    cases = [attention_case(kind, width, "bf16") for kind in KERNELS for width in (64, 128)]
+    for record in compile_kernels(cases):
+        assert record["cubin_bytes"] > 0
+        assert (record["label"], record["local"], record["stack"]) == (record["label"], 0, 0)
+        assert record["shared"] <= 99 * 1024  # what every GPU since sm_80 has for a block
+
+
+def test_the_override_is_empty_outside_of_tests():
+    assert configs._OVERRIDE == {}
