@@ -7,8 +7,6 @@ say which packed token is what; `build_layout` makes them with one read by the h
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.ops.library import AUTO
-from softprompt.ops.pack_layout import LayoutTensors, pack_layout
+from softprompt.ops.pack_layout import LayoutTensors, pack_layout, prompt_offsets
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 IGNORE_INDEX = -100
@@ -217,16 +215,6 @@ def build_layout(
         longest_context=longest_context,
         uncut=tensors,
     )
-
-
-@functools.lru_cache(maxsize=256)
-def prompt_offsets(prompt_lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[K + 1] int32: the first row of each prompt, and the first text row.
-
-    Made once, since a copy from the host makes it wait for the device.
-    """
-    with torch.inference_mode(False):  # what is made inside could not be used in a training step
-        return torch.tensor([0, *itertools.accumulate(prompt_lengths)], dtype=torch.int32, device=device)
 
 
 def read_counts(tensors: LayoutTensors) -> list[int]:

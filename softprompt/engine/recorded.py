@@ -16,7 +16,8 @@ from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorders import Recorder, Run
-from softprompt.layout import PackedLayout, prompt_offsets
+from softprompt.layout import PackedLayout
+from softprompt.ops.pack_layout import prompt_offsets
 
 _COPIED = (
     "token_index",

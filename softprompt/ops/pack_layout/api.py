@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,16 @@ from softprompt.ops.library import AUTO, check_same_device, choose_backend, defi
 NEVER_A_KEY = 2**31 - 1
 POSITIONS = ("slots", "mask", "compact")
 IGNORE_INDEX = -100
+
+
+@functools.lru_cache(maxsize=256)
+def prompt_offsets(prompt_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[K + 1] int32: the first row of each prompt, and the first text row.
+
+    Made once, since a copy from the host makes it wait for the device.
+    """
+    with torch.inference_mode(False):  # what is made inside could not be used in a training step
+        return torch.tensor([0, *itertools.accumulate(prompt_lengths)], dtype=torch.int32, device=device)
 
 
 class LayoutTensors(NamedTuple):

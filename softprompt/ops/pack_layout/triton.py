@@ -45,6 +45,10 @@ def pack_layout(
     row_tensors = tuple(empty(capacity) for _ in range(6))
     outputs = (*row_tensors, empty(num_rows + 1), empty(label_capacity), empty(label_capacity), empty(5))
 
+    # Of prompts that have one length it is a product.
+    lengths = tuple(prompt_lengths)
+    offsets = None if len(set(lengths)) == 1 else api.prompt_offsets(lengths, attention_mask.device)
+
     columns = min(TILE, max(16, triton.next_power_of_2(row_length)))
     rows = TILE // columns
     column_tiles = max(1, triton.cdiv(row_length, columns))
@@ -55,7 +59,7 @@ def pack_layout(
             labels,
             input_ids,
             prompt_of_row,
-            _prompt_offsets(prompt_lengths, attention_mask.device),
+            offsets,
             *outputs,
             num_rows,
             row_length,
@@ -82,18 +86,6 @@ def pack_layout(
 def _with_dense_rows(tensor: Tensor) -> Tensor:
     """The kernel takes any distance between rows and none between the columns of a row."""
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _prompt_offsets(prompt_lengths: list[int], device: torch.device) -> Tensor | None:
-    """First row of each prompt and the end of the last; None where one length makes it a product."""
-    if len(set(prompt_lengths)) == 1:
-        return None
-    offsets = [0]
-    for length in prompt_lengths:
-        offsets.append(offsets[-1] + length)
-    # A copy from pinned memory does not make the host wait for the stream.
-    on_gpu = device.type == "cuda"
-    return torch.tensor(offsets, dtype=torch.int32, pin_memory=on_gpu).to(device, non_blocking=True)
 
 
 # Grid: 1 + number of tiles. Program 0 writes the counts; program 1 + t owns tile t of ROWS x COLUMNS batch
