@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def compile_kernels(tmp_path):
-    """A function that compiles kernels for GPUs in a process of its own; see `compile_kernels.py`."""
+    """Compiles kernels for GPUs in a process of its own; see `benchmarks/compile_kernels.py`."""
 
     def run(cases):
         environment = {
@@ -23,7 +23,8 @@ def compile_kernels(tmp_path):
         }
         environment.pop("TRITON_INTERPRET", None)
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))],
+            [sys.executable, "-m", "benchmarks.compile_kernels"],
+            cwd=ROOT,
             input=json.dumps(cases),
             capture_output=True,
             text=True,

@@ -4,7 +4,6 @@ import importlib
 
 import pytest
 import torch
-from attention_cases import KERNELS, attention_case
 from attention_problem import (
     BATCHES,
     DEVICE,
@@ -20,6 +19,7 @@ from attention_problem import (
 )
 from poison import poisoned_buffers
 
+from benchmarks.attention_kernels import KERNELS, attention_case
 from softprompt.ops.library import triton_availability
 from softprompt.ops.shared_prompt_attention import AttentionLayout, configs, shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.configs import (

@@ -41,7 +41,7 @@ _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("key", 128, 2): LaunchConfig(32, 64, 8, 1),
     ("key", 256, 2): LaunchConfig(32, 32, 8, 1),
     ("prompt", 64, 2): LaunchConfig(32, 64, 8, 2),
-    ("prompt", 128, 2): LaunchConfig(64, 64, 8, 2),
+    ("prompt", 128, 2): LaunchConfig(32, 64, 8, 2),
     ("prompt", 256, 2): LaunchConfig(32, 32, 8, 1),
     ("forward", 64, 8): LaunchConfig(32, 16, 4, 2),
     ("forward", 128, 8): LaunchConfig(32, 32, 8, 1),

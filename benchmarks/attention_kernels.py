@@ -1,6 +1,15 @@
-"""The attention kernels as cases for `compile_kernels`, launched as a training step launches them."""
+"""The attention kernels as cases for `compile_kernels`, launched as a training step launches them.
+
+`python -m benchmarks.attention_kernels` compiles them for three generations of GPUs, which need not be there,
+and records registers, spills and shared memory.
+"""
+
+from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
+from typing import Any
 
 from softprompt.ops.shared_prompt_attention.configs import launch_config, padded_dim
 
@@ -16,12 +25,21 @@ _SUMS = ("lse", "delta", "partial_key", "partial_value")
 _UNIT_STRIDES = ("query_stride", "key_stride", "value_stride", "grad_out_stride")
 
 
-def attention_case(kind, head_dim, dtype, *, value_dim=None, alibi=False, window=False, softcap=False):
+def attention_case(
+    kind: str,
+    head_dim: int,
+    dtype: str,
+    *,
+    value_dim: int | None = None,
+    alibi: bool = False,
+    window: bool = False,
+    softcap: bool = False,
+) -> dict[str, Any]:
     """One kernel at one shape: `dtype` is "bf16", "fp16" or "fp32"."""
     module, name = KERNELS[kind]
     value_dim = value_dim or head_dim
     config = launch_config(kind, max(head_dim, value_dim), 4 if dtype == "fp32" else 2)
-    constexprs = {
+    constexprs: dict[str, Any] = {
         "HAS_WINDOW": window,
         "HAS_SOFTCAP": softcap,
         "QUERIES": config.queries,
@@ -67,3 +85,40 @@ def attention_case(kind, head_dim, dtype, *, value_dim=None, alibi=False, window
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def all_cases() -> list[dict[str, Any]]:
+    """Every kernel at the head dims and with the options that models have."""
+    cases = []
+    for kind in KERNELS:
+        cases += [attention_case(kind, width, "bf16") for width in (32, 64, 80, 96, 128, 256)]
+        cases += [attention_case(kind, width, "fp32") for width in (64, 128)]
+        cases.append(attention_case(kind, 192, "bf16", value_dim=128))
+        cases.append(attention_case(kind, 64, "bf16", alibi=True))
+        cases.append(attention_case(kind, 128, "bf16", window=True))
+        cases.append(attention_case(kind, 256, "bf16", window=True, softcap=True))
+    return cases
+
+
+def main() -> None:
+    """Compiles all of them and writes `results/compile/triton-<version>.json`."""
+    import triton
+
+    from benchmarks.compile_kernels import ARCHITECTURES, compile_case
+
+    records = [compile_case(case, arch) for case in all_cases() for arch in ARCHITECTURES]
+    path = Path(__file__).parent / "results" / "compile" / f"triton-{triton.__version__}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(" " + json.dumps(record) for record in records)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    for record in records:
+        spilled = record["local"] + record["stack"]
+        print(
+            f"{record['label']:44} sm_{record['arch']:<3} {record['registers']:3} registers, "
+            f"{spilled:4} bytes spilled, {record['shared']:6} bytes shared"
+        )
+    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == "__main__":
+    main()

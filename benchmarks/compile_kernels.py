@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that need not be there.
 
-A script, because kernels of a process that runs Triton's interpreter cannot be compiled. Test modules use the
-fixture `compile_kernels` of `conftest.py`, which starts it. It reads a JSON list of cases from its standard
-input and prints a JSON list with one record for each case and architecture. A case has
+A script, because kernels of a process that runs Triton's interpreter cannot be compiled. Tests start it by
+the fixture `compile_kernels`. It reads a JSON list of cases from its standard input and prints a JSON list
+with one record for each case and architecture. A case has
 
     module, kernel  where the `@triton.jit` function is
     signature       a list of [argument, type] in the function's order: "*bf16", "*i64", "i32", "fp32", ...,
@@ -40,6 +40,7 @@ _RESOURCES = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
 
 
 def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
+    """The record of one case for one architecture."""
     kernel = getattr(importlib.import_module(case["module"]), case["kernel"])
     names = [name for name, _ in case["signature"]]
     if names != kernel.arg_names:
@@ -76,6 +77,11 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(re.search(rf"{key}:(\d+)", text)[1]) for name, key in _RESOURCES.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compiles the cases of the standard input."""
     cases = json.load(sys.stdin)
     json.dump([compile_case(case, arch) for case in cases for arch in ARCHITECTURES], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
