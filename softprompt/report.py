@@ -8,6 +8,7 @@ from peft import PeftModelForCausalLM
 
 from softprompt.calls import adapter_obstacle
 from softprompt.engine import Plan, families, plan_for
+from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO, choose_backend, triton_availability
 from softprompt.peft import PatchState, state_of
@@ -143,7 +144,7 @@ def _backends(
     device = next(base.parameters()).device
     for op in _OPS_OF_ROUTE[route]:
         if op == "shared_prompt_attention":
-            if plan.seam in ("interface", "bloom"):
+            if plan.seam is not None and runs_the_op(plan.seam):
                 native = backend == AUTO and device_type == "cuda" and triton_availability("cuda").usable
                 chosen = ("triton" if native else "sdpa") if backend == AUTO else backend
                 rows.append((op, chosen, _ATTENTION[chosen]))

@@ -8,7 +8,6 @@ import torch
 from parity import assert_same_step, make_batch, prompt_of, relative_error, step
 from peft import PeftModelForCausalLM
 from tiny_models import build, pair, prompted, with_prompt
-from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 import softprompt
 
@@ -16,25 +15,24 @@ BATCH = make_batch(side="left", labels="everywhere")
 LONG = make_batch((30, 12, 21, 9, 26), "right", "everywhere", width=36)
 
 
-def gpt_neo():
-    torch.manual_seed(0)
-    config = GPTNeoConfig(
-        vocab_size=97,
-        hidden_size=48,
-        num_layers=2,
-        num_heads=4,
-        window_size=24,
-        attention_types=[[["global", "local"], 1]],
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    return with_prompt(AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False))
-
-
 def test_gpt_neo_with_a_window_longer_than_the_probe_gives_the_numbers_of_peft():
-    stock, fast = pair(gpt_neo())
+    stock, fast = pair(prompted("gpt_neo", window_size=24))
     softprompt.patch(fast)
-    assert softprompt.explain(fast).route == "padded"
+    assert softprompt.explain(fast).route == "packed"
+    assert_same_step(fast, stock, LONG)
+
+
+@pytest.mark.filterwarnings("ignore:softprompt")
+def test_gpt_neo_with_a_forward_of_its_own_stays_padded():
+    stock, fast = pair(prompted("gpt_neo", window_size=24))
+    for model in (stock, fast):
+        attention = model.get_base_model().transformer.h[1].attn.attention
+        attention.forward = type(attention).forward.__get__(attention)
+    softprompt.patch(fast)
+    report = softprompt.explain(fast)
+    assert report.route == "padded"
+    assert "place in the row" in report.reason
+    assert "replaced on the instance" in report.reason
     assert_same_step(fast, stock, LONG)
 
 

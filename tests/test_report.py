@@ -24,7 +24,7 @@ def test_explain_names_the_route_before_and_after_patching():
         "llama": ("packed", "interface seam"),
         "bloom": ("packed", "bloom seam"),
         "gptj": ("packed", "mask seam"),
-        "falcon": ("packed", "dense seam"),
+        "falcon": ("packed", "falcon seam"),
         "gemma": ("packed", "interface seam"),
         "recurrent_gemma": ("padded", "the model's own"),
         "mamba": ("padded", "the model's own"),

@@ -39,6 +39,15 @@ _EXPERTS = {
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _OPT = _NO_GROUPS | {"ffn_dim": 64, "word_embed_proj_dim": 48, "dropout": 0.0, "attention_dropout": 0.0}
+_FALCON = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2}
+_GPT_NEO = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "max_position_embeddings": POSITIONS,
+}
 _STATE = {"vocab_size": VOCABULARY, "hidden_size": 48, "state_size": 8, "num_hidden_layers": 2}
 
 # name -> (model type, configuration)
@@ -63,15 +72,25 @@ ARCHITECTURES = {
     "opt": ("opt", _OPT),
     "opt-projected": ("opt", _OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "phi": ("phi", _BASE),
-    "falcon": (
+    "falcon": ("falcon", _FALCON | {"num_attention_heads": 4, "alibi": False}),
+    "falcon-groups": (
         "falcon",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "alibi": False,
-        },
+        _FALCON | {"num_attention_heads": 4, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon-alibi": ("falcon", _FALCON | {"num_attention_heads": 6, "alibi": True}),
+    "falcon-alibi-own-keys": (
+        "falcon",
+        _FALCON
+        | {"num_attention_heads": 4, "alibi": True, "multi_query": False, "parallel_attn": False}
+        | {"bias": True},
+    ),
+    "mpt": (
+        "mpt",
+        {"vocab_size": VOCABULARY, "d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": POSITIONS},
+    ),
+    "gpt_neo": (
+        "gpt_neo",
+        _GPT_NEO | {"window_size": WINDOW},
     ),
     "starcoder2-window": ("starcoder2", _BASE | {"sliding_window": WINDOW}),
     "granite": (

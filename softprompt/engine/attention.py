@@ -1,11 +1,11 @@
 """How the packed row's attention gets into a model, for one call, without touching its class.
 
-Four ways ("seams"), from the fastest to the most general; `plan.py` takes the first whose numbers are right:
+The ways ("seams"), from the fastest to the most general; `plan.py` takes the first whose numbers are right:
 
 - `interface`: the model dispatches its attention through transformers' `AttentionInterface`, and its masks
-through
-  `AttentionMaskInterface`: both are answered by this module, and no mask is ever built.
-- `bloom`: BLOOM dispatches nothing; the forward of each of its attention modules is replaced on the instance.
+  through `AttentionMaskInterface`: both are answered by this module, and no mask is ever built.
+- `bloom`, `falcon`, `mpt`, `gpt_neo`: these dispatch nothing; their attention modules are answered one by
+  one (`hooks.py`), and no mask is built either.
 - `mask`: the model's own attention with a dense [T, T] mask, made of transformers' own mask function.
 - `dense`: the same mask, handed over as a 4D `attention_mask`.
 """
@@ -13,88 +13,50 @@ through
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from softprompt.engine import families
+from softprompt.engine import families, hooks
 from softprompt.engine.families import CausalLM
-from softprompt.layout import PackedLayout
-from softprompt.ops.library import AUTO
-from softprompt.ops.shared_prompt_attention import shared_prompt_attention
+from softprompt.engine.packing import CALLS, Packing, UnsupportedAttentionError, attend, current
 from softprompt.ops.shared_prompt_attention.reference import visible
 
-SEAMS = ("interface", "bloom", "mask", "dense")
+__all__ = [
+    "IN_USE",
+    "SEAMS",
+    "Packing",
+    "UnsupportedAttentionError",
+    "describe_seam",
+    "packed_attention",
+    "runs_the_op",
+    "seams_for",
+]
+
+SEAMS = ("interface", *hooks.FAMILIES, "mask", "dense")
 _INTERFACE, _MASK_SDPA, _MASK_EAGER = "softprompt", "softprompt_sdpa", "softprompt_eager"
-
-
-class UnsupportedAttentionError(RuntimeError):
-    """A model asks of the packed attention something that it does not do."""
-
-
-@dataclass(eq=False)
-class Packing:
-    """One packed batch on its way through the attention layers."""
-
-    layout: PackedLayout
-    stock: str  # the attention implementation that the user chose
-    backend: str = AUTO
-    examine: bool = False  # look at the mask functions of the model, not only at their size
-    windows: set[int | None] = field(default_factory=set)  # sliding windows met in this forward
-    calls: int = 0
-    slopes: Tensor | None = None
-
-    def alibi_slopes(self, num_heads: int, device: torch.device) -> Tensor:
-        """[Hq] fp32 slopes of BLOOM's ALiBi."""
-        if self.slopes is None:
-            from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-            ones = torch.ones(1, 2, device=device)
-            self.slopes = build_alibi_tensor(ones, num_heads, torch.float32)[:, 0, 1].contiguous()
-        return self.slopes
-
-
-# The packing of each model that is inside a packed call, by the id of its configuration objects. Not a
-# context variable: autograd recomputes checkpointed layers in threads of its own.
-_ACTIVE: dict[int, Packing] = {}
 # A packed call sets attributes of the model and of its configuration, which replicas in other threads may
 # share: one call at a time.
 IN_USE = threading.RLock()
 
 
-# ---------------------------------------------------------------------------------------------- seam:
-# interface
-def _layout_mask(
-    *args: Any, mask_function: Any, config: Any, local_size: int | None = None, **kwargs: Any
-) -> Tensor:
-    """Answers transformers' request for a mask with an empty tensor that carries the packing and the
-    window.
+# ----------------------------------------------------------------------------------------- seam: interface
+@torch.compiler.disable
+def _layout_mask(*args: Any, mask_function: Any, local_size: int | None = None, **kwargs: Any) -> Tensor:
+    """Answers transformers' request for a mask with an empty tensor [0, window], 0 for none.
+
+    The window is the tensor's shape, since attributes are lost where checkpointing or a compiler copies it.
     """
-    packing = _packing_of(config)
+    packing = current()
     if packing.examine:
         _check_rule(mask_function, local_size)
-    packing.windows.add(local_size)
-    token = torch.empty(0, device=packing.layout.slots.device)
-    token.softprompt_rule = (packing, local_size)  # type: ignore[attr-defined]
-    return token
-
-
-def _packing_of(config: Any) -> Packing:
-    packing = _ACTIVE.get(id(config))
-    if packing is None:
-        raise UnsupportedAttentionError(
-            f"the attention implementation {_INTERFACE!r} only works inside a patched forward"
-        )
-    return packing
+    return torch.empty(0, local_size or 0, device=packing.layout.slots.device)
 
 
 def _check_rule(mask_function: Callable[..., Tensor], local_size: int | None) -> None:
@@ -112,19 +74,7 @@ def _check_rule(mask_function: Callable[..., Tensor], local_size: int | None) ->
         )
 
 
-def _rule_of(module: nn.Module, attention_mask: Any) -> tuple[Packing, int | None]:
-    rule = getattr(attention_mask, "softprompt_rule", None)
-    if rule is not None:
-        return rule
-    # Reentrant checkpointing hands over copies of the tensors, without their attributes.
-    packing = _packing_of(getattr(module, "config", None))
-    if len(packing.windows) != 1:
-        raise UnsupportedAttentionError(
-            f"{type(module).__name__} got no mask of its own, and its model uses {len(packing.windows)} kinds"
-        )
-    return packing, next(iter(packing.windows))
-
-
+@torch.compiler.disable
 def _packed_attention(
     module: nn.Module,
     query: Tensor,  # [1, Hq, T, D]
@@ -138,82 +88,27 @@ def _packed_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    packing, window = _rule_of(module, attention_mask)
+    packing = current()
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[0] != 0:
+        raise UnsupportedAttentionError(f"{type(module).__name__} was not handed the mask that was made")
     if position_bias is not None:
         raise UnsupportedAttentionError(f"{type(module).__name__} adds a position bias")
-    packing.calls += 1
-    out = shared_prompt_attention(
-        query[0],
-        key[0],
-        value[0],
-        packing.layout.attention,
+    out = attend(
+        query,
+        key,
+        value,
         scale=scaling,
-        sliding_window=window,
+        window=attention_mask.shape[1] or None,
         # transformers' own sdpa ignores the softcap; equal to what the user chose is what is wanted here.
         softcap=None if packing.stock == "sdpa" else softcap,
         sinks=s_aux,
         dropout_p=dropout,
-        backend=packing.backend if dropout == 0 else "sdpa",
     )
-    return out.transpose(0, 1)[None], None
-
-
-# ---------------------------------------------------------------------------------------------- seam: bloom
-def _bloom_attention(
-    self: Any,
-    hidden_states: Tensor,  # [1, T, H]
-    residual: Tensor,  # [1, T, H]
-    alibi: Tensor,
-    attention_mask: Any,
-    layer_past: Any = None,
-    use_cache: bool = False,
-    output_attentions: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    packing, _ = _rule_of(self, attention_mask)
-    packing.calls += 1
-    num_tokens = hidden_states.shape[1]
-    fused = self.query_key_value(hidden_states).view(num_tokens, self.num_heads, 3, self.head_dim)
-    query, key, value = fused.permute(2, 1, 0, 3)  # [3, Hq, T, D]
-    dropout = self.attention_dropout.p if self.training else 0.0
-    context = shared_prompt_attention(
-        query,
-        key,
-        value,
-        packing.layout.attention,
-        scale=self.inv_norm_factor,
-        alibi_slopes=packing.alibi_slopes(self.num_heads, hidden_states.device),
-        dropout_p=dropout,
-        backend=packing.backend if dropout == 0 else "sdpa",
-    )
-    out = self.dense(context.transpose(0, 1).reshape(1, num_tokens, self.hidden_size))
-    return residual + functional.dropout(out, self.hidden_dropout, self.training), None
-
-
-def _bloom_forwards(body: nn.Module) -> list[tuple[Any, Callable[..., Any]]]:
-    """The modules of BLOOM whose forward is replaced for a call, and by what.
-
-    Beside the attention that is the GELU, which BLOOM writes out as some twenty elementwise operations: the
-    same function (tanh approximation) in one.
-    """
-    forwards: list[tuple[Any, Callable[..., Any]]] = []
-    module: Any
-    for module in body.modules():
-        kind = type(module).__name__
-        if kind not in ("BloomAttention", "BloomGelu"):
-            continue
-        if "forward" in module.__dict__:
-            raise UnsupportedAttentionError(f"the forward of a {kind} was replaced on the instance")
-        if kind == "BloomGelu":
-            forwards.append((module, functools.partial(functional.gelu, approximate="tanh")))
-            continue
-        if module.pretraining_tp > 1 and module.slow_but_exact:
-            raise UnsupportedAttentionError("BLOOM with pretraining_tp > 1 and slow_but_exact")
-        forwards.append((module, functools.partial(_bloom_attention, module)))
-    return forwards
+    return out, None
 
 
 # ---------------------------------------------------------------------------------------------- seam: mask
+@torch.compiler.disable
 def _dense_mask(
     *args: Any,
     mask_function: Any,
@@ -224,8 +119,7 @@ def _dense_mask(
     """Transformers' own rule for this layer kind, on the slots of the packed tokens, and the packed row's
     own.
     """
-    packing = _packing_of(config)
-    layout = packing.layout
+    layout = current().layout
     zero = torch.zeros(1, 1, dtype=torch.int64, device=layout.slots.device)
     slots = layout.slots.long()
     allowed = mask_function(zero, zero, slots[:, None], slots[None, :]) & visible(layout.attention, None)
@@ -256,9 +150,29 @@ AttentionMaskInterface.register(_MASK_EAGER, _dense_mask)
 # ---------------------------------------------------------------------------------------------- the call
 def seams_for(model: CausalLM) -> tuple[str, ...]:
     """The seams worth trying on this model, best first."""
-    if families.config_of(model).model_type == "bloom":
-        return ("bloom",)
-    return ("interface", "mask", "dense")
+    config = families.config_of(model)
+    if config.model_type not in hooks.FAMILIES:
+        return ("interface", "mask", "dense")
+    if config.model_type == "falcon" and not config.alibi:
+        return ("falcon", "dense")
+    # With a dense mask the others would count places in the row, in their biases or their masks.
+    return (str(config.model_type),)
+
+
+def runs_the_op(seam: str | None) -> bool:
+    """Whether the attention of a seam is `shared_prompt_attention`."""
+    return seam == "interface" or seam in hooks.FAMILIES
+
+
+def describe_seam(seam: str) -> str:
+    """Half a sentence for people."""
+    if seam in hooks.FAMILIES:
+        return f"the attention modules of {seam} are answered one by one"
+    return {
+        "interface": "its attention runs through transformers' attention interface",
+        "mask": "its own attention runs with a dense mask made of its own mask function",
+        "dense": "its own attention runs with a dense mask",
+    }[seam]
 
 
 @contextlib.contextmanager
@@ -272,28 +186,26 @@ def packed_attention(body: nn.Module, seam: str, packing: Packing) -> Iterator[T
 
 
 def _packed_attention_alone(body: nn.Module, seam: str, packing: Packing) -> Iterator[Tensor | None]:
-    configs = families.attention_configs(body)
-    restore = [(config, config._attn_implementation_internal, _ACTIVE.get(id(config))) for config in configs]
-    replaced = _bloom_forwards(body) if seam == "bloom" else []
+    answered = hooks.answered(body, seam) if seam in hooks.FAMILIES else []
+    restore = [(config, config._attn_implementation_internal) for config in families.attention_configs(body)]
+    # A packed call inside of a packed call of the same body finds them answered, and leaves them so.
+    answered = [(module, stock, new) for module, stock, new in answered if type(module) is stock]
     mask = None
     if seam == "dense":
         allowed = visible(packing.layout.attention, None)[None, None]
         mask = allowed if packing.stock == "sdpa" else _additive(allowed, next(body.parameters()).dtype)
     name = {"mask": _MASK_SDPA if packing.stock == "sdpa" else _MASK_EAGER}.get(seam, _INTERFACE)
+    CALLS.append(packing)
     try:
-        for config in configs:
-            _ACTIVE[id(config)] = packing
-            if seam != "dense":
+        if seam != "dense":
+            for config, _ in restore:
                 config._attn_implementation_internal = name
-        for module, replacement in replaced:
-            module.forward = replacement
+        for module, _, new in answered:
+            object.__setattr__(module, "__class__", new)
         yield mask
     finally:
-        for module, _ in replaced:
-            module.__dict__.pop("forward", None)
-        for config, implementation, before in restore:
+        for module, stock, _ in answered:
+            object.__setattr__(module, "__class__", stock)
+        for config, implementation in restore:
             config._attn_implementation_internal = implementation
-            if before is None:
-                _ACTIVE.pop(id(config), None)
-            else:
-                _ACTIVE[id(config)] = before
+        CALLS.pop()

@@ -5,13 +5,18 @@ The self-check of `plan.py` confirms or rejects all of it with numbers, but for 
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+from softprompt.engine import hooks
+from softprompt.engine.structure import structure_of
 
 # A transformers causal LM. Its classes are not typed, and its parts are found by name.
 CausalLM: TypeAlias = Any
@@ -68,13 +73,19 @@ def vocab_size(model: CausalLM) -> int:
 
 def attention_configs(body: nn.Module) -> list[Any]:
     """The distinct configuration objects that choose an attention implementation below `body`."""
-    configs = {id(c): c for m in body.modules() if hasattr(c := getattr(m, "config", None), "to_dict")}
-    return list(configs.values())
+    return structure_of(body)[0].configs
 
 
 def takes_position_ids(body: nn.Module) -> bool:
     """Whether the decoder's forward has a `position_ids` argument."""
-    return "position_ids" in inspect.signature(body.forward).parameters
+    if "forward" in body.__dict__:
+        return "position_ids" in inspect.signature(body.forward).parameters
+    return "position_ids" in _parameters_of(type(body).forward)
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def positions_from_mask(config: Any) -> bool:
@@ -106,7 +117,12 @@ def packing_obstacle(model: CausalLM) -> str | None:
     """Why rows of this model cannot share one packed row, or None."""
     config = config_of(model)
     if config.model_type in _MASKS_BY_PLACE:
-        return f"{config.model_type} masks tokens by their place in the row, which packing changes"
+        unanswered = hooks.obstacle(body_of(model), config.model_type)
+        if unanswered is not None:
+            return (
+                f"{config.model_type} masks tokens by their place in the row, which packing changes, "
+                f"and {unanswered}"
+            )
     if getattr(config, "attn_temperature_tuning", False):
         return f"{config.model_type} scales its attention by the place in the row, which packing changes"
     if getattr(model, "_is_stateful", False):
@@ -206,19 +222,24 @@ def rotary_switch(model: CausalLM) -> int | None:
 def dropout_of(model: CausalLM) -> list[str]:
     """Names of the random settings above 0, which act in training mode."""
     active = set()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            active.add(f"{type(module).__name__}(p={module.p})")
-        # Attention functions are handed a number that the module keeps.
-        for name, value in vars(module).items():
-            if ("dropout" in name or "jitter" in name) and isinstance(value, float) and value > 0:
-                active.add(f"{type(module).__name__}.{name}={value}")
+    structure, modules = structure_of(model)
+    for place in structure.dropouts:
+        dropout: Any = modules[place]
+        if dropout.p > 0:
+            active.add(f"{type(dropout).__name__}(p={dropout.p})")
+    for place, name in structure.random_settings:
+        value = getattr(modules[place], name, None)
+        if isinstance(value, float) and value > 0:
+            active.add(f"{type(modules[place]).__name__}.{name}={value}")
     return sorted(active)
 
 
 def uses_gradient_checkpointing(body: nn.Module) -> bool:
     """Whether layers are recomputed in the backward pass."""
-    return bool(body.training) and any(getattr(m, "gradient_checkpointing", False) for m in body.modules())
+    if not body.training:
+        return False
+    structure, modules = structure_of(body)
+    return any(getattr(modules[place], "gradient_checkpointing", False) for place in structure.checkpointing)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

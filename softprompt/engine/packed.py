@@ -216,7 +216,7 @@ def _run_body(
             # Without any mask transformers would look for packed sequences in the position ids, and find
             # wrong ones.
             mask = torch.ones(1, embeds.shape[1], dtype=torch.bool, device=embeds.device)
-        return (call_body or body)(attention_mask=mask, **arguments)
+        return (body if call_body is None else call_body)(attention_mask=mask, **arguments)
 
 
 class _RecomputingBody(torch.autograd.Function):

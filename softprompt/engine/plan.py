@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families
-from softprompt.engine.attention import IN_USE, seams_for
+from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.head import loss_of_rows
@@ -209,13 +209,7 @@ def _first_that_holds(
 def _praise(plan: Plan, packing_obstacle: str | None) -> str:
     if plan.route == "padded":
         return f"rows stay padded, since {packing_obstacle or 'no packed variant passed the self-check'}"
-    how = {
-        "interface": "its attention runs through transformers' attention interface",
-        "bloom": "BLOOM's attention modules are answered one by one",
-        "mask": "its own attention runs with a dense mask made of its own mask function",
-        "dense": "its own attention runs with a dense mask",
-    }[str(plan.seam)]
-    return f"attention-only decoder; {how}"
+    return f"attention-only decoder; {describe_seam(str(plan.seam))}"
 
 
 def _dtype(model: CausalLM) -> torch.dtype:

@@ -15,8 +15,13 @@ from softprompt.engine import plan as plan_module
 from softprompt.engine import plan_for
 from softprompt.engine.plan import make_plan
 
-SEAMS = {"gptj": "mask", "falcon": "dense", "bloom": "bloom", "bloom-6-heads": "bloom"}
-COUNT_NO_PADS = ("bloom", "bloom-6-heads", "opt", "opt-projected")
+SEAMS = {
+    "gptj": "mask",
+    "bloom-6-heads": "bloom",
+    **{name: name for name in ("bloom", "falcon", "mpt", "gpt_neo")},
+    **{f"falcon-{kind}": "falcon" for kind in ("groups", "alibi", "alibi-own-keys")},
+}
+COUNT_NO_PADS = ("bloom", "bloom-6-heads", "opt", "opt-projected", "falcon-alibi", "falcon-alibi-own-keys")
 OWN_HEAD = ("recurrent_gemma",)
 
 
