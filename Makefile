@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu clean
+.PHONY: help demo test check tiny-model bench gpu extension sanitize gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -13,7 +13,9 @@ help:
 	@echo "make check       ruff, formatting, mypy"
 	@echo "make tiny-model  pretrain the shipped model again (minutes)"
 	@echo "make bench       CPU benchmarks, then the tables and pictures of the README"
-	@echo "make gpu         the tests that need a CUDA device, with softprompt's kernels running natively"
+	@echo "make gpu         on a GPU: tests, benchmarks of steps and kernels, then their tables (about 8 minutes)"
+	@echo "make sanitize    on a GPU: the kernel tests under compute-sanitizer"
+	@echo "make gpu-rehearsal  the same as make gpu at toy sizes on the CPU"
 
 $(READY): pyproject.toml constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,8 +42,53 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks run --suite cpu
 	$(BIN)/python -m benchmarks report
 
-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+# PYTHON_BIN=python3 uses an interpreter that has everything, and makes no virtual environment.
+ifdef PYTHON_BIN
+GPU_READY =
+else
+PYTHON_BIN = $(BIN)/python
+GPU_READY = $(READY)
+endif
+# Where records go; the report reads those of the repository, too.
+OUT ?= benchmarks/results
+GPU_BUDGET ?= 240
+KERNEL_BUDGET ?= 90
+REHEARSAL = build/rehearsal
+
+# Everything is run even where a check fails, and the table comes last; then the exit code says so.
+gpu: $(GPU_READY) extension
+	@failed=0; \
+	$(PYTHON_BIN) -m pytest -q -m gpu || failed=1; \
+	$(PYTHON_BIN) -m benchmarks run --suite gpu --budget $(GPU_BUDGET) --output $(OUT) || failed=1; \
+	$(PYTHON_BIN) -m benchmarks run --suite kernels --budget $(KERNEL_BUDGET) --output $(OUT) || failed=1; \
+	$(PYTHON_BIN) -m benchmarks report --results $(sort benchmarks/results $(OUT)) || failed=1; \
+	$(PYTHON_BIN) -m benchmarks short $(OUT) || failed=1; \
+	exit $$failed
+
+extension: $(GPU_READY)
+	@if ls csrc/*.cpp csrc/*.cu >/dev/null 2>&1; then $(PYTHON_BIN) setup.py build_ext --inplace; \
+	else echo "extension: csrc has no sources, nothing is built"; fi
+
+# Kernel tests under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds.
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
+sanitize: $(GPU_READY) extension
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
+	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
+
+# What `make gpu` does, at toy sizes on the CPU: Triton's interpreter, and steps recorded by running them again.
+gpu-rehearsal: export TRITON_INTERPRET = 1
+gpu-rehearsal: export CUDA_VISIBLE_DEVICES =
+gpu-rehearsal: $(GPU_READY) extension
+	rm -rf $(REHEARSAL)
+	mkdir -p $(REHEARSAL)
+	cp README.md docs/benchmarks.md $(REHEARSAL)
+	$(PYTHON_BIN) -m benchmarks run --suite gpu --tiny --threads 1 --rounds 1 --output $(REHEARSAL)
+	$(PYTHON_BIN) -m benchmarks run --suite kernels --tiny --threads 1 --rounds 1 --output $(REHEARSAL)
+	$(PYTHON_BIN) -m benchmarks run --profile gpu-article math --tiny --threads 1 --output $(REHEARSAL)
+	$(PYTHON_BIN) -m benchmarks tune --tiny --most 2 --cases attention-8b-both --output $(REHEARSAL)
+	$(PYTHON_BIN) -m benchmarks report --results $(REHEARSAL) --readme $(REHEARSAL)/README.md \
+		--docs $(REHEARSAL)/benchmarks.md
+	$(PYTHON_BIN) -m benchmarks short $(REHEARSAL)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,30 +1,48 @@
-"""`python -m benchmarks run` and `python -m benchmarks report`, from the root of the repository."""
+"""`python -m benchmarks run`, `report`, `short` and `tune`, from the root of the repository."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.cases import CASES, FULL_SUITES, SUITES
+from benchmarks.kernels.cases import CPU_KERNELS, KERNEL_CASES
+from benchmarks.rehearsal import has_gpu, rehearse
 from benchmarks.report import ReportError, report
 from benchmarks.run import run, write_record
+from benchmarks.short import short_table
+from benchmarks.variants import variants_of
 
 _HERE = Path(__file__).parent
 _RESULTS, _README = _HERE / "results", _HERE.parent / "README.md"
+_DOCS = _HERE.parent / "docs" / "benchmarks.md"
+KERNELS = "kernels"
+
+Record = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, 1 where a variant failed its check, 2 where the report cannot be written.
+        The exit code: 0, 1 where a variant failed its check, 2 where it cannot be run.
     """
     args = _parser().parse_args(argv)
-    return int(args.command(args))
+    try:
+        return int(args.command(args))
+    except (ReportError, UsageError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+class UsageError(RuntimeError):
+    """The command cannot be run here."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,48 +51,196 @@ def _parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("run", help="measure cases and write a record")
     what = measure.add_mutually_exclusive_group()
     what.add_argument(
-        "--suite", choices=sorted(SUITES), default="cpu", help="the cases of a suite (default: cpu)"
+        "--suite",
+        choices=sorted([*SUITES, KERNELS]),
+        default="cpu",
+        help="the cases of a suite (default: cpu)",
+    )
+    everything = [*CASES, *KERNEL_CASES]
+    what.add_argument(
+        "--cases", nargs="+", choices=everything, metavar="CASE", help=f"of {', '.join(everything)}"
     )
     what.add_argument(
-        "--cases", nargs="+", choices=sorted(CASES), metavar="CASE", help=f"of {', '.join(CASES)}"
+        "--profile",
+        nargs="+",
+        choices=sorted(CASES),
+        metavar="CASE",
+        help="profile training steps instead: kernels, launch gaps, CPU operations",
     )
     measure.add_argument(
-        "--full", action="store_true", help="the suite's cases at the full shape of BLOOM-560m"
+        "--full", action="store_true", help="the CPU suite's cases at the full shape of BLOOM-560m"
     )
     measure.add_argument("--rounds", type=_positive, metavar="N", help="timed steps of each variant")
     measure.add_argument(
         "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
     )
     measure.add_argument(
-        "--tiny", action="store_true", help="toy sizes: tests the runner and measures nothing"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="leave out what is least important rather than take longer",
+    )
+    measure.add_argument(
+        "--tiny",
+        action="store_true",
+        help="toy sizes: tests the runner, measures nothing; without a GPU its cases run on the CPU",
     )
     measure.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
     measure.set_defaults(command=_run)
-    render = commands.add_parser("report", help="render the newest records into the README")
-    render.add_argument("--results", type=Path, default=_RESULTS, metavar="FOLDER", help="where records lie")
+    render = commands.add_parser("report", help="render the newest records into the README and the docs")
+    render.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[_RESULTS],
+        metavar="FOLDER",
+        help="where records lie",
+    )
     render.add_argument(
         "--readme", type=Path, default=_README, metavar="FILE", help="file with the two markers"
     )
+    render.add_argument(
+        "--docs", type=Path, default=_DOCS, metavar="FILE", help="file with the two markers, for all tables"
+    )
     render.set_defaults(command=_report)
+    brief = commands.add_parser("short", help="print the main numbers of records in at most 30 lines")
+    brief.add_argument(
+        "records", type=Path, nargs="+", metavar="RECORD", help="JSON files or folders of them"
+    )
+    brief.set_defaults(command=_short)
+    sweep = commands.add_parser("tune", help="sweep the launch configurations of the attention kernels")
+    attentions = [name for name in KERNEL_CASES if name.startswith("attention-") and name.endswith("-both")]
+    sweep.add_argument(
+        "--cases", nargs="+", choices=attentions, default=attentions, metavar="CASE", help="attention cases"
+    )
+    sweep.add_argument("--most", type=_positive, metavar="N", help="candidates of each kernel")
+    sweep.add_argument("--budget", type=float, metavar="SECONDS", help="for the whole sweep")
+    sweep.add_argument("--tiny", action="store_true", help="toy sizes; on the CPU if there is no GPU")
+    sweep.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
+    sweep.set_defaults(command=_tune)
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    names = args.cases or (FULL_SUITES if args.full else SUITES)[args.suite]
-    record = run([CASES[name] for name in names], rounds=args.rounds, tiny=args.tiny)
-    print(write_record(record, args.output))
-    return 0 if all(v["check"]["passed"] for case in record["cases"] for v in case["variants"]) else 1
+    if args.profile:
+        return _profile(args)
+    names = args.cases or _names_of_suite(args)
+    if names[0] in KERNEL_CASES:
+        return _run_kernels(args, names)
+    _check_names(names, CASES)
+    cases = [CASES[name] for name in names]
+    device = cases[0].device
+    _prepare(device, tiny=args.tiny)
+    written: list[Path] = []
+    record = run(
+        cases,
+        variants=variants_of(device),
+        rounds=args.rounds,
+        tiny=args.tiny,
+        budget=args.budget,
+        save=_saver(args.output, written),
+    )
+    print(written[-1])
+    checks = [variant["check"] for case in record["cases"] for variant in case["variants"]]
+    return 0 if all(check is None or check["passed"] for check in checks) else 1
+
+
+def _names_of_suite(args: argparse.Namespace) -> Sequence[str]:
+    if args.suite == KERNELS:
+        return list(KERNEL_CASES) if has_gpu() or args.tiny else CPU_KERNELS
+    return (FULL_SUITES if args.full else SUITES)[args.suite]
+
+
+def _run_kernels(args: argparse.Namespace, names: Sequence[str]) -> int:
+    from benchmarks.kernels.run import run_kernels
+
+    _check_names(names, KERNEL_CASES)
+    device = "cuda" if has_gpu() else "cpu"
+    if args.tiny:
+        _prepare("cuda", tiny=True)
+    written: list[Path] = []
+    record = run_kernels(
+        [KERNEL_CASES[name] for name in names],
+        device=device,
+        rounds=args.rounds,
+        tiny=args.tiny,
+        budget=args.budget,
+        save=_saver(args.output, written),
+    )
+    print(written[-1])
+    variants = [variant for case in record["kernels"] for variant in case["variants"]]
+    return 0 if all(variant["errors"] is None or variant["passed"] for variant in variants) else 1
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from benchmarks.profiling import profile_cases
+
+    cases = [CASES[name] for name in args.profile]
+    device = cases[0].device
+    if any(case.device != device for case in cases):
+        raise UsageError("the cases of one profile must be of one device")
+    _prepare(device, tiny=args.tiny)
+    for path in profile_cases(cases, variants_of(device), args.output, tiny=args.tiny):
+        print(path)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from benchmarks.tune import tune
+
+    _prepare("cuda", tiny=args.tiny)
+    record = tune(
+        [KERNEL_CASES[name] for name in args.cases],
+        device="cuda" if has_gpu() else "cpu",
+        tiny=args.tiny,
+        most=args.most,
+        budget=args.budget,
+    )
+    folder = args.output / str(record["device"]["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tune.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(path)
+    return 0
+
+
+def _prepare(device: str, *, tiny: bool) -> None:
+    if device == "cpu" or has_gpu():
+        return
+    if not tiny:
+        raise UsageError("these cases need a CUDA device; --tiny rehearses them on the CPU")
+    rehearse()
+
+
+def _check_names(names: Sequence[str], known: Any) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(f"steps and kernels are run apart: {', '.join(unknown)}")
+
+
+def _saver(folder: Path, written: list[Path]) -> Any:
+    return lambda record: written.append(write_record(record, folder))
 
 
 def _report(args: argparse.Namespace) -> int:
-    try:
-        for path in report(args.results, args.readme):
-            print(path)
-    except ReportError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+    for path in report(args.results, args.readme, args.docs):
+        print(path)
+    return 0
+
+
+def _short(args: argparse.Namespace) -> int:
+    paths = [
+        path
+        for given in args.records
+        for path in (sorted(given.glob("**/*.json")) if given.is_dir() else [given])
+    ]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    records = [record for record in records if "cases" in record or "kernels" in record]
+    if not records:
+        raise UsageError(f"no record among {', '.join(map(str, args.records))}")
+    print(short_table(records))
     return 0
 
 
@@ -86,4 +252,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.exit(code)

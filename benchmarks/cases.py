@@ -8,28 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.texts import RULE, TextLengths, twitter_complaints
+from benchmarks.shapes import BLOOM_560M, LLAMA_1B, LLAMA_3B, LLAMA_8B, Shape, bloom, toy_of
+from benchmarks.texts import EvenLengths, TextLengths, twitter_complaints
 
 IGNORE_INDEX = -100
-BLOOM_VOCABULARY = 250_880
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model with random weights: times depend on shapes, not on quality."""
-
-    name: str
-    model_type: str
-    config: dict[str, int]  # for transformers' AutoConfig
-
-    def build(self, dtype: torch.dtype, device: str) -> PreTrainedModel:
-        """The model, its weights drawn from seed 0."""
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(self.model_type, **self.config)
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+PAD_TOKEN = 3
+STEP, ENSEMBLE, GENERATE = "step", "ensemble", "generate"
 
 
 @dataclass(frozen=True)
@@ -38,11 +23,15 @@ class Targets:
 
     share_of_limit: float | None = None  # at least: (step of PEFT / step) / token limit
     share_of_memory: float | None = None  # at most: peak above the weights / that of PEFT
+    vs_peft: float | None = None  # at least: step of PEFT / step
+    vs_best_peer: float | None = None  # at least: step of the fastest other one / step
+    over_floor: float | None = None  # at most: step / floor
+    prefill_vs_peft: float | None = None  # at least: prefill of PEFT / prefill (generate only)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training step, again and again."""
+    """One training step, again and again; or one call of generate."""
 
     name: str
     why: str
@@ -50,23 +39,31 @@ class Case:
     rows: int  # B
     num_virtual_tokens: int  # P
     pad_to: int | None  # L; None: the longest row of the batch
-    texts: Callable[[], TextLengths]
+    texts: Callable[[], TextLengths | EvenLengths]
     rounds: int
     targets: Targets = field(default_factory=Targets)
     device: str = "cpu"
     dtype: str = "float32"
-    loss_tolerance: float = 1e-4  # |loss - loss of PEFT|
-    gradient_tolerance: float = 1e-3  # |d(prompt) - that of PEFT| / |that of PEFT|, Euclidean norms
+    # fp32: limits of |loss - loss of PEFT| and |d(prompt) - that of PEFT| / |that of PEFT|, Euclidean norms.
+    # Narrower: what is allowed beyond twice PEFT's own error, see gate.py.
+    loss_tolerance: float = 1e-4
+    gradient_tolerance: float = 1e-3
+    kind: str = STEP
+    num_prompts: int = 1  # K, ensemble only: every row is run with each of them
+    new_tokens: int = 0  # generate only
+    padding_side: str = "left"
+    seconds: float = 0.0  # what its important variants take on a GPU, estimated: kept free by the budget
 
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """A left-padded batch and what there is to know about it."""
+    """A padded batch and what there is to know about it."""
 
     inputs: dict[str, Tensor]  # input_ids, attention_mask, labels: [B, L]
     lengths: tuple[int, ...]  # L_i, tokens of each row, label included
     num_labels: int  # M
     source: str
+    rule: str = ""
 
     @property
     def padded_length(self) -> int:
@@ -80,12 +77,12 @@ class StepBatch:
             "padded_length": self.padded_length,
             "labels": self.num_labels,
             "length_source": self.source,
-            "length_rule": RULE,
+            "length_rule": self.rule,
         }
 
 
 def build_batch(case: Case) -> StepBatch:
-    """Random token ids (seed 0) in rows of real lengths; labels on the answer only, pads on the left.
+    """Random token ids (seed 0) in rows of the lengths that the case says; labels at the end of each text.
 
     A row that does not fit `pad_to` loses text tokens, never its label.
     """
@@ -98,11 +95,14 @@ def build_batch(case: Case) -> StepBatch:
     generator = torch.Generator().manual_seed(0)
     shape = (case.rows, padded_length)
     input_ids = torch.randint(10, case.shape.config["vocab_size"], shape, generator=generator)
-    columns_left = padded_length - torch.arange(padded_length)  # [L], from a column to the end of its row
-    attention_mask = (columns_left <= torch.tensor(lengths)[:, None]).long()
-    is_label = columns_left <= torch.tensor([label for _, label in rows])[:, None]
+    totals, labels = torch.tensor(lengths)[:, None], torch.tensor([label for _, label in rows])[:, None]
+    column = torch.arange(padded_length)  # [L]
+    # [B, L]: tokens from a column to the end of its text, itself included; a pad behind the text has none.
+    left = padded_length - column if case.padding_side == "left" else totals - column
+    attention_mask = ((left >= 1) & (left <= totals)).long()
+    is_label = (attention_mask == 1) & (left <= labels)
     inputs = {
-        "input_ids": input_ids.masked_fill(attention_mask == 0, 3),
+        "input_ids": input_ids.masked_fill(attention_mask == 0, PAD_TOKEN),
         "attention_mask": attention_mask,
         "labels": input_ids.masked_fill(~is_label, IGNORE_INDEX),
     }
@@ -111,20 +111,7 @@ def build_batch(case: Case) -> StepBatch:
         lengths,
         int(is_label.sum()),
         texts.source,
-    )
-
-
-def bloom(num_layers: int, hidden_size: int, vocab_size: int = BLOOM_VOCABULARY, head_dim: int = 64) -> Shape:
-    """A BLOOM shape."""
-    return Shape(
-        f"BLOOM {num_layers} x {hidden_size}, vocabulary {vocab_size:,}",
-        "bloom",
-        {
-            "n_layer": num_layers,
-            "hidden_size": hidden_size,
-            "n_head": hidden_size // head_dim,
-            "vocab_size": vocab_size,
-        },
+        texts.rule,
     )
 
 
@@ -147,22 +134,147 @@ _PAPER = replace(
     num_virtual_tokens=100,
     pad_to=None,
 )
-_BLOOM_560M = bloom(24, 1024)
 
+_GPU: dict[str, Any] = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "loss_tolerance": 5e-3,
+    "gradient_tolerance": 5e-3,
+    "rounds": 11,
+}
+_GPU_ARTICLE = replace(
+    _ARTICLE,
+    name="gpu-article",
+    shape=BLOOM_560M,
+    targets=Targets(vs_peft=10, vs_best_peer=4, over_floor=4, share_of_memory=1 / 20),
+    seconds=14,
+    **_GPU,
+)
+_MATH = Case(
+    "math",
+    "PEFT's own published comparison (MetaMathQA): every text token labelled",
+    LLAMA_3B,
+    rows=4,
+    num_virtual_tokens=200,
+    pad_to=None,
+    texts=lambda: EvenLengths(100, 400, 1.0),
+    padding_side="right",
+    targets=Targets(vs_peft=2.2, vs_best_peer=1.8, over_floor=1.5, share_of_memory=1 / 3),
+    seconds=12,
+    **_GPU,
+)
+_LONG = Case(
+    "long",
+    "long texts, nearly no pads, every token labelled: where the cuts save least",
+    LLAMA_1B,
+    rows=32,
+    num_virtual_tokens=20,
+    pad_to=2048,
+    texts=lambda: EvenLengths(1639, 2048, 1.0),
+    padding_side="right",
+    targets=Targets(vs_peft=1.15, vs_best_peer=1.1, over_floor=1.4, share_of_memory=1 / 2),
+    seconds=35,
+    **_GPU | {"rounds": 7},
+)
+_GENERATE = replace(
+    _GPU_ARTICLE,
+    name="generate-bloom",
+    why="32 new tokens, greedy",
+    rows=32,
+    num_virtual_tokens=100,
+    pad_to=None,
+    kind=GENERATE,
+    new_tokens=32,
+    targets=Targets(prefill_vs_peft=2),
+    seconds=14,
+    rounds=7,
+    gradient_tolerance=2e-2,
+)
+
+# Cases of one shape stand together: its model is built once.
 CASES = {
     case.name: case
     for case in (
         _ARTICLE,
         _PAPER,
-        replace(_ARTICLE, name="article-full", shape=_BLOOM_560M, rounds=7),
-        replace(_PAPER, name="paper-full", shape=_BLOOM_560M, rounds=7),
+        replace(_ARTICLE, name="article-full", shape=BLOOM_560M, rounds=7),
+        replace(_PAPER, name="paper-full", shape=BLOOM_560M, rounds=7),
+        _GPU_ARTICLE,
+        replace(
+            _GPU_ARTICLE,
+            name="gpu-paper",
+            why=_PAPER.why,
+            rows=32,
+            num_virtual_tokens=100,
+            pad_to=None,
+            targets=Targets(vs_peft=8, vs_best_peer=4, over_floor=2.5, share_of_memory=1 / 20),
+        ),
+        replace(
+            _GPU_ARTICLE,
+            name="ensemble",
+            why="the article's section 3: 8 rows with each of 5 prompts, against 5 runs of PEFT",
+            kind=ENSEMBLE,
+            num_prompts=5,
+            targets=Targets(vs_peft=20, over_floor=3),
+            seconds=8,
+        ),
+        _GENERATE,
+        _MATH,
+        replace(
+            _MATH,
+            name="math-half",
+            why="the same with the second half of each text labelled",
+            texts=lambda: EvenLengths(100, 400, 0.5),
+        ),
+        Case(
+            "8b",
+            "a large frozen base, rows filled to 60 %, labels on 10 %",
+            LLAMA_8B,
+            rows=16,
+            num_virtual_tokens=100,
+            pad_to=512,
+            texts=lambda: EvenLengths(102, 512, 0.1),
+            padding_side="right",
+            targets=Targets(vs_peft=2.2, vs_best_peer=1.9, over_floor=1.35, share_of_memory=1 / 3),
+            seconds=45,
+            **_GPU | {"rounds": 7},
+        ),
+        _LONG,
+        replace(
+            _LONG,
+            name="long-8",
+            why="the same with 8 rows, as PEFT's logits of 32 fill more than 139 GiB (estimated)",
+            rows=8,
+            seconds=15,
+        ),
+        replace(_GENERATE, name="generate-llama", shape=LLAMA_1B),
     )
 }
 
-SUITES = {"cpu": ("article", "paper")}
-FULL_SUITES = {"cpu": ("article-full", "paper-full")}
+SUITES = {
+    "cpu": ("article", "paper"),
+    "gpu": tuple(name for name, case in CASES.items() if case.device == "cuda"),
+}
+FULL_SUITES = SUITES | {"cpu": ("article-full", "paper-full")}
 
 
 def toy(case: Case) -> Case:
-    """The same case at a toy size, to test the runner; its times say nothing, so it has no targets."""
-    return replace(case, shape=bloom(2, 32, vocab_size=512, head_dim=16), targets=Targets())
+    """The same case at a toy size, to test the runner; its times say nothing, so it has no targets.
+
+    Cases of a GPU run on the CPU where there is none.
+    """
+    small = replace(case, shape=toy_of(case.shape), targets=Targets())
+    if case.device == "cpu":
+        return small
+    texts = case.texts()
+    if isinstance(texts, EvenLengths):
+        short = replace(texts, scale=32)
+        small = replace(small, texts=lambda: short, pad_to=None if case.pad_to is None else case.pad_to // 32)
+    return replace(
+        small,
+        rows=min(case.rows, 4),
+        num_virtual_tokens=min(case.num_virtual_tokens, 6),
+        new_tokens=min(case.new_tokens, 3),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        seconds=0.0,
+    )

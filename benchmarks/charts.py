@@ -12,13 +12,13 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.targets import is_own
 from benchmarks.variants import REFERENCE
 from softprompt.tasks.plot import BLUE, GREY, ORANGE, STYLE
 
 if TYPE_CHECKING:
-    from benchmarks.report import Measured
+    from benchmarks.records import Measured
 
-_COLORS = {REFERENCE.name: ORANGE, "softprompt": BLUE}
 _BAR, _FRAME = 0.34, 0.95  # inches
 _RED = "#b42318"
 
@@ -30,6 +30,7 @@ class _Bar:
     low: float
     high: float
     note: str  # how it compares with PEFT
+    color: str = GREY
 
 
 def draw_times(newest: Sequence[Measured], path: Path) -> Path | None:
@@ -42,7 +43,8 @@ def draw_times(newest: Sequence[Measured], path: Path) -> Path | None:
                 1e3 * variant["time"]["p50"],
                 1e3 * variant["time"]["p20"],
                 1e3 * variant["time"]["p80"],
-                "" if name == REFERENCE.name else f"{variant['time']['ratio']:.1f}x faster",
+                _faster(name, variant["time"], found.case),
+                _color(variant),
             )
             for name, variant in found.variants.items()
             if variant["time"] is not None
@@ -55,20 +57,53 @@ def draw_memory(newest: Sequence[Measured], path: Path) -> Path | None:
     """Peak memory above the weights. None where nothing was measured."""
 
     def bars(found: Measured) -> list[_Bar]:
-        reference = found.variants[REFERENCE.name]["peak_bytes"]
+        reference = (found.variants.get(REFERENCE.name) or {}).get("peak_bytes")
         return [
             _Bar(
                 name,
                 variant["peak_bytes"] / 1e6,
                 variant["peak_bytes"] / 1e6,
                 variant["peak_bytes"] / 1e6,
-                "" if name == REFERENCE.name else f"{reference / variant['peak_bytes']:.1f}x less",
+                ""
+                if name == REFERENCE.name or not reference
+                else f"{reference / variant['peak_bytes']:.1f}x less",
+                _color(variant),
             )
             for name, variant in found.variants.items()
             if variant["peak_bytes"] is not None
         ]
 
     return _draw(newest, bars, path, "Peak memory of a training step, above the weights", "MB", floor=False)
+
+
+def draw_kernels(newest: Sequence[Measured], path: Path) -> Path | None:
+    """Times of the kernels, the floor as a line. None where nothing was timed."""
+
+    def bars(found: Measured) -> list[_Bar]:
+        return [
+            _Bar(
+                name,
+                *(1e6 * variant["time"][key] for key in ("p50", "p20", "p80")),
+                f"{variant['time']['p50'] / found.case['floor_seconds']:.1f}x floor",
+                _color(variant),
+            )
+            for name, variant in found.variants.items()
+            if variant["time"] is not None
+        ]
+
+    return _draw(newest, bars, path, "Time of a kernel", "us", floor=True)
+
+
+def _faster(name: str, time: dict[str, Any], case: dict[str, Any]) -> str:
+    if name == REFERENCE.name or "ratio" not in time:
+        return ""
+    if case.get("ratio_to", REFERENCE.name) != REFERENCE.name:
+        return ""
+    return f"{time['ratio']:.1f}x" + (" faster" if time["ratio"] >= 1 else "")
+
+
+def _color(variant: dict[str, Any]) -> str:
+    return BLUE if is_own(variant) else ORANGE if variant["name"] == REFERENCE.name else GREY
 
 
 def _draw(
@@ -91,6 +126,7 @@ def _draw(
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (found, bars) in zip(axes, panels, strict=True):
             _panel(panel, found, bars, unit, found.case["floor_seconds"] if floor else None)
+            panel.set_title(_title(found.case))
         partial = path.with_name(f".{path.name}.partial")
         FigureCanvasAgg(figure)
         figure.savefig(partial, format="png", dpi=150)
@@ -106,7 +142,7 @@ def _panel(
     floor_seconds: float | None,
 ) -> None:
     for position, bar in enumerate(bars):
-        axes.barh(position, bar.value, height=0.62, color=_COLORS.get(bar.name, GREY))
+        axes.barh(position, bar.value, height=0.62, color=bar.color)
         if bar.low < bar.high:
             axes.errorbar(
                 bar.value,
@@ -125,10 +161,10 @@ def _panel(
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85},
         )
     if floor_seconds is not None:
-        floor = 1e3 * floor_seconds
+        floor = (1e6 if unit == "us" else 1e3) * floor_seconds
         label = f"floor {_number(floor)} {unit}"
         axes.axvline(floor, color=_RED, linestyle=(0, (4, 2)), linewidth=1.3, label=label)
-        axes.legend(loc="lower right", labelcolor=_RED, fontsize=9)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), labelcolor=_RED, fontsize=9)
     axes.set(
         yticks=range(len(bars)),
         yticklabels=[bar.name for bar in bars],
@@ -136,8 +172,12 @@ def _panel(
     )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.invert_yaxis()
-    case = found.case
-    axes.set_title(
+
+
+def _title(case: dict[str, Any]) -> str:
+    if "about" in case:
+        return f"{case['name']}: {case['about']}"
+    return (
         f"{case['name']}: {case['shape']['name']}, {case['rows']} rows of {case['batch']['padded_length']}, "
         f"P = {case['num_virtual_tokens']}"
     )

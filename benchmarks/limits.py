@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from benchmarks.cases import StepBatch
 
 _REPEATS = 5
+_CALLS = 10
 _MATMUL_SIZE = {"cpu": 3072, "cuda": 8192}
 _COPY_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}
 
@@ -67,8 +68,8 @@ class Work:
         return 2 * self.weight_bytes
 
 
-def work_of(model: PreTrainedModel, batch: StepBatch, num_virtual_tokens: int) -> Work:
-    """The work of one step of `model` (the base model) on `batch`."""
+def work_of(model: PreTrainedModel, batch: StepBatch, num_virtual_tokens: int, num_prompts: int = 1) -> Work:
+    """The work of one step of `model` (the base model) on `batch`, with each of K prompts."""
     linear = [module.weight for module in model.base_model.modules() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings().weight
     config, prompt = model.config, num_virtual_tokens
@@ -78,11 +79,12 @@ def work_of(model: PreTrainedModel, batch: StepBatch, num_virtual_tokens: int) -
     return Work(
         body_weights=body_weights,
         head_weights=head.numel(),
-        body_tokens=prompt + sum(batch.lengths),
-        peft_tokens=len(batch.lengths) * row_length,
-        head_rows=batch.num_labels,
-        attention_pairs=_triangle(prompt) + sum(prompt * n + _triangle(n) for n in batch.lengths),
-        peft_attention_pairs=len(batch.lengths) * row_length**2,
+        body_tokens=num_prompts * (prompt + sum(batch.lengths)),
+        peft_tokens=num_prompts * len(batch.lengths) * row_length,
+        head_rows=num_prompts * batch.num_labels,
+        attention_pairs=num_prompts
+        * (_triangle(prompt) + sum(prompt * n + _triangle(n) for n in batch.lengths)),
+        peft_attention_pairs=num_prompts * len(batch.lengths) * row_length**2,
         attention_width=config.num_hidden_layers * config.num_attention_heads * head_dim,
         weight_bytes=(body_weights + head.numel()) * head.element_size(),
     )
@@ -101,8 +103,11 @@ class Ceilings:
 
     def floor_seconds(self, work: Work) -> float:
         """No step is faster than its FLOP at the peak, nor than its bytes at the bandwidth."""
-        flop = work.token_flop + work.attention_flop
-        return max(flop / self.flop_per_second, work.moved_bytes / self.bytes_per_second)
+        return self.floor_of(work.token_flop + work.attention_flop, work.moved_bytes)
+
+    def floor_of(self, flop: float, moved_bytes: float) -> float:
+        """The same for any FLOP and bytes."""
+        return max(flop / self.flop_per_second, moved_bytes / self.bytes_per_second)
 
 
 def measure_ceilings(dtype: torch.dtype, device: str, *, shrink: int = 1) -> Ceilings:
@@ -126,10 +131,12 @@ def measure_ceilings(dtype: torch.dtype, device: str, *, shrink: int = 1) -> Cei
 
 def _best_seconds(run: Callable[[], object], device: str) -> float:
     seconds = []
+    calls = 1 if device == "cpu" else _CALLS  # so many that the wait for the GPU does not count
     for _ in range(1 + _REPEATS):
         start = now(device)
-        run()
-        seconds.append(now(device) - start)
+        for _ in range(calls):
+            run()
+        seconds.append((now(device) - start) / calls)
     return min(seconds[1:])
 
 

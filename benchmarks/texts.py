@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 TOKENS_PER_PIECE = 1.25
 RULE = (
@@ -27,6 +28,7 @@ class TextLengths:
 
     source: str
     rows: tuple[tuple[int, int], ...]  # tokens before the label, tokens of the label
+    rule: str = RULE
 
     def sample(self, num_rows: int) -> tuple[tuple[int, int], ...]:
         """Rows that stand for the whole set: the middle of each of its equal parts by length.
@@ -42,6 +44,35 @@ class TextLengths:
         by_length = sorted(range(count), key=lambda row: (sum(self.rows[row]), row))
         chosen = sorted(by_length[(2 * part + 1) * count // (2 * num_rows)] for part in range(num_rows))
         return tuple(self.rows[row] for row in chosen)
+
+
+@dataclass(frozen=True)
+class EvenLengths:
+    """Lengths spread evenly over a range, for a case that declares one."""
+
+    shortest: int
+    longest: int
+    labelled: float  # share of a row's tokens that are labels, at its end
+    scale: int = 1  # divides lengths, to test the runner
+
+    @property
+    def source(self) -> str:
+        """What the record says of the lengths."""
+        return f"declared range: {self.shortest} to {self.longest} tokens, {self.labelled:.0%} of them labels"
+
+    @property
+    def rule(self) -> str:
+        """How the rows are chosen."""
+        return "the middle of each equal part of the range, in an order drawn from seed 0"
+
+    def sample(self, num_rows: int) -> tuple[tuple[int, int], ...]:
+        """(tokens before the label, tokens of the label) of each row; at least one token is a label."""
+        span = self.longest - self.shortest
+        totals = [self.shortest + span * (2 * part + 1) // (2 * num_rows) for part in range(num_rows)]
+        Random(0).shuffle(totals)
+        totals = [max(2, total // self.scale) for total in totals]
+        labels = [max(1, round(self.labelled * total)) for total in totals]
+        return tuple((total - label, label) for total, label in zip(totals, labels, strict=True))
 
 
 def twitter_complaints(path: Path = TWITTER_COMPLAINTS) -> TextLengths:

@@ -1,0 +1,152 @@
+"""The sizes of the kernel cases and what is asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.kernels.attention import AttentionSizes, attention
+from benchmarks.kernels.head import HeadSizes, head
+from benchmarks.kernels.problem import KernelCase, KernelTargets
+from benchmarks.kernels.rows import RowSizes, embedding, layout, padded_rows
+from benchmarks.shapes import BLOOM_VOCABULARY, LLAMA_VOCABULARY
+from benchmarks.texts import EvenLengths, twitter_complaints
+
+_TWEETS = twitter_complaints()
+_ARTICLE = RowSizes(_TWEETS, 8, 64, 8, 1024, BLOOM_VOCABULARY)
+_FULL = RowSizes(EvenLengths(512, 512, 0.1), 32, 512, 100, 4096, LLAMA_VOCABULARY)  # 135 MB of embeddings
+_TOY_ROWS = RowSizes(_TWEETS, 2, 16, 3, 32, 64)
+
+_HEADS = {
+    "bloom-560m": (1024, BLOOM_VOCABULARY),
+    "llama-1b": (2048, LLAMA_VOCABULARY),
+    "llama-8b": (4096, LLAMA_VOCABULARY),
+    "gemma-2b": (2304, 256_000),
+}
+_LABEL_ROWS = (8, 128, 1024, 4096, 8192)
+
+_ATTENTIONS = {
+    "article": AttentionSizes(_TWEETS, 8, 8, 16, 16, 64, alibi=True),
+    "math": AttentionSizes(EvenLengths(100, 400, 1.0), 4, 200, 24, 8, 128),
+    "8b": AttentionSizes(EvenLengths(102, 512, 0.1), 16, 100, 32, 8, 128),
+    "long": AttentionSizes(EvenLengths(1639, 2048, 1.0), 32, 20, 32, 8, 64),
+    "32x512": AttentionSizes(EvenLengths(512, 512, 1.0), 32, 100, 32, 32, 128),
+}
+_TOY_TEXTS = EvenLengths(3, 9, 1.0)
+
+
+def _head_case(name: str, width: int, vocabulary: int, rows: int) -> KernelCase:
+    limit = 1.2 if rows >= 1024 else 1.3
+    return KernelCase(
+        f"head-{name}-{rows}",
+        "linear_cross_entropy",
+        f"H {width}, V {vocabulary:,}, M {rows:,}: loss and d(hidden)",
+        head,
+        HeadSizes(width, vocabulary, rows),
+        HeadSizes(32, 96, min(rows, 40)),
+        KernelTargets(over_floor=limit, vs=(("every peer", 1.3),)),
+    )
+
+
+def _attention_case(name: str, sizes: AttentionSizes, *, backward: bool) -> KernelCase:
+    wanted = (("flex", 1.0),)
+    if name == "8b":
+        wanted = (*wanted, ("sdpa padded, mask", 1.5), ("sdpa padded, causal", 1.5))
+    toy = replace(
+        sizes,
+        texts=_TOY_TEXTS,
+        rows=3,
+        num_virtual_tokens=4,
+        num_heads=2,
+        num_key_heads=1 if sizes.num_key_heads < sizes.num_heads else 2,
+        head_dim=16,
+        backward=backward,
+    )
+    return KernelCase(
+        f"attention-{name}-{'both' if backward else 'forward'}",
+        "shared_prompt_attention",
+        f"{sizes.rows} texts, P {sizes.num_virtual_tokens}, heads {sizes.num_heads}/{sizes.num_key_heads} "
+        f"of {sizes.head_dim}{', ALiBi' if sizes.alibi else ''}: "
+        f"{'forward and backward' if backward else 'forward'}",
+        attention,
+        replace(sizes, backward=backward),
+        toy,
+        KernelTargets(vs=wanted),
+    )
+
+
+KERNEL_CASES = {
+    case.name: case
+    for case in (
+        *(
+            _attention_case(name, sizes, backward=backward)
+            for name, sizes in _ATTENTIONS.items()
+            for backward in (False, True)
+        ),
+        KernelCase(
+            "embed-article",
+            "embed_prompt",
+            "8 tweets behind 8 virtual tokens, H 1,024",
+            embedding,
+            _ARTICLE,
+            _TOY_ROWS,
+            KernelTargets(vs=(("peft", 5.0),)),
+        ),
+        KernelCase(
+            "embed-135mb",
+            "embed_prompt",
+            "32 texts of 512 behind 100 virtual tokens, H 4,096: 135 MB are written",
+            embedding,
+            _FULL,
+            _TOY_ROWS,
+            KernelTargets(over_floor=1 / 0.85),
+        ),
+        KernelCase(
+            "layout-article",
+            "pack_layout",
+            "8 x 64",
+            layout,
+            _ARTICLE,
+            _TOY_ROWS,
+            KernelTargets(microseconds=10),
+        ),
+        KernelCase(
+            "layout-65536",
+            "pack_layout",
+            "32 x 2,048",
+            layout,
+            replace(_FULL, texts=EvenLengths(1639, 2048, 0.1), pad_to=2048),
+            _TOY_ROWS,
+            KernelTargets(microseconds=10),
+        ),
+        KernelCase(
+            "prepend-article", "prepend_prompt", "8 x 64, P 8, H 1,024", padded_rows, _ARTICLE, _TOY_ROWS
+        ),
+        KernelCase(
+            "prepend-160mb",
+            "prepend_prompt",
+            "32 x 512, P 100, H 4,096: 160 MB are written",
+            padded_rows,
+            _FULL,
+            _TOY_ROWS,
+        ),
+        *(
+            _head_case(name, *width_and_vocabulary, rows)
+            for name, width_and_vocabulary in _HEADS.items()
+            for rows in _LABEL_ROWS
+        ),
+    )
+}
+
+# What a CPU does in seconds.
+CPU_KERNELS = (
+    "embed-article",
+    "layout-article",
+    "layout-65536",
+    "prepend-article",
+    "head-bloom-560m-8",
+    "head-bloom-560m-128",
+    "attention-article-forward",
+    "attention-article-both",
+    "attention-math-forward",
+    "attention-math-both",
+)
