@@ -2,8 +2,8 @@
 
 A recorded step keeps its memory between the steps. Where the recorded steps of all variants do not fit beside
 the largest step, each is timed in a sitting of its own with an anchor of the first sitting beside it (PEFT
-where that fits, or softprompt's eager step), and its ratio to PEFT is the product of the two ratios. Where not
-even an anchor fits beside it, it is timed alone, after the others, and its ratio is that of the medians.
+where that fits, or softprompt's eager step), and its ratio to PEFT is the product of the two ratios. Where
+not even an anchor fits beside it, it is timed alone, after the others, and its ratio is that of the medians.
 """
 
 from __future__ import annotations
