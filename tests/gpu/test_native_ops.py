@@ -5,6 +5,7 @@ import torch
 from poison import poisoned_buffers
 
 from softprompt.ops.embed_prompt import embed_prompt
+from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.pack_layout import pack_layout
 from softprompt.ops.prepend_prompt import prepend_prompt
 
@@ -99,6 +100,46 @@ def test_prepend_prompt_is_the_reference(device, dtype, size, of_rows):
         values.append((*(value.detach() for value in batch), gradient))
     for got, expected in zip(*values, strict=True):
         assert torch.equal(got, expected)
+
+
+HEADS = [
+    *(
+        pytest.param("cpu", dtype, (5, 32, 131), id=f"cpu-{dtype}")
+        for dtype in (torch.float32, torch.float16)
+    ),
+    *(
+        pytest.param("cuda", dtype, size, id=f"cuda-{dtype}-{size}", marks=pytest.mark.gpu)
+        for dtype in DTYPES
+        for size in ((8, 1024, 250_880), (100, 256, 50_257), (1500, 256, 32_000))
+    ),
+]
+
+
+@pytest.mark.parametrize("device, dtype, size", HEADS)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0, "logit_scale": 0.7}, {"label_smoothing": 0.1, "num_items": 3}], ids=str
+)
+def test_linear_cross_entropy_has_the_error_of_the_dtype(device, dtype, size, options):
+    num_labels, width, vocabulary = size
+    generator = torch.Generator().manual_seed(num_labels)
+    hidden = torch.randn(num_labels + 7, width, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocabulary, width, generator=generator) * width**-0.5).to(device, dtype)
+    rows = torch.randperm(num_labels + 7, generator=generator)[:num_labels].to(device)
+    targets = torch.randint(0, vocabulary, (num_labels,), generator=generator).to(device)
+    targets[1::4] = -100
+
+    def run(wide, backend):
+        own = hidden.detach().to(wide).requires_grad_()
+        with poisoned_buffers():
+            loss = linear_cross_entropy(own, weight.to(wide), rows, targets, backend=backend, **options)
+        return loss.detach().double(), torch.autograd.grad(loss, own)[0].double()
+
+    truth = run(torch.float64, "reference")
+    plain, ours = run(dtype, "reference"), run(dtype, "triton")
+    for got, other, right in zip(ours, plain, truth, strict=True):
+        scale = right.norm()
+        allowed = 2 * float((other - right).norm() / scale) + torch.finfo(dtype).eps / 2
+        assert float((got - right).norm() / scale) <= allowed
 
 
 def kernels_of(run):
