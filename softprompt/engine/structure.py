@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-_RANDOM = ("dropout", "jitter")
+_RANDOM = ("drop", "jitter")  # dropout, layerdrop, drop_path; router noise
 
 
 class Structure:

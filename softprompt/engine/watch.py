@@ -38,7 +38,7 @@ class Watch:
             for state in self._states
             for name, value in state.items()
             if name == "gradient_checkpointing"
-            or (isinstance(value, float) and (name == "p" or "dropout" in name or "jitter" in name))
+            or (isinstance(value, float) and (name == "p" or "drop" in name or "jitter" in name))
         ]
 
     def _now_identities(self) -> list[int]:

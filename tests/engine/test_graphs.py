@@ -470,6 +470,15 @@ def test_half_precision_whose_gradients_are_scaled_later_stays_eager(recorder):
     assert "fp16 gradients" in obstacle_after(model)
 
 
+def test_layers_that_are_skipped_at_random_stay_eager(recorder):
+    model, _ = recorded_and_eager("opt", layerdrop=0.5)
+    model.train()
+    assert "layerdrop=0.5" in obstacle_after(model)
+    model.eval()
+    warm(model)
+    assert graphs_of(model).statistics.replayed > 0
+
+
 def test_gradient_checkpointing_stays_eager(recorder):
     model, _ = recorded_and_eager("llama")
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
