@@ -213,7 +213,10 @@ class Contest:
             return
         runners = [runner]
         if anchor is not None:
-            runners.insert(0, self._warmed_up(anchor))
+            try:
+                runners.insert(0, self._warmed_up(anchor))
+            except torch.OutOfMemoryError:
+                anchor = None  # it did not fit after all; the record says that the variant was timed alone
         seconds = self._sitting(runners)
         if variant.name not in seconds:
             return

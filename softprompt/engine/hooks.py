@@ -38,7 +38,8 @@ def _bloom_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     fused = self.query_key_value(hidden_states).unflatten(2, (self.num_heads, 3, self.head_dim))
-    query, key, value = (fused[..., part, :].transpose(1, 2) for part in range(3))
+    # Unbound and not indexed: the gradient is then put together in one operation.
+    query, key, value = (part.transpose(1, 2) for part in fused.unbind(3))
     context = attend(
         query,
         key,
@@ -76,8 +77,8 @@ def _falcon_attention(
         fused = fused.unflatten(2, (self.num_kv_heads, group + 2, self.head_dim))
     else:
         fused = fused.unflatten(2, (self.num_heads, 3, self.head_dim))
-    query, key, value = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
-    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    parts = fused.split((fused.shape[3] - 2, 1, 1), 3)
+    query, key, value = (heads.flatten(2, 3).transpose(1, 2) for heads in parts)
     if alibi is None:
         rotate = sys.modules["transformers.models.falcon.modeling_falcon"].apply_rotary_pos_emb
         query, key = rotate(query, key, *position_embeddings)  # type: ignore[misc]

@@ -1,6 +1,8 @@
 """BLOOM, Falcon, MPT and GPT-Neo compute their attention inside their modules, and are answered there."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -129,8 +131,6 @@ def test_dropout_changes_every_draw_of_the_attention_but_not_its_mean(name):
     model = build(name, **settings)
     body, call, num_rows = in_a_packed_call(model)
     module = next(module for module in body.modules() if type(module).__name__ == kind)
-    if name == "mpt":
-        module.attn_dropout_p = 0.4
     torch.manual_seed(0)
     hidden = torch.randn(1, num_rows, families.config_of(model).hidden_size, dtype=torch.float64)
     extra = {"bloom": {"residual": torch.zeros_like(hidden)}, "mpt": {"position_bias": None}}.get(name, {})
@@ -139,6 +139,8 @@ def test_dropout_changes_every_draw_of_the_attention_but_not_its_mean(name):
         arguments = {"hidden_states": hidden, "attention_mask": None, **extra, **alibi}
         expected = module(**arguments)[0]
         module.train()
+        if name == "mpt":
+            module.attn_dropout_p = 0.4
         draws = torch.stack([module(**arguments)[0] for _ in range(600)])
     assert (draws[0] != draws[1]).any()
     error = draws.std(0) / 600**0.5
@@ -284,6 +286,16 @@ def test_what_depends_on_modules_is_looked_up_again_when_one_was_exchanged():
     assert families.dropout_of(model) == ["Dropout(p=0.1)", "Dropout(p=0.5)"]
     assert structure_of(body)[0] is not structure
     assert structure_of(body)[1] == list(body.modules())
+
+
+def test_what_is_known_of_a_model_does_not_keep_it_alive_not_even_where_its_hooks_hold_it():
+    body = families.body_of(build("bloom"))
+    body.h[0].self_attention.register_forward_hook(lambda module, args, output, held=body: None)
+    assert hooks.obstacle(body, "bloom") is None
+    alive = weakref.ref(body)
+    del body
+    gc.collect()
+    assert alive() is None
 
 
 def test_checkpointing_that_is_switched_on_is_seen():
