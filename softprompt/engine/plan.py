@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families
+from softprompt.engine import families, hooks
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -100,7 +100,16 @@ def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
         None if head is None else (id(head), families.has_hooks(head)),
         id(getattr(model, "_loss_function", None)),
         bool(getattr(model.config, "output_router_logits", False)),
+        _unanswered(model),
     )
+
+
+def _unanswered(model: CausalLM) -> str | None:
+    """Why a model whose attention modules are answered one by one has one that cannot be."""
+    model_type = getattr(families.config_of(model), "model_type", None)
+    if model_type not in hooks.FAMILIES:
+        return None
+    return hooks.obstacle(families.body_of(model), str(model_type))
 
 
 def make_plan(model: CausalLM) -> Plan:

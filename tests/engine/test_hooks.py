@@ -314,3 +314,14 @@ def test_another_configuration_of_a_module_is_seen():
     assert families.attention_configs(body) == [config]
     body.layers[0].self_attn.config = other = type(config)(**config.to_dict())
     assert [id(c) for c in families.attention_configs(body)] == [id(config), id(other)]
+
+
+@pytest.mark.filterwarnings("ignore:softprompt")
+def test_an_attention_that_is_replaced_later_gets_a_new_plan():
+    stock, fast = patched("gpt_neo")
+    assert_same_step(fast, stock, BATCHES["holes"])
+    for model in (stock, fast):
+        attention = model.get_base_model().transformer.h[1].attn.attention
+        attention.forward = type(attention).forward.__get__(attention)
+    assert_same_step(fast, stock, BATCHES["holes"])
+    assert softprompt.explain(fast).route == "padded"
