@@ -301,7 +301,7 @@ def _numerics(device_type: str) -> tuple[Hashable, ...]:
     autocast = torch.is_autocast_enabled(device_type)
     return (
         torch.get_autocast_dtype(device_type) if autocast else None,
-        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )
 

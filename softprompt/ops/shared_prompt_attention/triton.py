@@ -211,7 +211,8 @@ def _options(
     config: LaunchConfig,
 ) -> dict[str, Any]:
     """The arguments that all kernels have in common."""
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Not `allow_tf32`, which raises where the newer setting was used.
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "scale": scale,
         "softcap": 0.0 if softcap is None else softcap,
