@@ -216,13 +216,16 @@ def test_the_kernels_compile_for_three_gpu_generations_without_spilling(compile_
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
-def test_the_newer_precision_setting_is_followed(setting, monkeypatch):
+def test_the_newer_precision_setting_is_followed(setting):
     module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
-    config = launch_config("forward", 64, 4)
-    for dtype, expected in ((torch.float32, setting), (torch.bfloat16, "ieee")):
-        options = module._options(torch.empty(1, 1, 64, dtype=dtype), 64, 1.0, None, None, config)
-        assert options["PRECISION"] == expected
+    config, before = launch_config("forward", 64, 4), torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        for dtype, expected in ((torch.float32, setting), (torch.bfloat16, "ieee")):
+            options = module._options(torch.empty(1, 1, 64, dtype=dtype), 64, 1.0, None, None, config)
+            assert options["PRECISION"] == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_the_override_is_empty_outside_of_tests():
