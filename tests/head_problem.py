@@ -31,3 +31,13 @@ def loss_and_gradients(function, hidden, weight, bias, label_rows, targets, **op
 def largest_error(value, truth):
     """Largest error relative to the largest entry."""
     return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def count_launches(run):
+    """Kernels, fills and copies that a GPU runs for `run`, which has run before."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())

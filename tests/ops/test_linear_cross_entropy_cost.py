@@ -1,15 +1,19 @@
 """What `linear_cross_entropy` computes and allocates, and how it meets torch.compile and the GPU compiler."""
 
+import inspect
 import itertools
 import math
 
 import pytest
 import torch
-from head_problem import DEVICE, IGNORED, loss_and_gradients, problem
+from head_problem import DEVICE, IGNORED, count_launches, loss_and_gradients, problem
+from poison import poisoned_buffers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softprompt.ops.linear_cross_entropy import chunked, linear_cross_entropy
+from softprompt.ops.linear_cross_entropy import chunked, linear_cross_entropy, reduction
 from softprompt.ops.linear_cross_entropy.reference import linear_cross_entropy_ref
+
+kernels = pytest.importorskip("softprompt.ops.linear_cross_entropy.triton")
 
 # The interpreter computes with the uninitialised padding of the logits, which the kernel then discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -181,43 +185,164 @@ def test_the_gpu_call_makes_no_host_synchronisation(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def kernel_case(dtype, loss_dtype, block, bias=False, softcap=None, smoothing=0.0):
-    pointers = {"logits_ptr": dtype, "targets_ptr": "i64", "losses_ptr": loss_dtype}
+def kernel_case(kernel, dtype="bf16", loss_dtype="fp32", block=8192, bias=False, softcap=None, smoothing=0.0):
+    """`_rows_loss_and_gradient` and the two kernels of split rows, as a launch specialises them."""
+    pointers = {
+        "logits_ptr": dtype,
+        "targets_ptr": "i64",
+        "losses_ptr": loss_dtype,
+        "partials_ptr": loss_dtype,
+    }
     pointers |= {"bias_ptr": dtype, "grad_losses_ptr": loss_dtype} if bias else {}
+    names = list(inspect.signature(getattr(kernels, kernel).fn).parameters)
     constants = {
         "SOFTCAP": softcap,
         "LOGIT_SCALE": 1.0,
         "LABEL_SMOOTHING": smoothing,
         "GRADIENT": True,
+        "SPLITS": 32,
         "BLOCK": block,
         "GROUP": {"bf16": 8, "fp32": 4, "fp64": 2}[dtype],
         **({} if bias else {"bias_ptr": None, "grad_losses_ptr": None}),
     }
-    order = ["logits_ptr", "bias_ptr", "targets_ptr", "losses_ptr", "grad_losses_ptr"]
-    order += ["vocab_size", "row_length", "ignore_index"]
-    order += [name for name in constants if name.isupper()]
+    constants = {name: value for name, value in constants.items() if name in names}
     return {
-        "module": "softprompt.ops.linear_cross_entropy.triton",
-        "kernel": "_rows_loss_and_gradient",
+        "label": f"{kernel} {dtype}",
+        "module": kernels.__name__,
+        "kernel": kernel,
         "signature": [
             [name, "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else "i32"]
-            for name in order
+            for name in names
         ],
         "constexprs": constants,
-        "divisible": [*pointers, "row_length"],
-        "num_warps": block // 512,
+        "divisible": [name for name in (*pointers, "row_length", "share_length") if name in names],
+        "num_warps": block // kernels.COLUMNS_PER_WARP,
     }
 
 
-def test_the_kernel_compiles_for_three_generations_of_gpus_without_spilling(compile_kernels):
-    cases = [
-        kernel_case("bf16", "fp32", 16384),
-        kernel_case("fp32", "fp32", 8192, bias=True, softcap=30.0, smoothing=0.1),
-    ]
-    records = compile_kernels(cases)
-    assert [record["arch"] for record in records] == [80, 90, 100] * len(cases)
-    assert all(
-        record["cubin_bytes"] > 0 and not record["stack"] and not record["local"] for record in records
+def reduction_case(count):
+    names = list(inspect.signature(kernels._reduce_losses.fn).parameters)
+    types = {
+        **{"losses_ptr": "*fp32", "targets_ptr": "*i64", "total_ptr": "*fp32", "factor_ptr": "*fp32"},
+        "divisor": "fp32",
+    }
+    constants = {
+        "COUNT": count,
+        "BLOCK": 1024,
+        "num_items_ptr": None,
+        "losses_stride": 1,
+        "targets_stride": 1,
+    }
+    return {
+        "label": f"_reduce_losses {'counted' if count else 'divided'}",
+        "module": kernels.__name__,
+        "kernel": "_reduce_losses",
+        "signature": [[n, "constexpr" if n in constants else types.get(n, "i32")] for n in names],
+        "constexprs": constants,
+        "num_warps": 4,
+    }
+
+
+COMPILE_CASES = [
+    kernel_case("_rows_loss_and_gradient"),
+    kernel_case("_rows_loss_and_gradient", "fp32", bias=True, softcap=30.0, smoothing=0.1),
+    kernel_case("_partial_sums", block=kernels.SPLIT_BLOCK),
+    kernel_case("_partial_sums", "fp32", block=kernels.SPLIT_BLOCK, bias=True, softcap=30.0, smoothing=0.1),
+    kernel_case("_loss_and_gradient_of_shares", block=kernels.SPLIT_BLOCK),
+    kernel_case(
+        "_loss_and_gradient_of_shares",
+        "fp32",
+        block=kernels.SPLIT_BLOCK,
+        bias=True,
+        softcap=30.0,
+        smoothing=0.1,
+    ),
+    reduction_case(True),
+    reduction_case(False),
+]
+
+
+def test_the_kernels_compile_for_three_generations_of_gpus_without_spilling(compile_kernels):
+    records = compile_kernels(COMPILE_CASES)
+    assert [record["arch"] for record in records] == [80, 90, 100] * len(COMPILE_CASES)
+    for record in records:
+        assert record["cubin_bytes"] > 0
+        assert (record["stack"], record["local"]) == (0, 0), record
+        # Two programs of 512 threads, or four of 256, share the 65,536 registers of a multiprocessor; with
+        # every option in fp32 there is one and two.
+        assert record["registers"] <= (64 if "bf16" in record["label"] else 128), record
+
+
+@pytest.mark.parametrize(
+    "num_rows, row_length, expected",
+    [(8, 250880, 32), (128, 250880, 2), (255, 250880, 2), (256, 250880, 1), (1, 128256, 32), (8, 4096, 1)],
+)
+def test_few_rows_are_split_until_they_fill_a_gpu(num_rows, row_length, expected):
+    assert kernels.splits_of(num_rows, row_length) == expected
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 9])
+@pytest.mark.parametrize("vocab_size", [16, 131, 400])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1}], ids=["plain", "all"])
+def test_split_rows_give_what_whole_rows_give(vocab_size, num_rows, options, monkeypatch):
+    hidden, weight, bias, _, _ = problem(vocab_size, torch.float32)
+    rows = torch.arange(num_rows, device=DEVICE)
+    targets = torch.arange(num_rows, device=DEVICE) * 13 % vocab_size
+    targets[-1] = vocab_size - 1
+    targets[num_rows // 2] = IGNORED if num_rows > 1 else targets[0]
+    case = hidden, weight, bias, rows, targets
+    whole = loss_and_gradients(linear_cross_entropy, *case, backend="triton", **options)
+    monkeypatch.setattr(kernels, "SPLIT_BLOCK", 32)
+    assert kernels.splits_of(num_rows, vocab_size) == max(
+        1, kernels.triton.next_power_of_2(-(-vocab_size // 32))
     )
-    # 1,024 threads have 64 registers each.
-    assert max(record["registers"] for record in records[:3]) <= 64
+    with poisoned_buffers():
+        split = loss_and_gradients(linear_cross_entropy, *case, backend="triton", **options)
+    torch.testing.assert_close(split, whole)
+
+
+@pytest.mark.parametrize("num_items", [None, 0, 7, 2.5, "tensor", "zero tensor"])
+@pytest.mark.parametrize("num_rows", [0, 1, 2500])
+def test_the_reduction_is_the_sum_over_the_items(num_rows, num_items, backend):
+    generator = torch.Generator().manual_seed(3)
+    losses = torch.rand(num_rows, generator=generator).to(DEVICE).requires_grad_()
+    targets = torch.randint(-1, 3, (num_rows,), generator=generator).to(DEVICE)
+    if isinstance(num_items, str):
+        num_items = torch.tensor([0 if num_items == "zero tensor" else 9], device=DEVICE)
+    expected = (targets != -1).sum() if num_items is None else torch.as_tensor(num_items)
+    expected = max(1, float(expected)) if num_items is None else float(expected) or 1.0
+    with poisoned_buffers():
+        total = reduction.reduce_losses(
+            losses, targets, num_items=num_items, reduction="mean", ignore_index=-1, backend=backend
+        )
+    (grad,) = torch.autograd.grad(total, losses)
+    torch.testing.assert_close(
+        total.detach().double(),
+        losses.detach().double().sum() / expected,
+        check_dtype=False,
+        rtol=1e-6,
+        atol=0,
+    )
+    torch.testing.assert_close(grad, torch.full_like(losses, 1 / expected))
+
+
+@pytest.mark.parametrize("num_items", [None, 4.0])
+def test_opcheck_of_the_reduction(num_items, backend):
+    losses = torch.rand(5, device=DEVICE, requires_grad=True)
+    targets = torch.tensor([1, IGNORED, 0, 2, IGNORED], device=DEVICE)
+    tensor = None if num_items is None else torch.tensor(num_items, device=DEVICE)
+    torch.library.opcheck(reduction._REDUCE, (losses, targets, tensor, 0.0, IGNORED, backend))
+
+
+@pytest.mark.gpu
+def test_the_losses_of_few_rows_take_seven_launches(backend):
+    if backend != "triton":
+        pytest.skip("counts the Triton route")
+    case = problem(dtype=torch.bfloat16, vocab_size=16384, bias=False)
+    hidden, weight, _, label_rows, targets = case
+
+    def run():
+        linear_cross_entropy(hidden, weight.detach(), label_rows, targets, backend="triton")
+
+    # The gather, two products (each may be cut into two by cuBLAS), the two row kernels and the reduction.
+    assert count_launches(run) <= 8

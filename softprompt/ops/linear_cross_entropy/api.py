@@ -7,6 +7,7 @@ from torch import Tensor
 
 from softprompt.ops.library import AUTO, check_same_device
 from softprompt.ops.linear_cross_entropy.chunked import losses_of_rows
+from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
 
 IGNORE_INDEX = -100
 REDUCTIONS = ("mean", "sum", "none")
@@ -86,15 +87,14 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         return losses
-    total = losses.sum()
-    if reduction == "sum":
-        return total
-    if num_items is None:
-        return total / (targets != ignore_index).sum().clamp_min(1)
-    if isinstance(num_items, Tensor):
-        num_items = num_items.reshape(()).to(total.dtype)
-        return total / torch.where(num_items == 0, 1, num_items)
-    return total / (num_items or 1)
+    return reduce_losses(
+        losses,
+        targets,
+        num_items=num_items,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
 
 
 def _check_tensors(

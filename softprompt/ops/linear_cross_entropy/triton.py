@@ -1,4 +1,4 @@
-"""The row function of `linear_cross_entropy` as one Triton kernel."""
+"""The row function of `linear_cross_entropy` and the reduction of its losses as Triton kernels."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -9,18 +9,24 @@ import triton.language as tl
 from torch import Tensor
 
 LOWEST = tl.constexpr(-3.0e38)
-FEW_ROWS = 128
+# About two programs for each multiprocessor of a large GPU: fewer rows than that are split.
+PROGRAMS = 256
+SPLIT_BLOCK = 4096
+COLUMNS_PER_WARP = 512  # 16 for each thread
 
 
-def launch_shape(num_rows: int, row_length: int) -> tuple[int, int]:
-    """Columns that a program holds at a time, and its warps: 16 columns a thread.
+def launch_shape(row_length: int) -> tuple[int, int]:
+    """Columns that a program of a whole row holds at a time, and its warps."""
+    block = min(8192, max(512, triton.next_power_of_2(row_length)))
+    return block, block // COLUMNS_PER_WARP
 
-    A row belongs to one multiprocessor. Where there are fewer rows than multiprocessors it gets all the warps
-    of its own; otherwise two programs of half the size share one, so that one loads while the other reduces.
-    """
-    widest = 16384 if num_rows <= FEW_ROWS else 8192
-    block = min(widest, max(512, triton.next_power_of_2(row_length)))
-    return block, block // 512
+
+def splits_of(num_rows: int, row_length: int) -> int:
+    """Into how many shares a row is split: a power of two; 1 where the rows alone fill the GPU."""
+    if num_rows == 0:
+        return 1
+    wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_rows))
+    return max(1, min(wanted, triton.next_power_of_2(triton.cdiv(row_length, SPLIT_BLOCK))))
 
 
 def rows_loss_and_gradient_(
@@ -36,31 +42,110 @@ def rows_loss_and_gradient_(
     ignore_index: int,
     gradient: bool,
 ) -> None:
-    """Writes the losses of `logits`, and `d(loss)/d(logits)` over `logits`: one launch.
+    """Writes the losses of `logits`, and `d(loss)/d(logits)` over `logits`: one launch, or two for few rows.
 
-    The padding between V and the row length belongs to the kernel, which may overwrite it.
+    A row of 250,880 bf16 logits is 0.5 MB, which one multiprocessor takes some 25 us to read twice and write
+    (estimate: 32 KiB in flight at 0.7 us latency); beside a product whose floor is 120 us that is too much.
+    Few rows are therefore split: a first launch leaves the maximum and the sum of every share, a second one
+    combines a row's shares, always in the same order, and writes the gradient.
+
+    The padding between V and the row length belongs to the kernels, which may overwrite it.
     """
     num_rows, vocab_size = logits.shape
     row_length = logits.stride(0)
-    block, num_warps = launch_shape(num_rows, row_length)
+    bias = None if bias is None else bias.contiguous()
+    targets = targets.contiguous()
+    group = 16 // logits.element_size()
+    splits = splits_of(num_rows, row_length)
     with torch.cuda.device_of(logits):
-        _rows_loss_and_gradient[(num_rows,)](
+        if splits == 1:
+            block, num_warps = launch_shape(row_length)
+            _rows_loss_and_gradient[(num_rows,)](
+                logits,
+                bias,
+                targets,
+                losses,
+                grad_losses,
+                vocab_size,
+                row_length,
+                ignore_index,
+                SOFTCAP=softcap,
+                LOGIT_SCALE=logit_scale,
+                LABEL_SMOOTHING=label_smoothing,
+                GRADIENT=gradient,
+                BLOCK=block,
+                GROUP=group,
+                num_warps=num_warps,
+            )
+            return
+        share = triton.cdiv(row_length, SPLIT_BLOCK * splits) * SPLIT_BLOCK
+        partials = torch.empty(num_rows, 3, splits, dtype=losses.dtype, device=logits.device)
+        num_warps = max(1, SPLIT_BLOCK // COLUMNS_PER_WARP)
+        _partial_sums[(num_rows, splits)](
             logits,
-            None if bias is None else bias.contiguous(),
-            targets.contiguous(),
-            losses,
-            grad_losses,
+            bias,
+            targets,
+            partials,
             vocab_size,
             row_length,
+            share,
+            ignore_index,
+            SOFTCAP=softcap,
+            LOGIT_SCALE=logit_scale,
+            LABEL_SMOOTHING=label_smoothing,
+            SPLITS=splits,
+            BLOCK=SPLIT_BLOCK,
+            GROUP=group,
+            num_warps=num_warps,
+        )
+        _loss_and_gradient_of_shares[(num_rows, splits)](
+            logits,
+            bias,
+            targets,
+            losses,
+            grad_losses,
+            partials,
+            vocab_size,
+            row_length,
+            share,
             ignore_index,
             SOFTCAP=softcap,
             LOGIT_SCALE=logit_scale,
             LABEL_SMOOTHING=label_smoothing,
             GRADIENT=gradient,
-            BLOCK=block,
-            GROUP=16 // logits.element_size(),
+            SPLITS=splits,
+            BLOCK=SPLIT_BLOCK,
+            GROUP=group,
             num_warps=num_warps,
         )
+
+
+def reduce_losses(
+    losses: Tensor,  # [M]
+    targets: Tensor,  # [M]
+    num_items: Tensor | None,  # one element
+    divisor: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """The sum over the denominator, and 1 / denominator: one launch."""
+    total, factor = losses.new_empty(()), losses.new_empty(())
+    with torch.cuda.device_of(losses):
+        _reduce_losses[(1,)](
+            losses,
+            targets,
+            num_items,
+            total,
+            factor,
+            losses.shape[0],
+            losses.stride(0),
+            targets.stride(0),
+            divisor,
+            ignore_index,
+            COUNT=divisor == 0,
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return total, factor
 
 
 @triton.jit
@@ -120,54 +205,290 @@ def _rows_loss_and_gradient(
                 zeros = tl.zeros((GROUPS, GROUP), logits_ptr.dtype.element_ty)
                 tl.store(row_ptr + start + block, zeros, mask=start + block < row_length)
     else:
-        # Each group of columns keeps its own maximum and sum. The loop has no reduction across threads, and
-        # one exponential per group, not per column, for the change of the maximum.
-        maximum = tl.full((GROUPS,), LOWEST, ACC)
-        total = tl.zeros((GROUPS,), ACC)
-        plain_sum = tl.zeros((GROUPS,), ACC)
-        for start in range(0, vocab_size, BLOCK):
-            inside = start + block < vocab_size
-            logits = _load_logits(
-                row_ptr, bias_ptr, start + block, inside, row_length, SOFTCAP, LOGIT_SCALE, ACC
-            )
-            larger = tl.maximum(maximum, tl.max(logits, 1))
-            total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
-            maximum = larger
-            if LABEL_SMOOTHING > 0:
-                plain_sum += tl.sum(tl.where(inside, logits, 0.0), 1)
+        maximum, total, plain_sum = _online_sums(
+            row_ptr,
+            bias_ptr,
+            0,
+            vocab_size,
+            vocab_size,
+            row_length,
+            SOFTCAP,
+            LOGIT_SCALE,
+            LABEL_SMOOTHING,
+            BLOCK,
+            GROUP,
+            ACC,
+        )
         # Read before the reductions: their barrier keeps it before any thread's write of the gradient.
         known = (target >= 0) & (target < vocab_size)
         target = tl.where(known, target, 0)
         picked = _load_logits(row_ptr, bias_ptr, target, known, row_length, SOFTCAP, LOGIT_SCALE, ACC)
         largest = tl.max(maximum, 0)
         lse = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), 0))
-        loss = lse - picked
+        loss = _loss(lse, picked, tl.sum(plain_sum, 0), vocab_size, LABEL_SMOOTHING, ACC)
+        tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
+        if GRADIENT:
+            _write_gradient(
+                row_ptr,
+                bias_ptr,
+                grad_losses_ptr,
+                row,
+                0,
+                row_length,
+                target,
+                lse,
+                vocab_size,
+                row_length,
+                SOFTCAP,
+                LOGIT_SCALE,
+                LABEL_SMOOTHING,
+                BLOCK,
+                GROUP,
+                ACC,
+            )
+
+
+@triton.jit
+def _online_sums(
+    row_ptr,
+    bias_ptr,
+    first,
+    end,  # of the columns, at most V
+    vocab_size,
+    row_length,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Maximum, sum of exponentials above it, and plain sum of some columns of a row, for each group.
+
+    Each group of columns keeps its own. The loop has no reduction across threads, and one exponential per
+    group, not per column, for the change of the maximum.
+    """
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    block = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    maximum = tl.full((GROUPS,), LOWEST, ACC)
+    total = tl.zeros((GROUPS,), ACC)
+    plain_sum = tl.zeros((GROUPS,), ACC)
+    for start in range(first, end, BLOCK):
+        inside = start + block < vocab_size
+        logits = _load_logits(row_ptr, bias_ptr, start + block, inside, row_length, SOFTCAP, LOGIT_SCALE, ACC)
+        larger = tl.maximum(maximum, tl.max(logits, 1))
+        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
+        maximum = larger
+        if LABEL_SMOOTHING > 0:
+            plain_sum += tl.sum(tl.where(inside, logits, 0.0), 1)
+    return maximum, total, plain_sum
+
+
+@triton.jit
+def _loss(lse, picked, plain_sum, vocab_size, LABEL_SMOOTHING: tl.constexpr, ACC: tl.constexpr):
+    """The loss of a row; smoothing mixes the target's with the mean over the vocabulary."""
+    loss = lse - picked
+    if LABEL_SMOOTHING > 0:
         # Not the plain constants: those would be fp32 in fp64 arithmetic.
         share = tl.full((), 1 - LABEL_SMOOTHING, ACC)
         uniform = tl.full((), LABEL_SMOOTHING, ACC) / vocab_size
-        if LABEL_SMOOTHING > 0:
-            loss = share * loss + (LABEL_SMOOTHING * lse - uniform * tl.sum(plain_sum, 0))
-        tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
+        loss = share * loss + (LABEL_SMOOTHING * lse - uniform * plain_sum)
+    return loss
 
+
+@triton.jit
+def _write_gradient(
+    row_ptr,
+    bias_ptr,
+    grad_losses_ptr,
+    row,
+    first,
+    end,  # of the columns, at most the row length
+    target,
+    lse,
+    vocab_size,
+    row_length,
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Overwrites some columns of a row of logits with their gradient; zeros beyond V."""
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    block = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    # Not the plain constants: those would be fp32 in fp64 arithmetic.
+    share = tl.full((), 1 - LABEL_SMOOTHING, ACC)
+    uniform = tl.full((), LABEL_SMOOTHING, ACC) / vocab_size
+    factor = tl.full((), LOGIT_SCALE, ACC)
+    if grad_losses_ptr is not None:
+        factor *= tl.load(grad_losses_ptr + row)
+    for start in range(first, end, BLOCK):
+        columns = start + block
+        inside = columns < vocab_size
+        logits = _load_logits(row_ptr, bias_ptr, columns, inside, row_length, SOFTCAP, LOGIT_SCALE, ACC)
+        gradient = tl.exp(logits - lse) - tl.where(columns == target, share, 0.0)
+        if LABEL_SMOOTHING > 0:
+            gradient -= uniform
+        if SOFTCAP is not None:
+            capped = logits / SOFTCAP
+            gradient *= 1 - capped * capped
+        gradient = tl.where(inside, gradient * factor, 0.0)
+        tl.store(row_ptr + columns, gradient.to(row_ptr.dtype.element_ty), mask=columns < row_length)
+
+
+# Grid: (rows, shares). A program owns one share of one row and writes its maximum, its sum of exponentials
+# and its plain sum to partials[row, :, share].
+# Moves: the row is read once. An ignored row is not read.
+@triton.jit(do_not_specialize=["ignore_index"])
+def _partial_sums(
+    logits_ptr,  # [m, row_length]
+    bias_ptr,  # [V] or None
+    targets_ptr,  # [m]
+    partials_ptr,  # [m, 3, SPLITS]
+    vocab_size,
+    row_length,
+    share_length,  # columns of a share, a multiple of BLOCK
+    ignore_index,
+    SOFTCAP: tl.constexpr,  # None: none
+    LOGIT_SCALE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    ACC: tl.constexpr = partials_ptr.dtype.element_ty
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(targets_ptr + row) != ignore_index:
+        first = split * share_length
+        maximum, total, plain_sum = _online_sums(
+            logits_ptr + row * row_length,
+            bias_ptr,
+            first,
+            tl.minimum(first + share_length, vocab_size),
+            vocab_size,
+            row_length,
+            SOFTCAP,
+            LOGIT_SCALE,
+            LABEL_SMOOTHING,
+            BLOCK,
+            GROUP,
+            ACC,
+        )
+        largest = tl.max(maximum, 0)
+        out = partials_ptr + row * 3 * SPLITS + split
+        tl.store(out, largest)
+        tl.store(out + SPLITS, tl.sum(total * tl.exp(maximum - largest), 0))
+        tl.store(out + 2 * SPLITS, tl.sum(plain_sum, 0))
+
+
+# Grid: (rows, shares). A program owns one share of one row and writes its gradient; the one whose share holds
+# the target also writes the loss, because another may have overwritten the target's logit otherwise.
+# Moves: the row is read once (mostly from L2) and written once. An ignored row is only written.
+@triton.jit(do_not_specialize=["ignore_index"])
+def _loss_and_gradient_of_shares(
+    logits_ptr,  # [m, row_length], overwritten with the gradient
+    bias_ptr,  # [V] or None
+    targets_ptr,  # [m]
+    losses_ptr,  # [m]
+    grad_losses_ptr,  # [m] or None
+    partials_ptr,  # [m, 3, SPLITS]
+    vocab_size,
+    row_length,
+    share_length,  # columns of a share, a multiple of BLOCK
+    ignore_index,
+    SOFTCAP: tl.constexpr,  # None: none
+    LOGIT_SCALE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    ACC: tl.constexpr = losses_ptr.dtype.element_ty
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row_ptr = logits_ptr + row * row_length
+    first = split * share_length
+    end = tl.minimum(first + share_length, row_length)
+    target = tl.load(targets_ptr + row)
+    if target == ignore_index:
+        if split == 0:
+            tl.store(losses_ptr + row, 0.0)
         if GRADIENT:
-            factor = tl.full((), LOGIT_SCALE, ACC)
-            if grad_losses_ptr is not None:
-                factor *= tl.load(grad_losses_ptr + row)
-            for start in range(0, row_length, BLOCK):
-                columns = start + block
-                inside = columns < vocab_size
-                logits = _load_logits(
-                    row_ptr, bias_ptr, columns, inside, row_length, SOFTCAP, LOGIT_SCALE, ACC
-                )
-                gradient = tl.exp(logits - lse) - tl.where(columns == target, share, 0.0)
-                if LABEL_SMOOTHING > 0:
-                    gradient -= uniform
-                if SOFTCAP is not None:
-                    capped = logits / SOFTCAP
-                    gradient *= 1 - capped * capped
-                gradient = tl.where(inside, gradient * factor, 0.0)
-                tl.store(
-                    row_ptr + columns,
-                    gradient.to(logits_ptr.dtype.element_ty),
-                    mask=columns < row_length,
-                )
+            block = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            zeros = tl.zeros((GROUPS, GROUP), logits_ptr.dtype.element_ty)
+            for start in range(first, end, BLOCK):
+                tl.store(row_ptr + start + block, zeros, mask=start + block < row_length)
+    else:
+        known = (target >= 0) & (target < vocab_size)
+        target = tl.where(known, target, 0)
+        holds_target = (target >= first) & (target < first + share_length)
+        picked = _load_logits(row_ptr, bias_ptr, target, holds_target, row_length, SOFTCAP, LOGIT_SCALE, ACC)
+        shares = partials_ptr + row * 3 * SPLITS + tl.arange(0, SPLITS)
+        maxima = tl.load(shares)
+        # These reductions have barriers: `picked` is there before any thread writes a gradient.
+        largest = tl.max(maxima, 0)
+        lse = largest + tl.log(tl.sum(tl.load(shares + SPLITS) * tl.exp(maxima - largest), 0))
+        if holds_target:
+            plain_sum = tl.sum(tl.load(shares + 2 * SPLITS), 0)
+            loss = _loss(lse, picked, plain_sum, vocab_size, LABEL_SMOOTHING, ACC)
+            tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
+        if GRADIENT:
+            tl.debug_barrier()
+            _write_gradient(
+                row_ptr,
+                bias_ptr,
+                grad_losses_ptr,
+                row,
+                first,
+                end,
+                target,
+                lse,
+                vocab_size,
+                row_length,
+                SOFTCAP,
+                LOGIT_SCALE,
+                LABEL_SMOOTHING,
+                BLOCK,
+                GROUP,
+                ACC,
+            )
+
+
+# Grid: one program. Moves: losses, and targets where they are counted, are read once.
+@triton.jit(do_not_specialize=["num_rows", "divisor", "ignore_index"])
+def _reduce_losses(
+    losses_ptr,  # [M]
+    targets_ptr,  # [M]
+    num_items_ptr,  # one element or None
+    total_ptr,  # [] sum / denominator
+    factor_ptr,  # [] 1 / denominator
+    num_rows,
+    losses_stride,
+    targets_stride,
+    divisor,
+    ignore_index,
+    COUNT: tl.constexpr,  # divide by the number of targets that are not ignored
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = total_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK,), ACC)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < num_rows
+        total += tl.load(losses_ptr + row * losses_stride, mask=inside, other=0.0)
+        if COUNT:
+            target = tl.load(targets_ptr + row * targets_stride, mask=inside, other=ignore_index)
+            count += (inside & (target != ignore_index)).to(tl.int32)
+    if num_items_ptr is not None:
+        denominator = tl.load(num_items_ptr).to(ACC)
+        denominator = tl.where(denominator == 0, 1.0, denominator)
+    elif COUNT:
+        denominator = tl.maximum(tl.sum(count, 0), 1).to(ACC)
+    else:
+        denominator = tl.full((), 0, ACC) + divisor
+    tl.store(total_ptr, tl.sum(total, 0) / denominator)
+    tl.store(factor_ptr, 1.0 / denominator)
