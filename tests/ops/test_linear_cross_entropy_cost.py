@@ -335,7 +335,7 @@ def test_opcheck_of_the_reduction(num_items, backend):
 
 
 @pytest.mark.gpu
-def test_the_losses_of_few_rows_take_seven_launches(backend):
+def test_the_losses_of_few_rows_take_at_most_eight_launches(backend):
     if backend != "triton":
         pytest.skip("counts the Triton route")
     case = problem(dtype=torch.bfloat16, vocab_size=16384, bias=False)

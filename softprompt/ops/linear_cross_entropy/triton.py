@@ -428,7 +428,6 @@ def _loss_and_gradient_of_shares(
         picked = _load_logits(row_ptr, bias_ptr, target, holds_target, row_length, SOFTCAP, LOGIT_SCALE, ACC)
         shares = partials_ptr + row * 3 * SPLITS + tl.arange(0, SPLITS)
         maxima = tl.load(shares)
-        # These reductions have barriers: `picked` is there before any thread writes a gradient.
         largest = tl.max(maxima, 0)
         lse = largest + tl.log(tl.sum(tl.load(shares + SPLITS) * tl.exp(maxima - largest), 0))
         if holds_target:
@@ -436,6 +435,7 @@ def _loss_and_gradient_of_shares(
             loss = _loss(lse, picked, plain_sum, vocab_size, LABEL_SMOOTHING, ACC)
             tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
         if GRADIENT:
+            # Every warp has `picked` before any warp writes over it; the reductions above stay in a warp.
             tl.debug_barrier()
             _write_gradient(
                 row_ptr,
