@@ -17,10 +17,12 @@ help:
 	@echo "make sanitize    on a GPU: the kernel tests under compute-sanitizer"
 	@echo "make gpu-rehearsal  the same as make gpu at toy sizes on the CPU"
 
-$(READY): pyproject.toml constraints.txt setup.py
+# Without build isolation, so that the native ops find torch; without a compiler they are left out, with a warning.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch setuptools ninja
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 demo: $(READY)
@@ -66,8 +68,8 @@ gpu: $(GPU_READY) extension
 	exit $$failed
 
 extension: $(GPU_READY)
-	@if ls csrc/*.cpp csrc/*.cu >/dev/null 2>&1; then $(PYTHON_BIN) setup.py build_ext --inplace; \
-	else echo "extension: csrc has no sources, nothing is built"; fi
+	@mkdir -p build
+	SOFTPROMPT_NATIVE=require $(PYTHON_BIN) setup.py --quiet build_ext --inplace >build/extension.log || { cat build/extension.log; exit 1; }
 
 # Kernel tests under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds.
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1

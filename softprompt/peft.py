@@ -81,7 +81,8 @@ def patch(
             side; "compact": pads do not exist, so that training on padded batches equals each row alone.
         on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
             the reason) or "error" (raise UnsupportedModelError).
-        backend: "auto" or the name of a back end of the ops.
+        backend: "auto", or the back end that all ops use: "reference", "triton" or "native" (there is no
+            native attention, which then stays at "auto").
         cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
             and replay it afterwards. Steps that cannot be recorded run as without, with one warning.
         compile: run the decoder of training steps through `torch.compile`; pays on a GPU, after minutes.

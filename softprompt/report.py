@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from peft import PeftModelForCausalLM
@@ -10,7 +11,8 @@ from softprompt.calls import adapter_obstacle
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
-from softprompt.ops.library import AUTO, choose_backend, triton_availability
+from softprompt.engine.packing import attention_backend
+from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.peft import PatchState, state_of
 
 _OPS_OF_ROUTE = {
@@ -145,16 +147,28 @@ def _backends(
     for op in _OPS_OF_ROUTE[route]:
         if op == "shared_prompt_attention":
             if plan.seam is not None and runs_the_op(plan.seam):
-                native = backend == AUTO and device_type == "cuda" and triton_availability("cuda").usable
-                chosen = ("triton" if native else "sdpa") if backend == AUTO else backend
+                chosen = attention_backend(backend)
+                if chosen == AUTO:
+                    on_gpu = device_type == "cuda" and triton_availability("cuda").usable
+                    chosen = "triton" if on_gpu else "sdpa"
                 rows.append((op, chosen, _ATTENTION[chosen]))
             continue
         if op == "linear_cross_entropy" and not plan.fused_head:
             continue
         chosen = choose_backend(op, backend, device)
-        why = triton_availability(device_type).reason if chosen == "reference" else "chosen for this device"
-        rows.append((op, chosen, why))
+        rows.append((op, chosen, _why(chosen, backend, device_type)))
     return tuple(rows)
+
+
+def _why(chosen: str, asked: str, device_type: str) -> str:
+    """Why a back end serves the ops of a device."""
+    if asked != AUTO:
+        return "asked for"
+    missing = [
+        availability(name, device_type).reason
+        for name in itertools.takewhile(lambda name: name != chosen, PREFERRED.get(device_type, ()))
+    ]
+    return "; ".join(missing) or "chosen for this device"
 
 
 def _advice(base: CausalLM, plan: Plan, route: str, device_type: str) -> tuple[str, ...]:

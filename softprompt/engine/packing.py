@@ -90,9 +90,14 @@ def attend(
         alibi_slopes=None if slopes is None else slopes(packing),
         sinks=sinks,
         dropout_p=dropout_p,
-        backend=packing.backend if dropout_p == 0 else "sdpa",
+        backend=attention_backend(packing.backend) if dropout_p == 0 else "sdpa",
     )
     return out.transpose(0, 1)[None]
+
+
+def attention_backend(backend: str) -> str:
+    """The attention's back end where all ops were asked to use `backend`: there is no compiled attention."""
+    return AUTO if backend == "native" else backend
 
 
 @functools.cache

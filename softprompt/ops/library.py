@@ -7,6 +7,7 @@ The schemas are declared here, in Python, so that `torch.ops.softprompt.*`, `tor
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,13 @@ from typing import Any
 import torch
 
 AUTO = "auto"
+BACKENDS = ("reference", "triton", "native")
+# What "auto" takes, the first that is there. On a CPU by measurement (docs/benchmarks.md); on a GPU the
+# compiled kernels were not measured yet, and Triton comes with every CUDA build of torch.
+PREFERRED = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+BUILD_COMMAND = "pip install --no-build-isolation ."
+_NATIVE_MODULES = {"cpu": "softprompt._native_cpu", "cuda": "softprompt._native_cuda"}
+_NATIVE_INTERFACE = 1  # SOFTPROMPT_INTERFACE in csrc/tensors.h
 _LIBRARY = torch.library.Library("softprompt", "DEF")
 
 
@@ -54,6 +62,12 @@ def define(
     return getattr(torch.ops.softprompt, name).default
 
 
+def declare(schema: str) -> Any:
+    """Declares `softprompt::<schema>` and returns the callable op; a compiled module implements it."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return getattr(torch.ops.softprompt, schema.split("(", 1)[0]).default
+
+
 @functools.cache
 def triton_availability(device_type: str) -> Availability:
     """Whether the Triton kernels can serve tensors of `device_type` ("cpu", "cuda")."""
@@ -70,29 +84,68 @@ def triton_availability(device_type: str) -> Availability:
     )
 
 
-def choose_backend(op: str, backend: str, device: torch.device, *, default: str = "reference") -> str:
+@functools.cache
+def native_availability(device_type: str) -> Availability:
+    """Whether the compiled ops can serve tensors of `device_type` ("cpu", "cuda")."""
+    if device_type not in _NATIVE_MODULES:
+        return Availability(False, f"there are no native ops for {device_type} tensors")
+    name = _NATIVE_MODULES[device_type]
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        return Availability(False, f"the native ops for {device_type} are not built ({BUILD_COMMAND})")
+    except ImportError as error:
+        return Availability(False, f"{name} does not load: {error} (build it again: {BUILD_COMMAND})")
+    built_as = getattr(module, "INTERFACE", None)
+    if built_as != _NATIVE_INTERFACE:
+        return Availability(
+            False,
+            f"{name} was built from other sources (interface {built_as}, expected {_NATIVE_INTERFACE}; "
+            f"build it again: {BUILD_COMMAND})",
+        )
+    return Availability(True, f"{name} is built")
+
+
+def availability(backend: str, device_type: str) -> Availability:
+    """Whether "reference", "triton" or "native" can serve tensors of `device_type`."""
+    if backend == "triton":
+        return triton_availability(device_type)
+    if backend == "native":
+        return native_availability(device_type)
+    return Availability(True, "PyTorch, on every device")
+
+
+def choose_backend(op: str, backend: str, device: torch.device) -> str:
     """The back end that serves this call.
 
     Args:
         op: name of the op, for the error message.
         backend: "auto" or the name of one back end.
         device: device of the tensors.
-        default: what "auto" means where Triton is not the choice.
 
     Raises:
         ValueError: an unknown back end, or one that cannot serve `device`.
     """
     if backend == AUTO:
-        return "triton" if device.type == "cuda" and triton_availability("cuda").usable else default
-    if backend == "triton":
-        availability = triton_availability(device.type)
-        if not availability.usable:
-            raise ValueError(f"{op}: backend='triton' cannot be used: {availability.reason}")
-        return backend
-    if backend in ("reference", default):
-        return backend
-    known = sorted({AUTO, "reference", "triton", default})
-    raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {', '.join(known)}")
+        wanted = PREFERRED.get(device.type, ("reference",))
+        return next(name for name in wanted if availability(name, device.type).usable)
+    if backend not in BACKENDS:
+        known = ", ".join(sorted((AUTO, *BACKENDS)))
+        raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {known}")
+    found = availability(backend, device.type)
+    if not found.usable:
+        raise ValueError(f"{op}: backend={backend!r} cannot be used: {found.reason}")
+    return backend
+
+
+def check_indices(name: str, indices: torch.Tensor, size: int) -> None:
+    """Raises IndexError for an entry of a CPU tensor outside 0 .. size - 1; on a GPU nothing is read."""
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    smallest, largest = (int(value) for value in indices.aminmax())
+    if smallest < 0 or largest >= size:
+        place = int(((indices < 0) | (indices >= size)).nonzero()[0])
+        raise IndexError(f"{name}[{place}] is {int(indices[place])}, expected 0 .. {size - 1}")
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:

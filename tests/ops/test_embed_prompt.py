@@ -2,12 +2,11 @@ import importlib
 
 import pytest
 import torch
+from backends import BACKENDS, DEVICE
 from poison import poisoned_buffers
 
 from softprompt.ops.embed_prompt import embed_prompt
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [1, 3, 64, 1000]
 VOCAB = 11

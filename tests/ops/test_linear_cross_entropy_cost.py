@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends import BACKENDS
 from head_problem import DEVICE, IGNORED, count_launches, loss_and_gradients, problem
 from poison import poisoned_buffers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,10 +20,8 @@ kernels = pytest.importorskip("softprompt.ops.linear_cross_entropy.triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
     return request.param
 
 

@@ -2,14 +2,13 @@ import importlib
 
 import pytest
 import torch
+from backends import BACKENDS, DEVICE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from poison import poisoned_buffers
 
 from softprompt.ops.pack_layout import NEVER_A_KEY, LayoutTensors, pack_layout
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
 VOCAB = 7
 
 
@@ -177,8 +176,9 @@ def test_the_reference_matches_the_definition(case):
 @settings(max_examples=25, deadline=None)
 @given(batches())
 @example(CASES["three prompts"])
-def test_the_triton_kernel_matches_the_definition(case):
-    check("triton", case)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_kernels_match_the_definition(backend, case):
+    check(backend, case)
 
 
 @pytest.mark.parametrize("positions", ["slots", "mask", "compact"])

@@ -2,14 +2,13 @@ import importlib
 
 import pytest
 import torch
+from backends import BACKENDS, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import poisoned_buffers
 
 from softprompt.ops.prepend_prompt import PrependedBatch, prepend_prompt
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [1, 3, 64, 1000]
 VOCAB = 11
@@ -109,9 +108,10 @@ def test_the_reference_matches_the_definition(batch):
 
 @settings(max_examples=25, deadline=None)
 @given(batches())
-def test_the_triton_kernel_matches_the_definition(batch):
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_kernels_match_the_definition(backend, batch):
     *inputs, options = batch
-    check("triton", *inputs, **options)
+    check(backend, *inputs, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -28,7 +28,7 @@ def embed_prompt(
         input_ids: [B, L] integers.
         token_index: [T] integers, `LayoutTensors.token_index`; its first ΣP entries are not read.
         prompts: [ΣP, H], usually fp32; its gradient has its own dtype and is taken from the first ΣP rows.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "triton" or "native".
 
     Returns:
         [1, T, H] in the table's dtype.
@@ -62,8 +62,11 @@ def embed_prompt(
 
 
 def _kernel(table: Tensor, input_ids: Tensor, token_index: Tensor, prompts: Tensor, backend: str) -> Tensor:
-    if choose_backend("embed_prompt", backend, table.device) == "triton":
+    chosen = choose_backend("embed_prompt", backend, table.device)
+    if chosen == "triton":
         from softprompt.ops.embed_prompt.triton import embed_prompt as implementation
+    elif chosen == "native":
+        from softprompt.ops.embed_prompt.native import embed_prompt as implementation
     else:
         from softprompt.ops.embed_prompt.reference import embed_prompt as implementation
     return implementation(table, input_ids, token_index, prompts)
@@ -74,14 +77,24 @@ def _fake(table: Tensor, input_ids: Tensor, token_index: Tensor, prompts: Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    prompts = inputs[3]
-    ctx.prompt_rows, ctx.prompt_dtype = prompts.shape[0], prompts.dtype
+    prompts, backend = inputs[3:]
+    ctx.prompt_rows, ctx.prompt_dtype, ctx.backend = prompts.shape[0], prompts.dtype, backend
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The prompt stands in the row once, so its gradient is a slice: the attention summed every text's share.
-    # A copy, because the slice as `prompts.grad` would keep the gradient of the whole row in memory.
-    return None, None, None, grad[0, : ctx.prompt_rows].to(ctx.prompt_dtype, copy=True), None
+    return None, None, None, _BACKWARD(grad, ctx.prompt_rows, ctx.prompt_dtype, ctx.backend), None
+
+
+def _backward_kernel(grad: Tensor, prompt_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
+    if choose_backend("embed_prompt", backend, grad.device) == "native":
+        from softprompt.ops.embed_prompt.native import embed_prompt_backward as implementation
+    else:
+        from softprompt.ops.embed_prompt.reference import embed_prompt_backward as implementation
+    return implementation(grad, prompt_rows, dtype)
+
+
+def _backward_fake(grad: Tensor, prompt_rows: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return grad.new_empty(prompt_rows, grad.shape[2], dtype=dtype)
 
 
 _OP = define(
@@ -90,4 +103,9 @@ _OP = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_BACKWARD = define(
+    "embed_prompt_backward(Tensor grad, SymInt prompt_rows, ScalarType dtype, str backend) -> Tensor",
+    _backward_kernel,
+    fake=_backward_fake,
 )

@@ -24,3 +24,16 @@ def embed_prompt(
     torch.index_select(table, 0, torch.where(readable, ids, 0).long(), out=rows)
     rows.masked_fill_(~readable[:, None], 0)
     return out
+
+
+def embed_prompt_backward(
+    grad: Tensor,  # [1, T, H]
+    prompt_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[ΣP, H]: the first rows of the gradient.
+
+    The prompt stands in the row once, so its gradient is a slice: the attention summed every text's share. A
+    copy, because the slice as `prompts.grad` would keep the gradient of the whole row in memory.
+    """
+    return grad[0, :prompt_rows].to(dtype, copy=True)

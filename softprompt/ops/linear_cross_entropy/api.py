@@ -54,7 +54,8 @@ def linear_cross_entropy(
         num_items: denominator of the mean instead of the number of targets that are not ignored
             (transformers' `num_items_in_batch`); 0 counts as 1. A tensor has one element.
         reduction: "mean", "sum" or "none" ([M] losses, 0 where ignored).
-        backend: "auto", "reference" (plain PyTorch) or "triton".
+        backend: "auto", "reference" (plain PyTorch), "triton" or "native": of what a row of logits becomes;
+            the matrix products are PyTorch's.
 
     Returns:
         A scalar, or [M] without reduction, in fp32 (fp64 for fp64 weights). With every target ignored, and

@@ -169,8 +169,11 @@ def _d_rows_of(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _row_function(backend: str, device: torch.device) -> Callable[..., None]:
-    if choose_backend("linear_cross_entropy", backend, device) == "triton":
+    chosen = choose_backend("linear_cross_entropy", backend, device)
+    if chosen == "triton":
         from softprompt.ops.linear_cross_entropy.triton import rows_loss_and_gradient_ as implementation
+    elif chosen == "native":
+        from softprompt.ops.linear_cross_entropy.native import rows_loss_and_gradient_ as implementation
     else:
         from softprompt.ops.linear_cross_entropy.reference import rows_loss_and_gradient_ as implementation
     return implementation

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_same_device, choose_backend, define
+from softprompt.ops.library import AUTO, check_indices, check_same_device, choose_backend, define
 
 NEVER_A_KEY = 2**31 - 1
 POSITIONS = ("slots", "mask", "compact")
@@ -80,13 +80,14 @@ def pack_layout(
             "compact": the rank, for position_ids and slots.
         capacity: C >= ΣP + B*L, size of the row's tensors (default ΣP + B*L); the rest are dummy tokens.
         label_capacity: R >= B*L (default B*L).
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "triton" or "native".
 
     Returns:
         LayoutTensors; `counts` is the only thing that a host has to read.
 
     Raises:
         ValueError: shapes, dtypes, capacities or option values that do not fit.
+        IndexError: on a CPU, a prompt_of_row outside 0 .. K-1.
     """
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be [B, L], got shape {list(attention_mask.shape)}")
@@ -151,9 +152,13 @@ def _kernel(
     label_capacity: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    if prompt_of_row is not None:
+        check_indices("prompt_of_row", prompt_of_row, len(prompt_lengths))
     chosen = choose_backend("pack_layout", backend, attention_mask.device)
     if chosen == "triton":
         from softprompt.ops.pack_layout.triton import pack_layout as implementation
+    elif chosen == "native":
+        from softprompt.ops.pack_layout.native import pack_layout as implementation
     else:
         from softprompt.ops.pack_layout.reference import pack_layout as implementation
     return implementation(

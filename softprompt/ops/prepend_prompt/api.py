@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_same_device, choose_backend, define
+from softprompt.ops.library import AUTO, check_indices, check_same_device, choose_backend, define
 
 IGNORE_INDEX = -100
 
@@ -51,11 +51,12 @@ def prepend_prompt(
         attention_mask: [B, L] of any integer, bool or float dtype. None: ones.
         labels: [B, L] integers, -100 = no label; another one outside 0 .. V-1 is counted. None: no labels.
         prompt_of_row: [B] integers in 0 .. K-1: the prompt of each row. None: prompt 0.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "triton" or "native".
 
     Raises:
         ValueError: prompts of another width than the table, lengths that differ or do not add up to the
             prompt rows, shapes and dtypes that do not fit.
+        IndexError: on a CPU, a prompt_of_row outside 0 .. K-1.
     """
     if table.ndim != 2 or prompts.ndim != 2:
         raise ValueError(
@@ -112,8 +113,13 @@ def _kernel(
     prompt_length: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    if choose_backend("prepend_prompt", backend, table.device) == "triton":
+    if prompt_of_row is not None:
+        check_indices("prompt_of_row", prompt_of_row, prompts.shape[0] // prompt_length)
+    chosen = choose_backend("prepend_prompt", backend, table.device)
+    if chosen == "triton":
         from softprompt.ops.prepend_prompt.triton import prepend_prompt as implementation
+    elif chosen == "native":
+        from softprompt.ops.prepend_prompt.native import prepend_prompt as implementation
     else:
         from softprompt.ops.prepend_prompt.reference import prepend_prompt as implementation
     return implementation(table, input_ids, prompts, attention_mask, labels, prompt_of_row, prompt_length)
@@ -141,26 +147,48 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    prompts, prompt_of_row, prompt_length = inputs[2], inputs[5], inputs[6]
+    prompts, prompt_of_row, prompt_length, backend = inputs[2], *inputs[5:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(prompt_of_row)
     ctx.prompt_length, ctx.prompt_rows, ctx.prompt_dtype = prompt_length, prompts.shape[0], prompts.dtype
+    ctx.backend = backend
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     (prompt_of_row,) = ctx.saved_tensors
-    wide = torch.float64 if torch.float64 in (grad.dtype, ctx.prompt_dtype) else torch.float32
-    grad = grad[:, : ctx.prompt_length]
-    total = grad.new_zeros(ctx.prompt_rows // ctx.prompt_length, *grad.shape[1:], dtype=wide)
-    if prompt_of_row is None:
-        total[0] = grad.sum(0, dtype=wide)
+    d_prompts = _BACKWARD(
+        grad, prompt_of_row, ctx.prompt_length, ctx.prompt_rows, ctx.prompt_dtype, ctx.backend
+    )
+    return None, None, d_prompts, None, None, None, None, None
+
+
+def _backward_kernel(
+    grad: Tensor,  # [B, P + L, H]
+    prompt_of_row: Tensor | None,  # [B]
+    prompt_length: int,
+    prompt_rows: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    if choose_backend("prepend_prompt", backend, grad.device) == "native":
+        from softprompt.ops.prepend_prompt.native import prepend_prompt_backward as implementation
     else:
-        # index_add_ would add in another order at every run on a GPU; this sorts first.
-        total.index_put_((prompt_of_row.long(),), grad.to(wide), accumulate=True)
-    return None, None, total.flatten(0, 1).to(ctx.prompt_dtype), None, None, None, None, None
+        from softprompt.ops.prepend_prompt.reference import prepend_prompt_backward as implementation
+    return implementation(grad, prompt_of_row, prompt_length, prompt_rows, dtype)
+
+
+def _backward_fake(
+    grad: Tensor,
+    prompt_of_row: Tensor | None,
+    prompt_length: int,
+    prompt_rows: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return grad.new_empty(prompt_rows, grad.shape[2], dtype=dtype)
 
 
 _OP = define(
@@ -171,4 +199,10 @@ _OP = define(
     fake=_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_BACKWARD = define(
+    "prepend_prompt_backward(Tensor grad, Tensor? prompt_of_row, SymInt prompt_length, SymInt prompt_rows,"
+    " ScalarType dtype, str backend) -> Tensor",
+    _backward_kernel,
+    fake=_backward_fake,
 )

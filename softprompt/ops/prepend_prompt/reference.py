@@ -43,3 +43,22 @@ def prepend_prompt(
     wrong = scored & ((targets < 0) | (targets >= vocab_size))
     counts = torch.stack([scored.sum(), (~known).sum(), wrong.sum()]).int()
     return embeds, mask, targets, position_ids, counts
+
+
+def prepend_prompt_backward(
+    grad: Tensor,  # [B, P + L, H]
+    prompt_of_row: Tensor | None,  # [B]
+    prompt_length: int,
+    prompt_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[ΣP, H]: the gradient of each prompt row, summed over the rows of the batch that use it."""
+    wide = torch.float64 if torch.float64 in (grad.dtype, dtype) else torch.float32
+    grad = grad[:, :prompt_length]
+    total = grad.new_zeros(prompt_rows // prompt_length, *grad.shape[1:], dtype=wide)
+    if prompt_of_row is None:
+        total[0] = grad.sum(0, dtype=wide)
+    else:
+        # index_add_ would add in another order at every run on a GPU; this sorts first.
+        total.index_put_((prompt_of_row.long(),), grad.to(wide), accumulate=True)
+    return total.flatten(0, 1).to(dtype)

@@ -1,0 +1,196 @@
+// pack_layout on a CPU: the rows are counted, the counts are summed up, and every row writes its own entries.
+
+#include <string>
+#include <vector>
+
+#include "rows.h"
+
+namespace softprompt {
+namespace {
+
+enum Flag : uint8_t { kReal = 1, kPacked = 2, kLabelled = 4 };
+
+struct RowCounts {
+  int64_t packed = 0;
+  int64_t labelled = 0;
+  int64_t out_of_range = 0;
+};
+
+// Which columns of a row are tokens, which are packed, and which have a label that is predicted.
+RowCounts flag_row(
+    const View& mask,
+    const View& labels,
+    const View& input_ids,
+    int64_t row,
+    int64_t vocab_size,
+    bool compact,
+    int64_t* scratch,  // [L + 1]
+    uint8_t* flags) {  // [L]
+  const int64_t length = mask.columns;
+  RowCounts counts;
+  read_mask(mask, row, flags, [](auto value) {
+    return static_cast<uint8_t>(value != decltype(value)(0) ? kReal | kPacked : 0);
+  });
+  if (labels.given()) {
+    read_integers(labels, row, scratch);
+    scratch[length] = kIgnoreIndex;
+    for (int64_t column = 0; column < length; ++column) {
+      const int64_t label = scratch[column];
+      const bool labelled = label != kIgnoreIndex;
+      counts.out_of_range += labelled & ((label < 0) | (label >= vocab_size));
+      if (compact) {
+        flags[column] |= labelled && (flags[column] & kReal) ? kLabelled : 0;
+      } else {
+        flags[column] |= (labelled ? kLabelled : 0) | (scratch[column + 1] != kIgnoreIndex ? kPacked : 0);
+      }
+    }
+  }
+  if (input_ids.given()) {
+    read_integers(input_ids, row, scratch);
+    for (int64_t column = 0; column < length; ++column) {
+      counts.out_of_range += (scratch[column] < 0) | (scratch[column] >= vocab_size);
+    }
+  }
+  for (int64_t column = 0; column < length; ++column) {
+    counts.packed += (flags[column] & kPacked) != 0;
+    counts.labelled += (flags[column] & kLabelled) != 0;
+  }
+  return counts;
+}
+
+struct Outputs {
+  int32_t *token_index, *position_ids, *slots, *key_slots, *segments, *sees;  // [C]
+  int32_t *cu_texts, *label_rows, *label_targets, *counts;
+
+  void write(int64_t at, int64_t index, int64_t position, int64_t slot, int64_t key, int64_t own, int64_t other) {
+    token_index[at] = static_cast<int32_t>(index);
+    position_ids[at] = static_cast<int32_t>(position);
+    slots[at] = static_cast<int32_t>(slot);
+    key_slots[at] = static_cast<int32_t>(key);
+    segments[at] = static_cast<int32_t>(own);
+    sees[at] = static_cast<int32_t>(other);
+  }
+};
+
+void pack_layout(
+    Tensor attention_mask,                // [B, L]
+    std::optional<Tensor> labels_given,   // [B, L]
+    std::optional<Tensor> ids_given,      // [B, L]
+    std::optional<Tensor> prompts_given,  // [B]
+    std::vector<int64_t> prompt_lengths,  // [K]
+    int64_t vocab_size,
+    std::string positions,
+    Tensor token_index,
+    Tensor position_ids,
+    Tensor slots,
+    Tensor key_slots,
+    Tensor segments,
+    Tensor sees,
+    Tensor cu_texts,
+    Tensor label_rows,
+    Tensor label_targets,
+    Tensor counts) {
+  const View mask = view_of(attention_mask), labels = view_of(labels_given), ids = view_of(ids_given);
+  const int64_t num_rows = mask.rows, length = mask.columns;
+  const int64_t num_prompts = static_cast<int64_t>(prompt_lengths.size());
+  const int64_t capacity = token_index.size(0), label_capacity = label_rows.size(0);
+  const bool compact = positions == "compact", by_slot = positions == "slots";
+  Outputs out{
+      output_of<int32_t>(token_index),
+      output_of<int32_t>(position_ids),
+      output_of<int32_t>(slots),
+      output_of<int32_t>(key_slots),
+      output_of<int32_t>(segments),
+      output_of<int32_t>(sees),
+      output_of<int32_t>(cu_texts),
+      output_of<int32_t>(label_rows),
+      output_of<int32_t>(label_targets),
+      output_of<int32_t>(counts)};
+
+  std::vector<int64_t> prompt_of_row(num_rows, 0);
+  if (prompts_given.has_value()) read_integers(view_of(*prompts_given), 0, prompt_of_row.data());
+  for (const int64_t prompt : prompt_of_row) {
+    STD_TORCH_CHECK(prompt >= 0 && prompt < num_prompts, "prompt_of_row holds ", prompt);
+  }
+  std::vector<int64_t> prompt_end(num_prompts);
+  int64_t prompt_tokens = 0;
+  for (int64_t prompt = 0; prompt < num_prompts; ++prompt) {
+    for (int64_t place = 0; place < prompt_lengths[prompt]; ++place) {
+      out.write(prompt_tokens + place, -1, place, place, place, prompt, prompt);
+    }
+    prompt_end[prompt] = prompt_tokens += prompt_lengths[prompt];
+  }
+  STD_TORCH_CHECK(
+      capacity >= prompt_tokens + num_rows * length && label_capacity >= num_rows * length,
+      "the outputs have no room for the batch");
+
+  std::vector<uint8_t> flags(num_rows * length);
+  std::vector<RowCounts> of_row(num_rows);
+  const int64_t grain = grain_of_rows(length);
+  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> scratch(length + 1);
+    for (int64_t row = begin; row < end; ++row) {
+      of_row[row] = flag_row(
+          mask, labels, ids, row, vocab_size, compact, scratch.data(), flags.data() + row * length);
+    }
+  });
+
+  std::vector<int64_t> first_of_row(num_rows), first_label(num_rows);
+  int64_t rows_used = prompt_tokens, labels_used = 0, out_of_range = 0, longest_text = 0, longest_context = 0;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const RowCounts& found = of_row[row];
+    out.cu_texts[row] = static_cast<int32_t>(first_of_row[row] = rows_used);
+    first_label[row] = labels_used;
+    rows_used += found.packed;
+    labels_used += found.labelled;
+    out_of_range += found.out_of_range;
+    longest_text = std::max(longest_text, found.packed);
+    longest_context = std::max(longest_context, found.packed + prompt_lengths[prompt_of_row[row]]);
+  }
+  out.cu_texts[num_rows] = static_cast<int32_t>(rows_used);
+  const int64_t totals[] = {
+      rows_used - prompt_tokens, labels_used, out_of_range, longest_text, longest_context};
+  for (int number = 0; number < 5; ++number) out.counts[number] = static_cast<int32_t>(totals[number]);
+
+  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> targets(labels.given() ? length : 0);
+    for (int64_t row = begin; row < end; ++row) {
+      const uint8_t* own = flags.data() + row * length;
+      const int64_t prompt = prompt_of_row[row], prefix = prompt_lengths[prompt];
+      int64_t at = first_of_row[row], label_at = first_label[row], rank = prefix;
+      int64_t previous = prompt_end[prompt] - 1;  // the packed row that predicts the next column
+      if (labels.given()) read_integers(labels, row, targets.data());
+      for (int64_t column = 0; column < length; ++column) {
+        const uint8_t flag = own[column];
+        if (flag & kLabelled) {
+          out.label_rows[label_at] = static_cast<int32_t>(previous);
+          out.label_targets[label_at++] = static_cast<int32_t>(targets[column]);
+        }
+        if (flag & kPacked) {
+          const bool real = flag & kReal;
+          const int64_t slot = compact ? rank : prefix + column;
+          const int64_t position = by_slot ? slot : real ? rank : -1;
+          out.write(
+              at, row * length + column, position, slot, real ? slot : kNeverAKey, num_prompts + row, prompt);
+          previous = at++;
+          rank += real;
+        }
+      }
+    }
+  });
+
+  for (int64_t dummy = rows_used; dummy < capacity; ++dummy) {
+    const int64_t own = num_prompts + num_rows + dummy;
+    out.write(dummy, -1, 0, 0, 0, own, own);
+  }
+  std::fill(out.label_rows + labels_used, out.label_rows + label_capacity, 0);
+  std::fill(out.label_targets + labels_used, out.label_targets + label_capacity, kIgnoreIndex);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(softprompt, CPU, library) {
+  library.impl("native_pack_layout", TORCH_BOX(&pack_layout));
+}
+
+}  // namespace softprompt

@@ -1,0 +1,42 @@
+"""`pack_layout` compiled: csrc/cpu/pack_layout.cpp and csrc/cuda/pack_layout.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softprompt.ops.library import declare
+
+
+def pack_layout(
+    attention_mask: Tensor,  # [B, L]
+    labels: Tensor | None,  # [B, L]
+    input_ids: Tensor | None,  # [B, L]
+    prompt_of_row: Tensor | None,  # [B]
+    prompt_lengths: list[int],
+    vocab_size: int,
+    positions: str,
+    capacity: int,
+    label_capacity: int,
+) -> tuple[Tensor, ...]:
+    sizes = (*[capacity] * 6, attention_mask.shape[0] + 1, label_capacity, label_capacity, 5)
+    outputs = tuple(torch.empty(size, dtype=torch.int32, device=attention_mask.device) for size in sizes)
+    _OP(
+        attention_mask,
+        labels,
+        input_ids,
+        prompt_of_row,
+        prompt_lengths,
+        vocab_size,
+        positions,
+        *outputs,
+    )
+    return outputs
+
+
+_OP = declare(
+    "native_pack_layout(Tensor attention_mask, Tensor? labels, Tensor? input_ids, Tensor? prompt_of_row,"
+    " int[] prompt_lengths, int vocab_size, str positions, Tensor(a!) token_index, Tensor(b!) position_ids,"
+    " Tensor(c!) slots, Tensor(d!) key_slots, Tensor(e!) segments, Tensor(f!) sees, Tensor(g!) cu_texts,"
+    " Tensor(h!) label_rows, Tensor(i!) label_targets, Tensor(j!) counts) -> ()"
+)
