@@ -5,6 +5,8 @@ the very tensors that it made then. What the host knew during the recording (siz
 frozen, and a value that the host reads is refused, as in a real capture.
 """
 
+import contextlib
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -34,6 +36,9 @@ class TapeRecorder:
 
         replay()
         return replay
+
+    def turn(self, device):
+        return contextlib.nullcontext()
 
 
 class _Tape(TorchDispatchMode):

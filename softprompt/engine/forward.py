@@ -22,6 +22,7 @@ from softprompt.engine.recorded import loss_of_hidden
 from softprompt.engine.recorders import first_line
 from softprompt.layout import PackedLayout, raise_out_of_range
 from softprompt.ops.library import AUTO
+from softprompt.ops.linear_cross_entropy import check_num_items
 
 ON_UNSUPPORTED = ("fallback", "error")
 POSITIONS = ("padded", "compact")
@@ -180,6 +181,7 @@ def run_plan(
         backend: of the ops.
         graphs: records training steps of the packed route and replays them.
     """
+    check_num_items(num_items)
     if plan.route == "packed":
         loss, rows = _packed(model, plan, batch, compact, num_items, backend, graphs)
     else:

@@ -196,7 +196,8 @@ class StepGraphs:
             ),
             max(layout.num_labels, 1) if num_items is None else num_items,
         )
-        with IN_USE:
+        device = given.prompts.device
+        with IN_USE, RECORDERS[device.type].turn(device):
             recorded = self._recorded(plan, given, mode, backend)
             if recorded is None:
                 self.statistics.eager += 1
@@ -207,7 +208,7 @@ class StepGraphs:
                 own = replace(batch, prompts=(prompts,), labels=None)
                 return rows_of_layout(model, own, exact, seam=str(plan.seam), backend=backend).hidden
 
-            loss, hidden = recorded(given, live, in_this_mode(again, given.prompts.device.type))
+            loss, hidden = recorded(given, live, in_this_mode(again, device.type))
             self.statistics.replayed += 1
         num_rows, row_length = batch.shape
         return loss, HiddenRows(
@@ -308,7 +309,12 @@ def _numerics(device_type: str) -> tuple[Hashable, ...]:
 
 def _global_hooks() -> bool:
     module = nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
 
 
 def _lasting_obstacle(model: CausalLM, device: torch.device) -> str | None:

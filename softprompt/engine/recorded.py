@@ -17,7 +17,6 @@ from softprompt.engine.packed import HiddenRows, rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorders import Recorder, Run
 from softprompt.layout import PackedLayout
-from softprompt.ops.pack_layout import prompt_offsets
 
 _COPIED = (
     "token_index",
@@ -56,6 +55,8 @@ class _Inputs:
     input_ids: Tensor  # [1, columns] int64, the batch's flattened
     num_items: Tensor  # []
     layout: dict[str, Tensor]  # int32, by the field's name
+    # [K + 1]; held here, since `prompt_offsets` forgets what was not asked for lately.
+    cu_prompts: Tensor
     prompt_lengths: tuple[int, ...]
 
     @staticmethod
@@ -67,6 +68,7 @@ class _Inputs:
             torch.zeros(1, batch.columns, dtype=torch.int64, device=device),
             torch.empty((), dtype=dtype, device=device),
             {name: torch.empty_like(getattr(batch.layout, name)) for name in _COPIED},
+            batch.layout.cu_prompts,
             batch.layout.prompt_lengths,
         )
 
@@ -88,7 +90,7 @@ class _Inputs:
         tensors: dict[str, Any] = self.layout
         return PackedLayout(
             **tensors,
-            cu_prompts=prompt_offsets(self.prompt_lengths, self.prompts.device),
+            cu_prompts=self.cu_prompts,
             prompt_lengths=self.prompt_lengths,
             batch_shape=(1, self.input_ids.shape[1]),
             num_tokens=None,
@@ -142,7 +144,8 @@ class _Replay(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         step.inputs.fill(batch)
         step.replay()
-        ctx.save_for_backward(prompts, step.grad.clone())
+        # A copy, since an optimizer may change the prompts before the backward, as it may in an eager step.
+        ctx.save_for_backward(prompts.clone(), step.grad.clone())
         ctx.again = again
         return step.loss.clone(), step.hidden[:live].clone()
 
@@ -198,12 +201,15 @@ def record_step(
         model = model_of()
         layout = inputs.fresh_layout()
         own = Batch((inputs.prompts,), layout.prompt_of_row, inputs.input_ids, None, _NO_MASK, None)
-        with torch.enable_grad(), _uncached_autocast(loss.device.type):
-            rows = rows_of_layout(
-                model, own, layout, seam=str(plan.seam), backend=backend, call_body=call_body
-            )
-            now = loss_of_hidden(model, plan, rows, inputs.num_items, backend)
-            (gradient,) = torch.autograd.grad(now, inputs.prompts)
+        with torch.enable_grad():
+            with _uncached_autocast(loss.device.type):
+                rows = rows_of_layout(
+                    model, own, layout, seam=str(plan.seam), backend=backend, call_body=call_body
+                )
+                now = loss_of_hidden(model, plan, rows, inputs.num_items, backend)
+            # Like a backward of the user's, outside of autocast, which would narrow its products in fp32.
+            with torch.autocast(loss.device.type, enabled=False):
+                (gradient,) = torch.autograd.grad(now, inputs.prompts)
         if not left:
             left.update(hidden=place_for(rows.hidden), output_class=rows.output_class)
         loss.copy_(now.detach())

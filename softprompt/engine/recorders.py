@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,20 +31,44 @@ class Recorder(Protocol):
         """
         ...
 
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        """Around whatever records, fills what a recorded run reads, runs it again or reads its results."""
+        ...
+
 
 class CudaGraphRecorder:
     """One CUDA graph for each callable.
 
     All graphs of a device share one memory pool: what they compute in between lies in the same place, so
     their number costs little memory. That is right as long as nothing of a run outlives it but what it
-    copies into tensors from outside the pool, and as long as two graphs never run at the same time.
+    copies into tensors from outside the pool, and as long as two graphs never run at the same time: see
+    `turn`.
     """
 
     def __init__(self) -> None:
         self._pools: dict[torch.device, Any] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._last_replay: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self._last_turn: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+
+    @contextlib.contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """See `Recorder`. Begins on the device when the turn before has ended, on whatever stream that was.
+
+        Not around the replay alone: the copies into and out of the tensors that steps share belong to it.
+        """
+        stream = torch.cuda.current_stream(device)
+        last = self._last_turn.get(device)
+        if last is not None and last[0] != stream:
+            stream.wait_event(last[1])
+            last = None
+        try:
+            yield
+        finally:
+            event = torch.cuda.Event() if last is None else last[1]
+            event.record(stream)
+            self._last_turn[device] = (stream, event)
 
     def record(self, run: Run, device: torch.device) -> Run:
         """See `Recorder`. The first run compiles what has to be compiled; the second has to be free of waits.
@@ -59,10 +85,14 @@ class CudaGraphRecorder:
                 self._pools[device] = torch.cuda.graph_pool_handle()
             current, side = torch.cuda.current_stream(device), self._streams[device]
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                run()
-                _without_waits(run)
-            current.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    run()
+                    _without_waits(run)
+            finally:
+                # Also where a run failed: the tensors that it still writes to are then freed, and what gets
+                # their memory works on this stream.
+                current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             gc.collect()  # nothing may be freed in the middle of a capture
             try:
@@ -71,21 +101,22 @@ class CudaGraphRecorder:
                     graph, pool=self._pools[device], stream=side, capture_error_mode="thread_local"
                 ):
                     run()
-            except Exception as error:
+            except BaseException as error:
+                # A capture that was invalidated cannot be ended: its stream is then still the current one,
+                # its pool takes no other capture, and the allocator keeps a pointer to the graph. One that
+                # could be ended (memory ran out) keeps what it has of the pool until it is reset.
+                torch.cuda.set_stream(current)
+                del self._pools[device]
+                graph.reset()
+                self._failed.append(graph)
+                if not isinstance(error, Exception):
+                    raise
                 raise RecordingError(f"the capture failed: {first_line(error)}") from error
             self._graphs.add(graph)
 
         def replay() -> None:
             with torch.cuda.device(device):
-                stream = torch.cuda.current_stream(device)
-                last = self._last_replay.get(device)
-                if last is not None and last[0] != stream:
-                    stream.wait_event(last[1])
-                    last = None
                 graph.replay()
-                event = torch.cuda.Event() if last is None else last[1]
-                event.record(stream)
-                self._last_replay[device] = (stream, event)
 
         # The capture itself computes nothing.
         replay()
@@ -116,6 +147,10 @@ class RerunRecorder:
         """See `Recorder`."""
         run()
         return run
+
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        """See `Recorder`. Nothing is asynchronous here."""
+        return contextlib.nullcontext()
 
 
 def first_line(error: Exception) -> str:

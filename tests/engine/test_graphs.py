@@ -341,7 +341,7 @@ def test_a_bad_id_raises_and_the_next_step_is_right(recorder):
     assert len(graphs_of(recorded)) == 1
 
 
-class Refusing:
+class Refusing(RerunRecorder):
     """Fails in the middle of a recording."""
 
     def __init__(self, error):

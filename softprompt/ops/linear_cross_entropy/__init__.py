@@ -1,5 +1,5 @@
 """Cross-entropy of the label rows through a linear head; see `api.py`."""
 
-from softprompt.ops.linear_cross_entropy.api import linear_cross_entropy
+from softprompt.ops.linear_cross_entropy.api import check_num_items, linear_cross_entropy
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["check_num_items", "linear_cross_entropy"]

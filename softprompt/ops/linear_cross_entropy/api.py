@@ -157,10 +157,15 @@ def _check_options(
         raise ValueError(f"logit_scale must be positive or None, got {logit_scale}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items replaces the mean's denominator, got it with reduction={reduction!r}")
+    check_num_items(num_items)
+
+
+def check_num_items(num_items: int | float | Tensor | None) -> None:
+    """Raises ValueError unless it can be the denominator of a mean; a tensor is not read."""
     if num_items is None:
         return
-    if reduction != "mean":
-        raise ValueError(f"num_items replaces the mean's denominator, got it with reduction={reduction!r}")
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}")

@@ -1,0 +1,205 @@
+"""What a recorded step takes for granted: tensors that stay, settings that are the same, and its turn."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from parity import assert_close, make_batch, step
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tape import TapeRecorder
+from tiny_models import build, pair, prompted
+from torch import nn
+
+import softprompt
+from softprompt.engine import recorders
+from softprompt.engine.forward import graphs_of
+from softprompt.engine.recorded import loss_of_hidden
+from softprompt.engine.recorders import RerunRecorder
+from softprompt.ops.pack_layout import prompt_offsets
+
+EXACT = 1e-9
+
+
+def recorded_and_eager(name):
+    first, second = pair(prompted(name))
+    return softprompt.patch(first), softprompt.patch(second, cuda_graphs=False)
+
+
+def leaf(width=48):
+    torch.manual_seed(0)
+    return torch.randn(3, width, dtype=torch.float64, requires_grad=True)
+
+
+def loss_of(base, prompt, seed, *, recorded=True, **options):
+    return softprompt.forward(base, prompt, **make_batch(seed=seed), cuda_graphs=recorded, **options).loss
+
+
+def record(base, prompt, times=3, **options):
+    for seed in range(times):
+        loss_of(base, prompt, seed, **options).backward()
+    prompt.grad = None
+
+
+def test_the_offsets_of_the_prompts_live_as_long_as_the_step(monkeypatch):
+    """A CUDA graph keeps addresses, not tensors."""
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", RerunRecorder())
+    base, prompt = build("llama"), leaf()
+    record(base, prompt)
+    assert len(graphs_of(base)) == 1
+    offsets = weakref.ref(prompt_offsets((3,), prompt.device))
+    prompt_offsets.cache_clear()
+    gc.collect()
+    assert offsets() is not None
+
+
+def test_the_prompt_may_change_between_forward_and_backward(tape):
+    grads = []
+    for recorded in (True, False):
+        base, prompt = build("llama"), leaf()
+        record(base, prompt, recorded=recorded)
+        output = softprompt.forward(base, prompt, **make_batch(seed=4), cuda_graphs=recorded)
+        loss = output.loss + output.logits[:, 3:6].square().mean()
+        with torch.no_grad():
+            prompt.mul_(2)
+        loss.backward()
+        grads.append(prompt.grad)
+    assert tape.replays > 2
+    assert_close(*grads, 1e-6, "gradient")
+
+
+class Elsewhere(TapeRecorder):
+    """Between two turns another stream does what it likes with the tensors that are shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.graphs, self.turns = None, 0
+
+    @contextlib.contextmanager
+    def turn(self, device):
+        self.turns += 1
+        self.spoil()
+        yield
+        self.spoil()
+
+    def spoil(self):
+        for recorded in () if self.graphs is None else self.graphs._graphs.values():
+            with torch.no_grad():
+                for tensor in (recorded.inputs.prompts, recorded.loss, recorded.grad, recorded.hidden):
+                    tensor.fill_(torch.nan)
+                recorded.inputs.input_ids.fill_(0)
+
+
+def test_a_step_touches_the_shared_tensors_in_its_turn_alone(monkeypatch):
+    elsewhere = Elsewhere()
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", elsewhere)
+    recorded, eager = recorded_and_eager("llama")
+    for seed in range(6):
+        batch = make_batch(seed=seed)
+        expected, got = step(eager, batch), step(recorded, batch)
+        elsewhere.graphs = recorded._softprompt.graphs
+        assert_close(got.loss, expected.loss, EXACT, "loss")
+        for key, grad in expected.grads.items():
+            assert_close(got.grads[key], grad, EXACT, key)
+    assert elsewhere.replays > 3
+    assert elsewhere.turns == 6
+
+
+def test_the_switches_of_a_frozen_lora_in_the_base_are_followed(tape):
+    options = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    torch.manual_seed(3)
+    base = inject_adapter_in_model(LoraConfig(r=2, **options), build("llama")).double()
+    base.requires_grad_(False)
+    prompt = leaf()
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+
+    def switch(on):
+        for layer in layers:
+            layer.enable_adapters(on)
+        base.requires_grad_(False)
+
+    record(base, prompt)
+    losses = [loss_of(base, prompt, 7).item()]
+    for change in (
+        lambda: switch(False),
+        lambda: switch(True),
+        lambda: [layer.set_scale("default", 3.0) for layer in layers],
+        lambda: [layer.merge() for layer in layers],
+        lambda: [layer.unmerge() for layer in layers],
+    ):
+        change()
+        for _ in range(3):
+            got = loss_of(base, prompt, 7).detach()
+            assert_close(got, loss_of(base, prompt, 7, recorded=False).detach(), EXACT, "loss")
+        losses.append(got.item())
+    assert len({round(loss, 6) for loss in losses}) == 3
+    assert tape.replays > 8
+
+
+def test_a_dropout_of_0_that_is_no_float_is_watched_too(tape):
+    model, _ = recorded_and_eager("gpt2")
+    model.train()
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.p = 0
+    for seed in range(3):
+        model(**make_batch(seed=seed)).loss.backward()
+    assert model._softprompt.graphs.statistics.replayed == 2
+    for module in dropouts:
+        module.p = 0.5
+    with pytest.warns(UserWarning, match="not recorded: dropout is on"):
+        model(**make_batch()).loss.backward()
+    assert model._softprompt.graphs.statistics.replayed == 2
+
+
+def test_backward_hooks_of_all_modules_are_called_at_every_step(tape):
+    recorded, eager = recorded_and_eager("llama")
+    for seed in range(3):
+        recorded(**make_batch(seed=seed)).loss.backward()
+    called = []
+    handle = nn.modules.module.register_module_full_backward_hook(lambda module, *_: called.append(module))
+    try:
+        with pytest.warns(UserWarning, match="not recorded: modules of the language model have hooks"):
+            recorded(**make_batch()).loss.backward()
+        by_recorded = len(called)
+        eager(**make_batch()).loss.backward()
+    finally:
+        handle.remove()
+    assert len(called) == 2 * by_recorded > 0
+
+
+def test_the_backward_of_a_step_recorded_under_autocast_is_not_under_it(tape, monkeypatch):
+    """Where a forward leaves autocast for products in fp32, their gradients are products in fp32 too."""
+    seen = []
+
+    def watched_loss(*args):
+        loss = loss_of_hidden(*args)
+        loss.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        return loss
+
+    monkeypatch.setattr("softprompt.engine.recorded.loss_of_hidden", watched_loss)
+    base, prompt = build("llama", dtype=torch.float32), leaf().detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        record(base, prompt, 2)
+    assert tape.replays > 0
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [(torch.tensor([1.0, 2.0]), "must have one element, got shape"), (-3, "must not be negative, got -3")],
+)
+@pytest.mark.parametrize("before", [1, 3])
+def test_a_denominator_that_is_none_is_refused_by_name(items, message, before, tape):
+    """When the step would be recorded, and when it would be replayed."""
+    base, prompt = build("llama"), leaf()
+    for options in ({}, {"recorded": False}):
+        record(base, prompt, before, **options)
+        with pytest.raises(ValueError, match=f"num_items {message}"):
+            loss_of(base, prompt, 1, num_items_in_batch=items, **options)
+    record(base, prompt)
+    assert graphs_of(base).obstacle is None
+    assert len(graphs_of(base)) == 1

@@ -1,0 +1,148 @@
+"""The order of streams around captures and replays, with as much of `torch.cuda` as the recorder uses."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+
+from softprompt.engine import recorders
+from softprompt.engine.recorders import CudaGraphRecorder, RecordingError
+
+DEVICE = torch.device("cuda", 0)
+
+
+class Stream:
+    """Knows which work comes before whatever it is given next."""
+
+    def __init__(self, device=None):
+        self.before = set()
+
+    def work(self, name):
+        self.before.add(name)
+
+    def wait_stream(self, other):
+        self.before |= other.before
+
+    def wait_event(self, event):
+        self.before |= event.before
+
+
+class Event:
+    def record(self, stream):
+        self.before = set(stream.before)
+
+
+class Graph:
+    def reset(self):
+        pass
+
+
+class Cuda:
+    """One device. A capture in which something raised cannot be ended, and is left as PyTorch leaves it."""
+
+    Stream, Event, CUDAGraph = Stream, Event, Graph
+
+    def __init__(self):
+        self.current, self.pools, self.open_pools = Stream(), 0, set()
+        self.capturing = False
+        Graph.replay = lambda graph: self.current.work("replay")
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def current_stream(self, device):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return self.pools
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        before, self.current = self.current, stream
+        if pool in self.open_pools:
+            raise RuntimeError("already recording to this pool")
+        self.capturing = True
+        try:
+            yield
+        except BaseException as error:
+            self.open_pools.add(pool)
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        finally:
+            self.capturing = False
+        self.current = before
+
+    def get_sync_debug_mode(self):
+        return 0
+
+    def set_sync_debug_mode(self, mode):
+        pass
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    cuda = Cuda()
+    monkeypatch.setattr(recorders, "torch", types.SimpleNamespace(cuda=cuda))
+    return cuda
+
+
+def test_a_capture_that_fails_gives_back_the_stream_and_leaves_the_next_one_a_pool(cuda):
+    def run():
+        if cuda.capturing:
+            raise ValueError("not in a capture")
+
+    recorder, caller = CudaGraphRecorder(), cuda.current
+    with pytest.raises(RecordingError, match="the capture failed"):
+        recorder.record(run, DEVICE)
+    assert cuda.current is caller
+    recorder.record(lambda: None, DEVICE)()
+    assert cuda.current is caller
+    assert "replay" in caller.before
+
+
+def test_what_a_run_that_fails_has_begun_comes_before_what_its_memory_is_used_for_next(cuda):
+    def run():
+        cuda.current.work("a write")
+        raise ValueError("no reason")
+
+    with pytest.raises(ValueError, match="no reason"):
+        CudaGraphRecorder().record(run, DEVICE)
+    assert "a write" in cuda.current.before
+
+
+def test_a_turn_begins_when_the_one_before_has_ended_on_whatever_stream(cuda):
+    recorder, streams = CudaGraphRecorder(), [cuda.current, Stream(), Stream()]
+    done = set()
+    for number, place in enumerate((0, 0, 1, 2, 2, 0, 1)):
+        cuda.current = streams[place]
+        with recorder.turn(DEVICE):
+            assert done <= cuda.current.before
+            cuda.current.work(f"copies {number}")
+        done.add(f"copies {number}")
+
+
+def test_a_turn_that_an_exception_ended_has_ended(cuda):
+    recorder = CudaGraphRecorder()
+
+    def interrupted():
+        with recorder.turn(DEVICE):
+            cuda.current.work("a write")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    cuda.current = Stream()
+    with recorder.turn(DEVICE):
+        assert "a write" in cuda.current.before
