@@ -261,6 +261,33 @@ def test_tensors_may_have_any_strides(backend, view):
         torch.testing.assert_close(value, wanted, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("view", ["every second", "expanded"])
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+def test_vectors_may_have_any_stride(backend, name, view):
+    layout = layout_of("ragged prompts")
+    inputs = tensors(layout, HEADS[1])
+    values = torch.rand(8, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(DEVICE)
+    vector = values[::2] if view == "every second" else values[:1].expand(4)
+    wanted = name == "sinks"
+    options, copied = (
+        {name: x.detach().requires_grad_(wanted)} for x in (vector, vector.clone().contiguous())
+    )
+    assert options[name].stride() != copied[name].stride()
+    expected = results(inputs, layout, copied, backend="reference")
+    for got, right in zip(results(inputs, layout, options, backend=backend), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**63 - 1])
+def test_a_window_wider_than_every_row_hides_nothing(backend, window):
+    layout = layout_of("ragged prompts")
+    inputs = tensors(layout)
+    expected = results(inputs, layout, {}, backend="reference")
+    got = results(inputs, layout, {"sliding_window": window}, backend=backend)
+    for value, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=0, atol=1e-12)
+
+
 def test_a_gradient_without_strides_is_accepted(backend):
     layout = layout_of("ragged prompts")
     inputs = tensors(layout)

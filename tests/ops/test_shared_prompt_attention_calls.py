@@ -212,6 +212,15 @@ def test_a_second_derivative_is_refused(form):
         gradient.sum().backward()
 
 
+def test_the_kernels_refuse_a_second_derivative(monkeypatch):
+    layout = layout_of("right")
+    inputs = tensors(layout)
+    out = shared_prompt_attention(*inputs, layout, backend=hold(monkeypatch, "triton"))
+    (gradient,) = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once, got a second derivative"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("batch", ["ragged prompts", "right"])
 def test_autocast_decides_the_dtype(backend, batch):
     layout = layout_of(batch)

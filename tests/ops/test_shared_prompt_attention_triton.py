@@ -123,6 +123,24 @@ def test_the_sums_over_texts_are_split_and_stay_the_same_bits(prompts, monkeypat
 
 
 @pytest.mark.parametrize(
+    "text_rows, programs, expected",
+    [(0, 64, 0), (700, 64, 2), (1 << 15, 64, 32), (1 << 15, 5024, 1), (9, 0, 1)],
+)
+def test_the_sums_over_texts_are_split_no_further_than_fills_a_gpu(text_rows, programs, expected):
+    module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
+    assert module.splits_of(text_rows, programs) == expected
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_other_sizes_of_a_batch_do_not_compile_a_kernel_anew(kind):
+    module, name = KERNELS[kind]
+    kernel = getattr(importlib.import_module(module), name)
+    fixed = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
+    sizes = {"num_rows", "prompt_rows", "num_prompts", "num_texts", "splits"}
+    assert sizes & set(kernel.arg_names) <= set(fixed)
+
+
+@pytest.mark.parametrize(
     "heads",
     [(2, 1, 32, 32), (2, 1, 80, 80), (1, 1, 96, 96), (2, 1, 128, 64), (1, 1, 192, 128), (1, 1, 256, 256)],
 )

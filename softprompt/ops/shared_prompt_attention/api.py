@@ -14,6 +14,8 @@ from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 BACKENDS = (AUTO, "reference", "sdpa", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Slots and rows are int32 and fewer than this: a wider window hides nothing, and its sums would overflow.
+_WIDEST_WINDOW = 1 << 30
 
 
 def shared_prompt_attention(
@@ -213,6 +215,8 @@ def _run(
     dropout_p: float,
     backend: str,
 ) -> Tensor:
+    if sliding_window is not None and sliding_window > _WIDEST_WINDOW:
+        sliding_window = None
     options: dict[str, Any] = {
         "scale": scale,
         "sliding_window": sliding_window,
@@ -365,6 +369,11 @@ def _triton_backward_fake(
     )
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    # Without this, autograd would take the gradients for constants: a wrong second derivative and a warning.
+    raise RuntimeError("shared_prompt_attention can be differentiated once, got a second derivative")
+
+
 _LAYOUT_SCHEMA = (
     "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts,"
     " Tensor cu_texts, SymInt prompt_tokens, float scale, int? sliding_window, float? softcap,"
@@ -375,6 +384,7 @@ _TRITON_BACKWARD = define(
     f" Tensor out, Tensor lse, {_LAYOUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     _triton_backward_kernel,
     fake=_triton_backward_fake,
+    backward=_no_second_derivative,
 )
 _TRITON = define(
     f"shared_prompt_attention_triton(Tensor query, Tensor key, Tensor value, {_LAYOUT_SCHEMA})"

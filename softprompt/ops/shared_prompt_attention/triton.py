@@ -34,6 +34,7 @@ from softprompt.ops.shared_prompt_attention.triton_query_grad import attention_b
 _LOG2E = 1.4426950408889634
 _SPLIT_ROWS = 512  # text rows for each partial sum of a prompt's gradient
 _MAX_SPLITS = 32
+_MAX_PROGRAMS = 4096  # more than any GPU holds at a time, so that splitting further gains nothing
 
 
 def forward(
@@ -56,6 +57,7 @@ def forward(
     """The output [Hq, T, Dv], a token's heads side by side, and the log-sum-exp [Hq, T] in units of log2."""
     dtype = value.dtype
     query, key, value = _readable(query), _readable(key), _readable(value)
+    alibi_slopes, sinks = _dense(alibi_slopes), _dense(sinks)
     num_heads, num_rows, head_dim = query.shape
     value_dim = value.shape[2]
     out = torch.empty(num_rows, num_heads, value_dim, dtype=value.dtype, device=value.device).transpose(0, 1)
@@ -116,6 +118,7 @@ def backward(
     """d(query), d(key), d(value), and d(sinks), which is empty where there are none."""
     dtype = query.dtype
     grad_out, query, key, value, out = (_readable(t) for t in (grad_out, query, key, value, out))
+    alibi_slopes = _dense(alibi_slopes)
     num_heads, num_rows, head_dim = query.shape
     num_key_heads, value_dim = key.shape[0], value.shape[2]
     width, itemsize = max(head_dim, value_dim), query.element_size()
@@ -150,7 +153,8 @@ def backward(
             *grads[0].stride()[:2],
             **_options(query, value_dim, scale, sliding_window, softcap, config),
         )
-        splits = min(triton.cdiv(num_rows - prompt_rows, _SPLIT_ROWS), _MAX_SPLITS)
+        key_blocks = triton.cdiv(prompt_rows, launch_config("prompt", width, itemsize).keys)
+        splits = splits_of(num_rows - prompt_rows, key_blocks * num_key_heads)
         partial = [lse.new_empty(splits, num_key_heads, prompt_rows, size) for size in (head_dim, value_dim)]
         for kind, key_rows in (("prompt", prompt_rows), ("key", num_rows)):
             config = launch_config(kind, width, itemsize)
@@ -189,6 +193,21 @@ def backward(
         share = torch.exp2(sinks.to(lse.dtype)[:, None] * _LOG2E - lse)
         of_sinks = -(share * delta).sum(1).to(sinks.dtype)
     return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype), of_sinks
+
+
+def splits_of(text_rows: int, programs: int) -> int:
+    """Over how many programs each of the prompts' is split by text rows; 0 without texts.
+
+    Every split has partial sums of the size of the prompts' keys and values, in fp32: 100 prompts of 100 rows
+    with 32 heads of 128 would take 10 GB in 32 splits, and have programs enough without.
+    """
+    most = min(_MAX_SPLITS, max(1, _MAX_PROGRAMS // max(1, programs)))
+    return min(triton.cdiv(text_rows, _SPLIT_ROWS), most)
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """The vector itself, or a copy of one with gaps: kernels read an entry for each head, side by side."""
+    return None if vector is None else vector.contiguous()
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Sizes that change from batch to batch. Specialised on which of them are 1 or multiples of 16, one kernel is
+# compiled up to 18 times, in the middle of a training.
+BATCH_SIZES = ["num_rows", "prompt_rows", "num_prompts", "num_texts", "splits"]
+
 
 @triton.jit
 def scores_of(

@@ -6,7 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softprompt.ops.shared_prompt_attention.triton_blocks import key_ranges, scores_of, seen_pairs
+from softprompt.ops.shared_prompt_attention.triton_blocks import (
+    BATCH_SIZES,
+    key_ranges,
+    scores_of,
+    seen_pairs,
+)
 
 
 @triton.jit
@@ -97,7 +102,7 @@ def _forward_range(
 
 # Grid: (blocks of QUERIES rows, Hq). A program writes the output and the log-sum-exp of its rows and head.
 # Moves: the queries and the output once; the keys and values that its rows see once for each program.
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def attention_forward(
     query_ptr,  # [Hq, T, D]
     key_ptr,  # [Hkv, T, D]

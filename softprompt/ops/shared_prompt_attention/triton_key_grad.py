@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softprompt.ops.shared_prompt_attention.triton_blocks import gradient_of_scores, own_end
+from softprompt.ops.shared_prompt_attention.triton_blocks import BATCH_SIZES, gradient_of_scores, own_end
 
 
 # Grid, with OF_PROMPTS: (blocks of KEYS prompt rows, splits, Hkv). A program writes the partial sums of
@@ -15,7 +15,7 @@ from softprompt.ops.shared_prompt_attention.triton_blocks import gradient_of_sco
 # later rows of their own text or prompt, and for prompt rows from the partial sums.
 # Moves: the keys and values once; for each block, and each query head of its key head, the queries, grad_out,
 # lse and delta of the rows that see it.
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def attention_backward_key(
     query_ptr,  # [Hq, T, D]
     key_ptr,  # [Hkv, T, D]

@@ -6,7 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softprompt.ops.shared_prompt_attention.triton_blocks import gradient_of_scores, key_ranges, seen_pairs
+from softprompt.ops.shared_prompt_attention.triton_blocks import (
+    BATCH_SIZES,
+    gradient_of_scores,
+    key_ranges,
+    seen_pairs,
+)
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def _query_range(
 # Grid: (blocks of QUERIES rows, Hq). A program writes d(query) of its rows and head, and `delta`, the sum of
 # grad_out * out of each row, which the kernels after it read. Moves what `attention_forward` moves, and
 # grad_out.
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def attention_backward_query(
     query_ptr,  # [Hq, T, D]
     key_ptr,  # [Hkv, T, D]
