@@ -1,6 +1,7 @@
 """Shared by all tests. Triton's interpreter has to be chosen before triton is imported."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(int(os.environ.get("SOFTPROMPT_TEST_THREADS", "1")))
+if "SOFTPROMPT_TEST_EMULATED" in os.environ:  # "native" is then the CUDA sources, see tests/emulated_cuda
+    from softprompt.ops import library
+
+    sys.path.insert(0, os.environ["SOFTPROMPT_TEST_EMULATED"])
+    library._NATIVE_MODULES["cpu"] = "_native_cuda"
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ void pack_layout(
     std::optional<Tensor> labels_given,   // [B, L]
     std::optional<Tensor> ids_given,      // [B, L]
     std::optional<Tensor> prompts_given,  // [B]
-    std::vector<int64_t> prompt_lengths,  // [K]
+    Tensor cu_prompts,                    // [K + 1] int32
     int64_t vocab_size,
     std::string positions,
     Tensor token_index,
@@ -92,7 +92,7 @@ void pack_layout(
     Tensor counts) {
   const View mask = view_of(attention_mask), labels = view_of(labels_given), ids = view_of(ids_given);
   const int64_t num_rows = mask.rows, length = mask.columns;
-  const int64_t num_prompts = static_cast<int64_t>(prompt_lengths.size());
+  const int64_t num_prompts = cu_prompts.size(0) - 1;
   const int64_t capacity = token_index.size(0), label_capacity = label_rows.size(0);
   const bool compact = positions == "compact", by_slot = positions == "slots";
   Outputs out{
@@ -112,17 +112,18 @@ void pack_layout(
   for (const int64_t prompt : prompt_of_row) {
     STD_TORCH_CHECK(prompt >= 0 && prompt < num_prompts, "prompt_of_row holds ", prompt);
   }
-  std::vector<int64_t> prompt_end(num_prompts);
-  int64_t prompt_tokens = 0;
-  for (int64_t prompt = 0; prompt < num_prompts; ++prompt) {
-    for (int64_t place = 0; place < prompt_lengths[prompt]; ++place) {
-      out.write(prompt_tokens + place, -1, place, place, place, prompt, prompt);
-    }
-    prompt_end[prompt] = prompt_tokens += prompt_lengths[prompt];
-  }
+  std::vector<int64_t> offsets(num_prompts + 1);
+  read_integers(view_of(cu_prompts), 0, offsets.data());
+  const int64_t prompt_tokens = offsets[num_prompts];
   STD_TORCH_CHECK(
       capacity >= prompt_tokens + num_rows * length && label_capacity >= num_rows * length,
       "the outputs have no room for the batch");
+  const auto length_of = [&](int64_t prompt) { return offsets[prompt + 1] - offsets[prompt]; };
+  for (int64_t prompt = 0; prompt < num_prompts; ++prompt) {
+    for (int64_t place = 0; place < length_of(prompt); ++place) {
+      out.write(offsets[prompt] + place, -1, place, place, place, prompt, prompt);
+    }
+  }
 
   std::vector<uint8_t> flags(num_rows * length);
   std::vector<RowCounts> of_row(num_rows);
@@ -145,7 +146,7 @@ void pack_layout(
     labels_used += found.labelled;
     out_of_range += found.out_of_range;
     longest_text = std::max(longest_text, found.packed);
-    longest_context = std::max(longest_context, found.packed + prompt_lengths[prompt_of_row[row]]);
+    longest_context = std::max(longest_context, found.packed + length_of(prompt_of_row[row]));
   }
   out.cu_texts[num_rows] = static_cast<int32_t>(rows_used);
   const int64_t totals[] = {
@@ -156,9 +157,9 @@ void pack_layout(
     std::vector<int64_t> targets(labels.given() ? length : 0);
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t* own = flags.data() + row * length;
-      const int64_t prompt = prompt_of_row[row], prefix = prompt_lengths[prompt];
+      const int64_t prompt = prompt_of_row[row], prefix = length_of(prompt);
       int64_t at = first_of_row[row], label_at = first_label[row], rank = prefix;
-      int64_t previous = prompt_end[prompt] - 1;  // the packed row that predicts the next column
+      int64_t previous = offsets[prompt + 1] - 1;  // the packed row that predicts the next column
       if (labels.given()) read_integers(labels, row, targets.data());
       for (int64_t column = 0; column < length; ++column) {
         const uint8_t flag = own[column];

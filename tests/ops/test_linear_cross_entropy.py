@@ -53,7 +53,7 @@ def test_gradcheck_with_a_different_gradient_for_every_loss(backend, name, label
             hidden, weight, label_rows, targets, bias=bias, backend=backend, **options
         )
 
-    assert torch.autograd.gradcheck(losses, (hidden, weight, bias), fast_mode=backend == "triton")
+    assert torch.autograd.gradcheck(losses, (hidden, weight, bias), fast_mode=backend != "reference")
     (d_hidden,) = torch.autograd.grad(losses(hidden, weight, bias).pow(2).sum(), hidden)
     literal = linear_cross_entropy_ref(hidden, weight, label_rows, targets, bias=bias, **options)
     torch.testing.assert_close(d_hidden, torch.autograd.grad(literal.pow(2).sum(), hidden)[0])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from softprompt.ops.library import declare
+from softprompt.ops.pack_layout.api import prompt_offsets
 
 
 def pack_layout(
@@ -26,7 +27,7 @@ def pack_layout(
         labels,
         input_ids,
         prompt_of_row,
-        prompt_lengths,
+        prompt_offsets(tuple(prompt_lengths), attention_mask.device),
         vocab_size,
         positions,
         *outputs,
@@ -36,7 +37,7 @@ def pack_layout(
 
 _OP = declare(
     "native_pack_layout(Tensor attention_mask, Tensor? labels, Tensor? input_ids, Tensor? prompt_of_row,"
-    " int[] prompt_lengths, int vocab_size, str positions, Tensor(a!) token_index, Tensor(b!) position_ids,"
+    " Tensor cu_prompts, int vocab_size, str positions, Tensor(a!) token_index, Tensor(b!) position_ids,"
     " Tensor(c!) slots, Tensor(d!) key_slots, Tensor(e!) segments, Tensor(f!) sees, Tensor(g!) cu_texts,"
     " Tensor(h!) label_rows, Tensor(i!) label_targets, Tensor(j!) counts) -> ()"
 )
