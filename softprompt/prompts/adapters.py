@@ -171,6 +171,11 @@ def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
     prompt = weights.get(_KEY)
     if not isinstance(prompt, Tensor) or prompt.ndim != 2 or not prompt.is_floating_point():
         raise ValueError(f"the adapter in {folder} has no floating-point {_KEY} of shape [P, H]")
+    expected = (config.num_virtual_tokens or 0) * (config.num_transformer_submodules or 1)
+    if len(prompt) != expected:
+        raise ValueError(
+            f"the adapter in {folder} has {len(prompt)} virtual tokens, its configuration says {expected}"
+        )
     return config, prompt.to(torch.float32)
 
 

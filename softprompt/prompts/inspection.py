@@ -6,6 +6,7 @@ labels that a prompt started from are still among them after training.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,13 @@ def norm_quantiles(norms: Tensor) -> list[float]:
     """The 5 %, 50 % and 95 % quantiles of [V] norms."""
     ranks = [round(share * (len(norms) - 1)) for share in (0.05, 0.5, 0.95)]
     return norms.sort().values[ranks].tolist()  # torch.quantile takes no more than 16 million numbers
+
+
+def near_any(nearest: Nearest, token_ids: Iterable[int]) -> list[int]:
+    """The places of the vectors that have one of the tokens among their nearest."""
+    hits = torch.isin(nearest.token_ids, torch.tensor(sorted(token_ids), dtype=torch.int64)).any(dim=1)
+    places: list[int] = hits.nonzero().flatten().tolist()
+    return places
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:

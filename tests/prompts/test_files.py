@@ -147,6 +147,13 @@ BAD_FOLDERS = {
         ],
         "cannot be read",
     ),
+    "another length": (
+        lambda folder, tiny: [
+            (folder / "adapter_config.json").write_text(CONFIG),
+            torch.save({"prompt_embeddings": torch.zeros(3, 128)}, folder / "adapter_model.bin"),
+        ],
+        "has 3 virtual tokens, its configuration says 2",
+    ),
     "other weights": (
         lambda folder, tiny: [
             (folder / "adapter_config.json").write_text(CONFIG),
