@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
-from softprompt.cli.options import Parser, add_command, whole
+from softprompt.cli.options import Parser, add_command, add_prompt_options, whole
 from softprompt.tasks.folders import holds_adapter
 
 if TYPE_CHECKING:
@@ -29,12 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         '      --text "my order never came" --output request.json',
         run=run,
     )
-    parser.add_argument(
-        "--adapter",
-        required=True,
-        metavar="PATH",
-        help="the trained prompt: a folder that `softprompt train` or PEFT wrote, or a .npy file",
-    )
+    add_prompt_options(parser)
     parser.add_argument(
         "--format",
         required=True,
@@ -48,11 +43,6 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="PATH",
         help="what to write: a .npy file, a folder for peft, and for vllm a .json file with the body of a "
         "request to /v1/completions or a .pt file with the tensor alone",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the frozen model, if it is not where it was in training (default: the one trained with)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what --output names if it is there")
     vllm = parser.add_argument_group("--format vllm")

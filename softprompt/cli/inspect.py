@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import Parser, add_command, whole
+from softprompt.cli.options import Parser, add_command, add_prompt_options, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,17 +28,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         example="softprompt inspect --adapter softprompt-output",
         run=run,
     )
-    parser.add_argument(
-        "--adapter",
-        required=True,
-        metavar="PATH",
-        help="the trained prompt: a folder that `softprompt train` or PEFT wrote, or a .npy file",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the frozen model, if it is not where it was in training (default: the one trained with)",
-    )
+    add_prompt_options(parser)
     parser.add_argument(
         "--neighbours", type=whole(1), default=5, metavar="K", help="tokens to name for each virtual token"
     )

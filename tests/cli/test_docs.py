@@ -28,8 +28,8 @@ def test_a_command_of_the_page_is_a_command_of_the_program(line):
     assert parsed.run in [command.run for command in COMMANDS]
 
 
-# Options of other programs.
-FOREIGN = {"--enable-prompt-embeds", "--runner", "--max-model-len", "--dtype"}
+# An option of vLLM.
+FOREIGN = {"--enable-prompt-embeds"}
 
 
 @pytest.mark.parametrize("page, least", list(zip(PAGES, (20, 3, 3, 4), strict=True)))

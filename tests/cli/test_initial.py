@@ -5,22 +5,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import init
 
 pytestmark = pytest.mark.usefixtures("without_figure")
 SEED, LENGTH = 42, 6
-
-
-@pytest.fixture(scope="module")
-def model(model_folder):
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return AutoTokenizer.from_pretrained(model_folder)
 
 
 @pytest.fixture

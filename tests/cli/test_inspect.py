@@ -2,21 +2,9 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 from peft import PeftConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import export, init, inspect_prompt
-
-
-@pytest.fixture(scope="module")
-def model(model_folder):
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder):
-    return AutoTokenizer.from_pretrained(model_folder)
 
 
 @pytest.fixture(scope="module")
