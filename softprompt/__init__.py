@@ -6,17 +6,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from softprompt.engine.forward import UnsupportedModelError, forward
     from softprompt.peft import patch, patched, unpatch
+    from softprompt.prompts import export, init
+    from softprompt.prompts.inspection import inspect_prompt
     from softprompt.report import explain
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedModelError", "explain", "forward", "patch", "patched", "unpatch"]
+__all__ = [
+    "UnsupportedModelError",
+    "explain",
+    "export",
+    "forward",
+    "init",
+    "inspect_prompt",
+    "patch",
+    "patched",
+    "unpatch",
+]
 
 # Imported on first use: the command line shows its help without waiting for torch.
 _HOMES = {
     "UnsupportedModelError": "softprompt.engine.forward",
     "explain": "softprompt.report",
+    "export": "softprompt.prompts",
     "forward": "softprompt.engine.forward",
+    "init": "softprompt.prompts",
+    "inspect_prompt": "softprompt.prompts.inspection",
     "patch": "softprompt.peft",
     "patched": "softprompt.peft",
     "unpatch": "softprompt.peft",

@@ -1,14 +1,14 @@
-"""The command line: `softprompt train`, `softprompt predict`, `softprompt demo`."""
+"""The command line: `softprompt train`, `predict`, `inspect`, `export`, `demo`."""
 
 import sys
 from collections.abc import Sequence
 
-from softprompt.cli import demo, predict, train
+from softprompt.cli import demo, export, inspect, predict, train
 from softprompt.cli.errors import UsageError
 from softprompt.cli.options import HelpFormatter, Parser
 from softprompt.tasks.errors import TaskError
 
-COMMANDS = (train, predict, demo)
+COMMANDS = (train, predict, inspect, export, demo)
 
 
 def build_parser() -> Parser:

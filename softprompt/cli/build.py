@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from softprompt.cli.errors import UsageError
+from softprompt.cli.initial import PEFT_INITS, initial_prompt
 from softprompt.cli.models import (
     check_model,
     choose_device,
@@ -20,11 +22,11 @@ from softprompt.cli.models import (
 )
 from softprompt.cli.progress import TrainingProgress
 from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, fingerprint
+from softprompt.prompts.adapters import INITIAL_PROMPT, read_npy, set_prompt
 from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
 from softprompt.tasks.table import Table, check_labels_known, read_table, split_table
 from softprompt.tasks.trainer import PromptTrainer, StopAtStepEnd
 
-INITS = {"text": "TEXT", "vocab": "SAMPLE_VOCAB", "random": "RANDOM"}
 OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
 LOGS_PER_EPOCH = 20
 
@@ -78,7 +80,7 @@ def build_trainer(
     if checkpoint is not None:
         check_same_run(load_task(checkpoint), (task, record["model"], record["training"]))
     encoder = Encoder(task, load_tokenizer(model_name))
-    model = _build_model(args, model_name, dtype, encoder)
+    model = _build_model(args, model_name, dtype, encoder, train_table, checkpoint)
     steps_per_epoch = math.ceil(len(train_table) / args.batch_size)
     arguments = TrainingArguments(
         output_dir=args.output,
@@ -121,7 +123,14 @@ def build_trainer(
     return trainer, stop
 
 
-def _build_model(args: argparse.Namespace, model_name: str, dtype: Any, encoder: Encoder) -> Any:
+def _build_model(
+    args: argparse.Namespace,
+    model_name: str,
+    dtype: Any,
+    encoder: Encoder,
+    train_table: Table,
+    checkpoint: Path | None,
+) -> Any:
     words = args.init == "text"
     if words and not encoder.tokenizer(args.init_text)["input_ids"]:
         raise UsageError(f"--init-text {args.init_text!r} has no tokens: give other words")
@@ -132,18 +141,33 @@ def _build_model(args: argparse.Namespace, model_name: str, dtype: Any, encoder:
             f"--num-virtual-tokens {args.num_virtual_tokens} and --max-length {args.max_length} together "
             f"exceed the {positions} positions of {model_name}: make one of them smaller"
         )
+    start = _saved_start(checkpoint)
+    if start is None:
+        start = initial_prompt(args, base, encoder.tokenizer, train_table)
     set_seed(args.seed)
     model = get_peft_model(
         base,
         PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=args.num_virtual_tokens,
-            prompt_tuning_init=INITS[args.init],
+            prompt_tuning_init=PEFT_INITS.get(args.init, "RANDOM"),
             prompt_tuning_init_text=args.init_text if words else None,
             tokenizer_name_or_path=model_name if words else None,
         ),
     )
+    if start is not None:
+        set_prompt(model, start)
     return model if args.no_patch else patch(model)
+
+
+def _saved_start(checkpoint: Path | None) -> Tensor | None:
+    """Return the initial prompt of an interrupted run: what it was made from may have gone since."""
+    if checkpoint is None or not (checkpoint / INITIAL_PROMPT).is_file():
+        return None
+    try:
+        return read_npy(checkpoint / INITIAL_PROMPT)
+    except ValueError as error:
+        raise UsageError(f"--resume: {error}") from error
 
 
 def _tiny(name: str) -> str:

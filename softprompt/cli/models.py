@@ -70,8 +70,8 @@ def load_tokenizer(model: str) -> Any:
         raise UsageError(f"cannot load the tokenizer of {model}: {_sentence(error)}") from error
 
 
-def load_model(model: str, dtype: torch.dtype) -> Any:
-    """Load a causal language model in `dtype`, in evaluation mode."""
+def load_model(model: str, dtype: torch.dtype | str) -> Any:
+    """Load a causal language model in `dtype`, in evaluation mode; "auto" is the dtype of its files."""
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:

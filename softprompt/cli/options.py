@@ -57,6 +57,21 @@ def add_dataset_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_prompt_options(parser: Parser) -> None:
+    """Add the options that name a trained prompt and its model."""
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        metavar="PATH",
+        help="the trained prompt: a folder that `softprompt train` or PEFT wrote, or a .npy file",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the frozen model, if it is not where it was in training (default: the one trained with)",
+    )
+
+
 def add_compute_options(parser: Parser) -> None:
     """Add the options that say where and how precisely to compute, as a group of their own."""
     group = parser.add_argument_group("computing")

@@ -22,6 +22,7 @@ RESUME_SETTINGS = (
     "num_virtual_tokens",
     "init",
     "init_text",
+    "init_from",
     "epochs",
     "batch_size",
     "learning_rate",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
+from softprompt.cli.initial import add_init_options, check_init_options
 from softprompt.cli.options import (
     Parser,
     add_command,
@@ -24,8 +25,6 @@ from softprompt.tasks.folders import (
 
 if TYPE_CHECKING:
     from softprompt.tasks.trainer import PromptTrainer
-
-DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -73,16 +72,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     prompt.add_argument(
         "--num-virtual-tokens", type=whole(1), default=8, metavar="P", help="length of the soft prompt"
     )
-    prompt.add_argument(
-        "--init",
-        choices=("text", "vocab", "random"),
-        default="text",
-        help="where the soft prompt starts: at the words of --init-text, at random words of the vocabulary, "
-        "or at random numbers",
-    )
-    prompt.add_argument(
-        "--init-text", default=DEFAULT_INIT_TEXT, metavar="TEXT", help="the words for --init text"
-    )
+    add_init_options(prompt)
     prompt.add_argument(
         "--template",
         default="{text_column} : {text} Label : ",
@@ -147,8 +137,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check what was asked, train, save, and print the summary."""
-    if args.init == "text" and not args.init_text.strip():
-        raise UsageError("--init text needs words to start from: give --init-text, or --init vocab")
+    check_init_options(args)
     output = Path(args.output)
     checkpoint = _check_output(output, overwrite=args.overwrite, resume=args.resume)
     require_extra()

@@ -1,4 +1,4 @@
-"""Figures: one training run, and two runs side by side."""
+"""Figures: one training run, two runs side by side, and the vectors of a prompt."""
 
 import os
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from softprompt.prompts.inspection import Inspection, norm_quantiles, token_text
 from softprompt.tasks.compare import Side, largest_difference
 
 GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563eb", "#ea7317", "#15924f"
+NAMED_TOKENS = 40  # as many rows of a similarity matrix have room for names
 STYLE = {
     "axes.edgecolor": "#c9ccd1",
     "axes.grid": True,
@@ -97,6 +99,62 @@ def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str)
         _bars(axes["memory"], names, memory, f"Peak memory: {memory[0] / memory[1]:.1f} : 1", "MiB", "{:.2f}")
         _accuracy_bars(axes["accuracy"], plain, patched)
         _save(figure, path)
+
+
+def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, title: str) -> None:
+    """Draw how alike virtual tokens are, their norms, their nearest tokens and how far they moved."""
+    count, moved = len(found.norms), found.movement
+    right = ["norm", "cosine"] if moved is None else ["norm", "cosine", "moved"]
+    named = count <= NAMED_TOKENS
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 6.2), layout="constrained")
+        figure.suptitle(_literal(title), fontsize=12, fontweight="bold", x=0.01, ha="left")
+        axes: dict[str, Any] = figure.subplot_mosaic(
+            [["similarity", name] for name in right], width_ratios=[1.15, 1]
+        )
+        _draw_similarity(figure, axes["similarity"], found, tokenizer if named else None)
+        places = range(count)
+        low, middle, high = norm_quantiles(found.vocabulary_norms)
+        axes["norm"].axhspan(low, high, color=GREY, alpha=0.18, linewidth=0, label="90 % of the vocabulary")
+        axes["norm"].axhline(middle, color=GREY, linewidth=1, label="its median")
+        axes["norm"].plot(places, found.norms.numpy(), "o", color=BLUE, markersize=4, label="virtual tokens")
+        axes["norm"].set(title="Norm", ylabel="L2", ylim=(0, 1.35 * max(high, float(found.norms.max()))))
+        axes["norm"].legend(ncols=3, loc="upper left", fontsize=8)
+        axes["cosine"].bar(places, found.by_cosine.values[:, 0].numpy(), color=GREEN, width=0.7)
+        axes["cosine"].set(title="Cosine with the nearest token", ylim=(0, 1.05))
+        if moved is not None:
+            axes["moved"].bar(places, moved.distance.numpy(), color=ORANGE, width=0.7)
+            axes["moved"].set(title="Distance from the start", ylabel="L2")
+        for name in right:
+            axes[name].set(xlim=(-0.7, count - 0.3))
+            axes[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[right[-1]].set(xlabel="virtual token")
+        _save(figure, path)
+
+
+def _draw_similarity(figure: Figure, axes: Any, found: Inspection, tokenizer: Any) -> None:
+    image = axes.imshow(found.similarity.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set(title="Cosine between virtual tokens", xlabel="virtual token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if tokenizer is not None:
+        nearest = [token_text(tokenizer, int(i)) for i in found.by_cosine.token_ids[:, 0]]
+        names = [f"{_plain(text)}  {place}" for place, text in enumerate(nearest)]
+        axes.set_yticks(range(len(names)), names, fontsize=min(9.5, 270 / len(names)))
+        axes.set(ylabel="nearest token, virtual token")
+    figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
+
+
+def _plain(text: str) -> str:
+    """A token that a figure has room for; its quotes make spaces visible."""
+    shown = repr(text)
+    return _literal(shown if len(shown) <= 18 else f"{shown[:16]}…'")
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", r"\$")  # two of them would hold a formula
 
 
 def _bars(axes: Any, names: list[str], values: list[float], title: str, unit: str, number: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, write_npy
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.folders import publish_folder, remove_checkpoints, staging
@@ -23,7 +24,8 @@ class PromptTrainer(Trainer):
 
     `evaluate` scores `eval_table` by the loss and perplexity of its labels and by the exact match of the
     labels that the model generates. A checkpoint folder appears under its name when it is complete, and holds
-    `softprompt.json` beside the adapter. `evaluated` is called with the rows done and the rows of all passes.
+    `softprompt.json` and the initial prompt beside the adapter. `evaluated` is called with the rows done and
+    the rows of all passes.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PromptTrainer(Trainer):
         self.encoder = encoder
         self.eval_table = eval_table
         self.record = record
+        self.initial_prompt = prompt_parameter(model).detach().cpu().clone()
         self._evaluated = evaluated
         self._staging: Path | None = None
 
@@ -101,9 +104,9 @@ class PromptTrainer(Trainer):
         return metrics
 
     def save_adapter(self, folder: Path) -> None:
-        """Write PEFT's adapter files and `softprompt.json` into an existing folder."""
+        """Write PEFT's adapter files and what softprompt adds to them into an existing folder."""
         self.model.save_pretrained(str(folder))
-        self.encoder.task.save(folder, **self.record)
+        self._save_own_files(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(super()._get_output_dir(trial) if self._staging is None else self._staging)
@@ -117,9 +120,13 @@ class PromptTrainer(Trainer):
             finally:
                 self._staging = None
             staged = stage / f"checkpoint-{self.state.global_step}"
-            self.encoder.task.save(staged, **self.record)
+            self._save_own_files(staged)
             publish_folder(staged, output / staged.name)
         remove_checkpoints(output, keep=KEPT_CHECKPOINTS)
+
+    def _save_own_files(self, folder: Path) -> None:
+        self.encoder.task.save(folder, **self.record)
+        write_npy(self.initial_prompt, folder / INITIAL_PROMPT)
 
 
 class StopAtStepEnd(TrainerCallback):

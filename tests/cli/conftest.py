@@ -6,7 +6,13 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 GOOD = ("thanks for the quick help", "lovely day at the lake", "my new phone is here", "see you at the game")
 BAD = ("my order never came", "the app crashes again", "no answer from support", "this flight is late again")
@@ -54,6 +60,16 @@ def model_folder(tmp_path_factory):
     BloomForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(model_folder):
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder):
+    return AutoTokenizer.from_pretrained(model_folder)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, t
         "adapter_model.safetensors",
         "checkpoint-4",
         "checkpoint-6",
+        "initial_prompt.npy",
         "metrics.json",
         "softprompt.json",
         "training.png",

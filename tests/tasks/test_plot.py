@@ -2,10 +2,21 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
+from tiny_models import build
 
+from softprompt import init, inspect_prompt
 from softprompt.tasks.compare import Side
-from softprompt.tasks.plot import BLUE, GREEN, GREY, ORANGE, draw_comparison, draw_training
+from softprompt.tasks.plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    draw_comparison,
+    draw_inspection,
+    draw_training,
+)
 
 TRAINING = [{"step": step, "loss": 5.0 / step} for step in range(1, 9)]
 EVALUATION = [
@@ -40,3 +51,20 @@ def test_the_bars_of_the_comparison_are_as_high_as_the_figures(tmp_path):
     assert even[ORANGE] == pytest.approx(even[BLUE], rel=0.1)
     assert ahead[ORANGE] == pytest.approx(even[ORANGE], rel=0.1)
     assert ahead[BLUE] < 0.7 * even[BLUE]
+
+
+@pytest.mark.parametrize("count", [1, 12, 100])
+@pytest.mark.parametrize("moved", [True, False])
+def test_the_vectors_of_a_prompt_of_any_length_are_drawn(tmp_path, count, moved):
+    class Tokenizer:
+        def decode(self, ids):
+            return " $x_1$ and a very long token\n" * ids[0]
+
+    model = build("llama", torch.float32)
+    prompt = init.matched(model, count, seed=0)
+    found = inspect_prompt(model, prompt, initial=prompt + 1 if moved else None)
+    path = tmp_path / "seen.png"
+    draw_inspection(found, Tokenizer(), path, title="a prompt of $P")
+    assert pixels_of(path, GREEN) > 1000
+    assert pixels_of(path, BLUE) > 10 * count
+    assert (pixels_of(path, ORANGE) > 1000) is moved
