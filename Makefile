@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu extension sanitize gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -15,13 +15,15 @@ help:
 	@echo "make bench       CPU benchmarks, then the tables and pictures of the README"
 	@echo "make gpu         on a GPU: tests, benchmarks of steps and kernels, then their tables (about 8 minutes)"
 	@echo "make sanitize    on a GPU: the kernel tests under compute-sanitizer"
+	@echo "make sanitize-cpu   the tests of the native ops under address and undefined-behaviour sanitizers"
+	@echo "make installs       installations into fresh environments: no compiler, no torch, editable, ..."
 	@echo "make gpu-rehearsal  the same as make gpu at toy sizes on the CPU"
 
 # Without build isolation, so that the native ops find torch; without a compiler they are left out, with a warning.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools ninja
+	$(PIP) torch 'setuptools>=77' ninja
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
@@ -70,6 +72,23 @@ gpu: $(GPU_READY) extension
 extension: $(GPU_READY)
 	@mkdir -p build
 	SOFTPROMPT_NATIVE=require $(PYTHON_BIN) setup.py --quiet build_ext --inplace >build/extension.log || { cat build/extension.log; exit 1; }
+
+# The native ops of the CPU, and the CUDA sources on emulated blocks, under the compilers' checkers.
+SANITIZED = build/sanitized
+SANITIZER_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize-cpu: $(READY)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	for kind in cpu cuda; do \
+		$(BIN)/python tests/native/build.py $$kind $(SANITIZED) $(SANITIZER_FLAGS) && \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		SOFTPROMPT_TEST_NATIVE=$(SANITIZED)/_native_$$kind.abi3.so \
+		$(BIN)/python -m pytest -q -k native tests/ops || exit 1; \
+	done
+
+# Installations into fresh environments, whatever is missing there.
+installs: $(READY)
+	$(BIN)/python -m pytest -q -o addopts="--import-mode=importlib -ra" tests/install
 
 # Kernel tests under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds.
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1

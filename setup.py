@@ -1,7 +1,7 @@
 """The package is described in pyproject.toml; here are its native ops, which it can do without.
 
 They are built where torch can be imported: `pip install --no-build-isolation .`. SOFTPROMPT_NATIVE says what
-happens when that fails: `auto` (default) warns and installs without them, `require` fails, `skip` does not try.
+happens when that fails: `auto` warns and installs without them, `require` fails, `skip` does not try.
 """
 
 import os
@@ -15,7 +15,7 @@ MODE = os.environ.get("SOFTPROMPT_NATIVE", "auto")
 if MODE not in ("auto", "require", "skip"):
     raise SystemExit(f"SOFTPROMPT_NATIVE must be auto, require or skip, got {MODE!r}")
 HOW_TO = (
-    "To build them later: pip install torch setuptools ninja, then pip install --no-build-isolation "
+    "To build them later: pip install torch 'setuptools>=77' ninja, then pip install --no-build-isolation "
     "--force-reinstall --no-deps . (softprompt doctor says what is missing)."
 )
 

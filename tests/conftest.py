@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(int(os.environ.get("SOFTPROMPT_TEST_THREADS", "1")))
-if "SOFTPROMPT_TEST_EMULATED" in os.environ:  # "native" is then the CUDA sources, see tests/emulated_cuda
+if "SOFTPROMPT_TEST_NATIVE" in os.environ:  # a module that tests/native/build.py built
     from softprompt.ops import library
 
-    sys.path.insert(0, os.environ["SOFTPROMPT_TEST_EMULATED"])
-    library._NATIVE_MODULES["cpu"] = "_native_cuda"
+    module = Path(os.environ["SOFTPROMPT_TEST_NATIVE"])
+    sys.path.insert(0, str(module.parent))
+    library._NATIVE_MODULES["cpu"] = module.name.split(".")[0]
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@
 namespace softprompt {
 namespace {
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 1024;  // columns that are loaded and transformed together
+constexpr int64_t kPart = 128;    // columns that are summed in the narrow dtype; their sums are added in fp64
 
 template <class Sum>
 struct Options {

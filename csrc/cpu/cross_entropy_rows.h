@@ -110,15 +110,17 @@ Sums<Sum> sums_of(const Logit* logits, const Sum* bias, int64_t count, const Opt
       sums.total *= std::exp(static_cast<double>(sums.maximum) - static_cast<double>(largest));
       sums.maximum = largest;
     }
-    Sum total = 0;
+    for (int64_t part = 0; part < size; part += kPart) {
+      const int64_t end = std::min(part + kPart, size);
+      Sum total = 0, plain = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < size; ++i) total += exp_of(values[i] - largest);
-    sums.total += total;
-    if (options.label_smoothing > 0) {
-      Sum plain = 0;
+      for (int64_t i = part; i < end; ++i) total += exp_of(values[i] - largest);
+      sums.total += total;
+      if (options.label_smoothing > 0) {
 #pragma omp simd reduction(+ : plain)
-      for (int64_t i = 0; i < size; ++i) plain += values[i];
-      sums.plain += plain;
+        for (int64_t i = part; i < end; ++i) plain += values[i];
+        sums.plain += plain;
+      }
     }
   }
   return sums;

@@ -28,7 +28,7 @@ def test_the_module_runs_the_command_line():
     )
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "demo"])
+@pytest.mark.parametrize("command", ["train", "predict", "demo", "doctor"])
 def test_the_help_of_a_command_explains_every_option_and_ends_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as leaving:
         build_parser().parse_args([command, "--help"])

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+import torch
+
+from softprompt.cli import main
+from softprompt.ops import library
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """Sets what is found of the native ops, by the name of the module that holds them."""
+
+    def hold(module):
+        monkeypatch.setitem(library._NATIVE_MODULES, "cpu", module)
+        library.native_availability.cache_clear()
+
+    yield hold
+    library.native_availability.cache_clear()
+
+
+def diagnosis(capsys):
+    assert main(["doctor", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_doctor_names_versions_devices_and_the_choice_of_auto(capsys):
+    found = diagnosis(capsys)
+    versions = {finding["name"]: finding["detail"] for finding in found["packages"]}
+    assert versions["torch"] == torch.__version__
+    assert {"softprompt", "transformers", "peft", "triton"} <= set(versions)
+    assert found["devices"][0]["name"] == "cpu"
+    assert found["chosen"]["cpu"] == ("native" if library.native_availability("cpu").usable else "reference")
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "packages",
+        "devices",
+        "back ends on cpu (auto takes",
+        "to build the native ops",
+        "reference",
+    ):
+        assert part in text
+
+
+def test_doctor_says_how_to_build_native_ops_that_are_missing(capsys, native):
+    native("softprompt._native_of_nothing")
+    found = diagnosis(capsys)
+    finding = next(finding for finding in found["backends"]["cpu"] if finding["name"] == "native")
+    assert finding["state"] == "unusable"
+    assert "are not built" in finding["detail"]
+    assert finding["fix"].startswith("pip install --no-build-isolation .")
+    assert found["chosen"]["cpu"] == "reference"
+
+
+def test_a_module_from_other_sources_is_refused_instead_of_called(capsys, native, tmp_path, monkeypatch):
+    (tmp_path / "module_of_another_time.py").write_text("INTERFACE = 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    native("module_of_another_time")
+    availability = library.native_availability("cpu")
+    assert not availability.usable
+    assert "was built from other sources (interface 0, expected" in availability.reason
+    with pytest.raises(ValueError, match=r"backend='native' cannot be used: .* was built from other sources"):
+        library.choose_backend("embed_prompt", "native", torch.device("cpu"))
+
+
+def test_a_module_that_does_not_load_gives_its_reason(native, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("raise ImportError('undefined symbol: at_something')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    native("broken_module")
+    assert "does not load: undefined symbol: at_something" in library.native_availability("cpu").reason
+
+
+def test_doctor_fails_where_a_required_back_end_is_missing(capsys, native):
+    native("softprompt._native_of_nothing")
+    assert main(["doctor", "--require", "native"]) == 2
+    assert "--require native: it cannot be used on cpu" in capsys.readouterr().err
+
+
+def test_a_package_that_is_too_old_is_named_with_the_command_that_mends_it(capsys, monkeypatch):
+    from softprompt import diagnosis as module
+
+    version = module.importlib.metadata.version
+    monkeypatch.setattr(
+        module.importlib.metadata, "version", lambda name: "0.1.0" if name == "peft" else version(name)
+    )
+    finding = next(finding for finding in diagnosis(capsys)["packages"] if finding["name"] == "peft")
+    assert finding["state"] == "unusable"
+    assert finding["detail"].startswith("0.1.0, expected >=")
+    assert finding["fix"].startswith("pip install 'peft>=")
