@@ -22,13 +22,17 @@ void embed_prompt(
   read_integers(index, 0, indices.data());
   for (int64_t row = 0; row < ids.rows; ++row) read_integers(ids, row, flat_ids.data() + row * ids.columns);
 
+  const auto id_of = [&](int64_t row) {
+    const int64_t place = indices[row];
+    return place >= 0 && place < num_ids ? flat_ids[place] : -1;
+  };
   torch::stable::parallel_for(0, num_rows, grain_of_rows(rows.row_bytes() / 4), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (row < num_prompt_rows) {
         rows.prompt(row, row);
       } else {
-        const int64_t place = indices[row];
-        rows.token(row, place >= 0 && place < num_ids ? flat_ids[place] : -1);
+        if (row + 1 < end) rows.expect(id_of(row + 1));
+        rows.token(row, id_of(row));
       }
     }
     rows.finish();

@@ -74,7 +74,9 @@ void prepend_prompt(
       if (place < prompt_length) {
         rows.prompt(at, prompt_of_row[row] * prompt_length + place);
       } else {
-        rows.token(at, flat_ids[row * columns + place - prompt_length]);
+        const int64_t entry = row * columns + place - prompt_length;
+        if (place + 1 < length) rows.expect(flat_ids[entry + 1]);
+        rows.token(at, flat_ids[entry]);
       }
     }
     rows.finish();
