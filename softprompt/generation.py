@@ -187,7 +187,7 @@ def _begin(
         call.config.num_beams > 1,
     )
     setattr(cache, _PAST, past)
-    columns = _Columns(ids, batch.inputs_embeds, start.mask, start.position_ids)
+    columns = _Columns(ids, batch.inputs_embeds, batch.attention_mask, start.mask, start.position_ids)
     output = _run(model, plan, call, columns, cache, compact)
     return _with_ids(output, call.input_ids) if compact else output
 
@@ -293,7 +293,8 @@ def _continue(
         missing = (past.mask != 0).int().argmax(1)  # of the longest prompt, in rows with a shorter one
         places = torch.arange(mask.shape[1], device=mask.device)
         position_ids = (places - missing[:, None]).clamp_min(0)
-    return _run(model, plan, call, _Columns(ids, None, mask, position_ids), cache, compact)
+    text_mask = call.attention_mask[:, call.attention_mask.shape[1] - ids.shape[1] :]
+    return _run(model, plan, call, _Columns(ids, None, text_mask, mask, position_ids), cache, compact)
 
 
 def _whole_mask(call: GenerateCall, ids: Tensor, past: _Past, cached: int) -> Tensor:
@@ -321,6 +322,7 @@ class _Columns:
 
     input_ids: Tensor | None  # [B, L]
     inputs_embeds: Tensor | None  # [B, L, H]
+    text_mask: Tensor  # [B, L] of these alone
     mask: Tensor  # [B, W] in slots
     position_ids: Tensor | None  # [B, W]
 
@@ -349,7 +351,12 @@ def _run(
         chunked=call.config.prefill_chunk_size is not None,
         from_mask=plan.positions == "mask" and not compact,
     )
-    with _preparing(model, prepare):
+    no_ids = columns.input_ids is None
+    process = functools.partial(
+        _logits_processor, model._get_logits_processor, None if no_ids else columns.text_mask
+    )
+    own = {"prepare_inputs_for_generation": prepare, "_get_logits_processor": process}
+    with _methods(model, own):
         return model.generate(**arguments)
 
 
@@ -403,19 +410,26 @@ def _prepare_inputs(
     return inputs
 
 
+def _logits_processor(stock: Callable[..., Any], text_mask: Tensor | None, **kwargs: Any) -> Any:
+    """The model's own processors of logits. One of them looks for pads in the mask, which shall be the ids'."""
+    others = kwargs.get("model_kwargs") or {}
+    mask = others.get("attention_mask")
+    if mask is not None and text_mask is not None:
+        text_mask = text_mask.repeat_interleave(mask.shape[0] // text_mask.shape[0], 0)
+    return stock(**kwargs | {"model_kwargs": others | {"attention_mask": text_mask}})
+
+
 @contextlib.contextmanager
-def _preparing(model: CausalLM, prepare: Callable[..., Any]) -> Iterator[None]:
-    """Lets a model prepare its inputs by `prepare`, as PEFT does for the length of a call."""
-    name = "prepare_inputs_for_generation"
-    before = model.__dict__.get(name)
-    setattr(model, name, prepare)
+def _methods(model: CausalLM, methods: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Sets methods on an instance, as PEFT does for the length of a call."""
+    before = {name: model.__dict__[name] for name in methods if name in model.__dict__}
+    model.__dict__.update(methods)
     try:
         yield
     finally:
-        if before is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, before)
+        for name in methods:
+            del model.__dict__[name]
+        model.__dict__.update(before)
 
 
 class Assistant:

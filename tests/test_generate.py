@@ -1,0 +1,372 @@
+"""`generate` of a patched model: PEFT's tokens, with the prompt computed once."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from generating import BATCH, NEW, counted_tokens, patched, random_ids, row_of, speaker, two_adapters
+from parity import make_batch, prompt_of
+from tiny_models import PACKED, pair
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import softprompt
+
+METHODS = {
+    "greedy": {"do_sample": False},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
+    "sampled beams": {"do_sample": True, "num_beams": 2},
+    "penalties": {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
+}
+
+
+def tokens(model, batch=BATCH, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bloom", "llama", "gpt2", "opt", "qwen2", "gemma2"])
+def test_padded_positions_give_pefts_tokens(name, side, method):
+    stock, fast = pair(speaker(name))
+    patched(fast)
+    batch = make_batch(side=side, labels=None)
+    expected = tokens(stock, batch, **METHODS[method])
+    assert len(expected[:, -NEW:].unique()) > 2
+    assert torch.equal(tokens(fast, batch, **METHODS[method]), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in PACKED if name not in ("bloom", "llama", "gpt2", "opt")])
+def test_other_architectures_give_pefts_tokens(name):
+    stock, fast = pair(speaker(name))
+    assert torch.equal(tokens(patched(fast)), tokens(stock))
+
+
+@pytest.mark.parametrize("name", [*PACKED])
+def test_compact_positions_give_the_tokens_of_each_row_alone(name):
+    stock, fast = pair(speaker(name))
+    patched(fast, positions="compact")
+    for side in ("left", "right"):
+        batch = make_batch(side=side, labels=None)
+        got = tokens(fast, batch)
+        assert torch.equal(got[:, :-NEW], batch["input_ids"])
+        for row in range(3):
+            alone = tokens(stock, row_of(batch, row))
+            assert torch.equal(got[row, -NEW:], alone[0, -NEW:])
+
+
+def test_compact_positions_leave_out_holes_in_a_text():
+    stock, fast = pair(speaker("mistral-window"))
+    batch = make_batch(side="left", labels=None, holes=True)
+    got = tokens(patched(fast, positions="compact"), batch)
+    for row in range(3):
+        assert torch.equal(got[row, -NEW:], tokens(stock, row_of(batch, row))[0, -NEW:])
+
+
+def test_logits_are_pefts_in_every_step():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    expected, got = tokens(stock, **options), tokens(fast, **options)
+    for step_of_peft, step in zip(expected.logits, got.logits, strict=True):
+        torch.testing.assert_close(step, step_of_peft, rtol=1e-6, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------- what it computes
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+@pytest.mark.parametrize("positions", ["padded", "compact"])
+def test_prefill_computes_the_prompt_once_and_no_pads(name, positions):
+    lengths = tuple(1 + row % 5 for row in range(32))
+    batch = make_batch(lengths, side="left", labels=None)
+    fast = patched(speaker(name, num_virtual_tokens=100, **LONG.get(name, {})), positions=positions)
+    tokens(fast, BATCH, max_new_tokens=1)
+    prompt = prompt_of(fast)
+    with torch.no_grad():
+        prompt.add_(1.0)
+    with counted_tokens(fast) as counts:
+        tokens(fast, batch, max_new_tokens=1)
+    assert sum(counts) == 100 + sum(lengths)
+    with counted_tokens(fast) as counts:
+        tokens(fast, batch, max_new_tokens=1)
+    assert sum(counts) == sum(lengths)
+
+
+LONG = {"llama": {"max_position_embeddings": 256}}
+
+
+def test_beams_do_not_multiply_the_prefill():
+    fast = patched(speaker("llama"))
+    tokens(fast)
+    with counted_tokens(fast) as counts:
+        tokens(fast, max_new_tokens=1, num_beams=4)
+    assert counts == [7 + 3 + 5 - 3, 3 * 4]
+
+
+def test_one_prefill_serves_models_whose_attention_is_their_own():
+    fast = patched(speaker("gptj"))
+    tokens(fast)
+    with counted_tokens(fast) as counts:
+        tokens(fast, max_new_tokens=1)
+    assert counts == [BATCH["input_ids"].numel()]
+
+
+def test_all_rows_share_the_memory_of_the_prompt_until_they_grow():
+    from softprompt.engine.prefill import filled_cache
+    from softprompt.engine.states import prompt_states
+
+    base = speaker("qwen2-window", 12).get_base_model()
+    states = prompt_states(base, torch.randn(12, 48, dtype=torch.float64))
+    cache = filled_cache(base, states, 32)
+    for layer, key in zip(cache.layers, states.keys, strict=True):
+        assert layer.keys.shape[0] == 32
+        assert layer.keys.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+
+
+# ------------------------------------------------------------------------------------------- what it keeps
+def change_in_place(model):
+    with torch.no_grad():
+        prompt_of(model).mul_(-1.0)
+
+
+def change_behind_autograd(model):
+    prompt_of(model).data.mul_(-1.0)
+
+
+def change_the_parameter(model):
+    embedding = model.prompt_encoder["default"].embedding
+    embedding.weight = torch.nn.Parameter(-embedding.weight.detach())
+
+
+def change_the_weights(model):
+    with torch.no_grad():
+        model.get_base_model().get_output_embeddings().weight.neg_()
+        for parameter in model.get_base_model().base_model.layers.parameters():
+            parameter.mul_(-1.0)
+
+
+def train_a_step(model):
+    optimizer = torch.optim.SGD([prompt_of(model)], lr=10.0)
+    batch = make_batch()
+    model(**batch).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, change_behind_autograd, change_the_parameter, change_the_weights, train_a_step],
+)
+def test_a_changed_prompt_or_model_is_computed_again(change):
+    stock, fast = pair(speaker("llama"))
+    before = tokens(patched(fast))
+    change(stock)
+    change(fast)
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_a_cast_model_is_computed_again():
+    fast = patched(speaker("llama", dtype=torch.float32))
+    tokens(fast)
+    fast.to(torch.bfloat16)
+    tokens(fast)
+    states = fast._softprompt.prompts["default"].states
+    assert states.keys[0].dtype == torch.bfloat16
+
+
+def test_another_active_adapter_and_a_deleted_one_are_noticed():
+    stock, fast = pair(two_adapters("llama"))
+    patched(fast)
+    first = tokens(fast)
+    for model in (stock, fast):
+        model.set_adapter("long")
+    expected = tokens(stock)
+    assert not torch.equal(expected, first)
+    assert torch.equal(tokens(fast), expected)
+    fast.set_adapter("default")
+    fast.delete_adapter("long")
+    assert torch.equal(tokens(fast), first)
+    assert set(fast._softprompt.prompts) == {"default"}
+
+
+def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    with torch.inference_mode():
+        inside = tokens(fast)
+    assert torch.equal(tokens(fast, num_beams=2), tokens(stock, num_beams=2))
+    assert torch.equal(inside, tokens(stock))
+
+
+# --------------------------------------------------------------------------------------- arguments of generate
+def test_max_length_counts_the_ids_alone():
+    stock, fast = pair(speaker("llama"))
+    config = GenerationConfig(max_length=12, pad_token_id=0)
+    for options in ({"max_length": 11}, {"generation_config": config}, {}):
+        expected = stock.generate(**BATCH, **options)
+        assert torch.equal(patched(fast).generate(**BATCH, **options), expected)
+
+
+def test_processors_and_criteria_see_the_ids_of_the_user():
+    seen = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.clone())
+            return scores
+
+    fast = patched(speaker("llama"))
+    criteria = StoppingCriteriaList([MaxLengthCriteria(10)])
+    out = fast.generate(**BATCH, max_new_tokens=5, logits_processor=[Look()], stopping_criteria=criteria)
+    assert out.shape[1] == 10
+    assert [ids.shape[1] for ids in seen] == [8, 9]
+    assert torch.equal(seen[0], BATCH["input_ids"])
+
+
+def test_a_streamer_gets_what_it_gets_from_peft():
+    class Streamer(BaseStreamer):
+        def __init__(self):
+            self.got = []
+
+        def put(self, value):
+            self.got.append(value.tolist())
+
+        def end(self):
+            self.got.append("end")
+
+    stock, fast = pair(speaker("llama"))
+    expected, got = Streamer(), Streamer()
+    row = row_of(BATCH, 0)
+    tokens(stock, row, streamer=expected)
+    tokens(patched(fast), row, streamer=got)
+    assert got.got == expected.got
+
+
+def test_an_end_token_stops_each_row_as_in_peft():
+    stock, fast = pair(speaker("llama"))
+    free = tokens(stock)
+    end = {"eos_token_id": int(free[0, -5])}
+    assert torch.equal(tokens(patched(fast), **end), tokens(stock, **end))
+    assert (tokens(fast, **end) == 0).any()
+
+
+def test_positional_ids_a_missing_mask_and_a_missing_text_are_as_in_peft():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    ids = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, 0)  # the pad token gives the mask
+    expected = stock.generate(input_ids=ids, max_new_tokens=NEW)
+    assert torch.equal(fast.generate(ids, max_new_tokens=NEW), expected)
+    assert not torch.equal(expected, fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW))
+    assert torch.equal(fast.generate(max_new_tokens=NEW), stock.generate(max_new_tokens=NEW))
+
+
+def test_positions_of_the_user_are_ignored_with_pefts_warning():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    position_ids = torch.zeros_like(BATCH["input_ids"])
+    with pytest.warns(UserWarning, match="Ignoring position ids"):
+        got = tokens(fast, position_ids=position_ids)
+    assert torch.equal(got, tokens(stock))
+
+
+def test_a_text_of_one_token_and_a_row_without_tokens_are_as_in_peft():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    one = {"input_ids": random_ids(2, 1), "attention_mask": torch.ones(2, 1, dtype=torch.long)}
+    assert torch.equal(tokens(fast, one), tokens(stock, one))
+    empty = make_batch((4, 0, 2), side="left", labels=None)
+    assert torch.equal(tokens(fast, empty), tokens(stock, empty))
+
+
+# ----------------------------------------------------------------------------------------- rows of many adapters
+@pytest.mark.parametrize("positions", ["padded", "compact"])
+@pytest.mark.parametrize("name", ["bloom", "llama", "qwen2-window", "gptj"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_adapter_names_give_each_row_its_prompt(name, positions, options):
+    fast = patched(two_adapters(name), positions=positions)
+    names = ["long", "default", "long"]
+    mixed = tokens(fast, adapter_names=names, **options)
+    expected = {}
+    for adapter in ("default", "long"):
+        fast.set_adapter(adapter)
+        expected[adapter] = tokens(fast, **options)
+    count = mixed.shape[0] // 3
+    for row, adapter in enumerate(names):
+        rows = slice(row * count, (row + 1) * count)
+        assert torch.equal(mixed[rows], expected[adapter][rows])
+    assert not torch.equal(expected["default"], expected["long"])
+
+
+def test_wrong_adapter_names_are_an_error():
+    fast = patched(two_adapters("llama"))
+    with pytest.raises(ValueError, match="one adapter for each of the 3 rows"):
+        tokens(fast, adapter_names=["default"])
+    with pytest.raises(ValueError, match="unknown adapters nobody"):
+        tokens(fast, adapter_names=["default", "nobody", "default"])
+    with fast.disable_adapter(), pytest.raises(ValueError, match="disable_adapter"):
+        tokens(fast, adapter_names=["default"] * 3)
+
+
+# ------------------------------------------------------------------------------------------------ the patch
+def test_disabled_adapters_give_the_bare_model():
+    fast = patched(speaker("llama"))
+    base = fast.get_base_model()
+    expected = base.generate(**BATCH, max_new_tokens=NEW)
+    prompted = tokens(fast)
+    with fast.disable_adapter():
+        assert torch.equal(tokens(fast), expected)
+    assert torch.equal(tokens(fast), prompted)
+    assert not torch.equal(prompted, expected)
+
+
+def test_nothing_is_left_on_the_base_model_also_after_an_exception():
+    fast = patched(speaker("llama"))
+    base = fast.get_base_model()
+    before = dict(vars(base))
+    tokens(fast)
+    with pytest.raises(ZeroDivisionError):
+        tokens(fast, logits_processor=[lambda ids, scores: 1 / 0])
+    assert dict(vars(base)) == before
+
+
+def test_an_unpatched_model_generates_as_before():
+    stock, fast = pair(speaker("llama"))
+    tokens(patched(fast))
+    softprompt.unpatch(fast)
+    assert type(fast) is type(stock)
+    assert torch.equal(tokens(fast), tokens(stock))
+
+
+def test_copies_and_pickles_generate_and_do_not_carry_the_kept_prompt():
+    fast = patched(speaker("llama"))
+    expected = tokens(fast)
+    file = io.BytesIO()
+    pickle.dump(fast, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(fast), pickle.load(file)):
+        assert copied._softprompt.prompts == {}
+        assert torch.equal(tokens(copied), expected)
+
+
+def test_autocast_and_training_without_dropout_are_served():
+    stock, fast = pair(speaker("llama", dtype=torch.float32))
+    patched(fast)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens(fast)
+        assert fast._softprompt.prompts["default"].states.values[0].dtype == torch.bfloat16
+    for model in (stock, fast):
+        model.train()
+    assert torch.equal(tokens(fast), tokens(stock))
+
+
+def test_served_calls_give_no_warning():
+    fast = patched(speaker("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens(fast)
