@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, StaticCache
 
 from softprompt.engine import Plan, families
@@ -36,6 +38,8 @@ from softprompt.generation_calls import GenerateCall
 from softprompt.layout import raise_out_of_range
 
 _NUMBERS = itertools.count()
+# A call sets methods of the model: threads that share one take turns. Reentrant, since a model may assist itself.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 # ---------------------------------------------------------------------------------------- prompts that are kept
@@ -72,7 +76,14 @@ def _weights_of(model: CausalLM) -> tuple[Any, ...]:
     """What shows that a model's weights, or the dtype that it computes in, have changed."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     weights = tuple(
-        (id(t), t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors
+        (
+            id(tensor),
+            tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0,
+            tensor.dtype,
+            tensor.device,
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for tensor in tensors
     )
     device_type = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
@@ -134,6 +145,18 @@ def generate(
         IndexError: an id outside the vocabulary.
         ValueError: arguments that do not fit together; says what was given and what is expected.
     """
+    with _LOCKS.setdefault(model, threading.RLock()):
+        return _generate(model, plan, call, prompts, known, compact)
+
+
+def _generate(
+    model: CausalLM,
+    plan: Plan,
+    call: GenerateCall,
+    prompts: Mapping[str, Tensor],
+    known: dict[str, KnownPrompt],
+    compact: bool,
+) -> Any:
     raise_out_of_range(call.input_ids, None, families.vocab_size(model))
     for name, prompt in prompts.items():
         known[name] = known_prompt(model, known.get(name), prompt)
@@ -308,6 +331,8 @@ def _whole_mask(call: GenerateCall, ids: Tensor, past: _Past, cached: int) -> Te
             f"[{ids.shape[0]}, {expected} and the new tokens], where input_ids are all tokens or the new ones; "
             f"got {list(given.shape)} for input_ids of {list(ids.shape)}"
         )
+    if past.compact and cached < past.mask.shape[1] - 1:
+        raise ValueError('positions="compact": past_key_values was cropped into the text that it began with')
     if not torch.equal(given[:, : begun.shape[1]], begun):
         raise ValueError("attention_mask differs from that of the call that began past_key_values")
     later = given[:, begun.shape[1] :]
@@ -346,7 +371,9 @@ def _run(
     prepare = functools.partial(
         _prepare_inputs,
         model.prepare_inputs_for_generation,
-        width=columns.mask.shape[1],
+        cache=cache,
+        mask=columns.mask,
+        room=_room(plan, columns),
         given=0 if columns.input_ids is None else columns.input_ids.shape[1],
         chunked=call.config.prefill_chunk_size is not None,
         from_mask=plan.positions == "mask" and not compact,
@@ -360,6 +387,14 @@ def _run(
         return model.generate(**arguments)
 
 
+def _room(plan: Plan, columns: _Columns) -> int | None:
+    """How many tokens the model's position table has left for a continuation; None: it has no table."""
+    if plan.position_limit is None:
+        return None
+    counted = columns.mask.shape[1] if columns.position_ids is not None else int(columns.mask.sum(1).max())
+    return plan.position_limit - counted
+
+
 # --------------------------------------------------------------------------------------------- the first step
 def _prepare_inputs(
     stock: Callable[..., dict[str, Any]],
@@ -370,7 +405,9 @@ def _prepare_inputs(
     inputs_embeds: Tensor | None = None,
     is_first_iteration: bool | None = False,
     *,
-    width: int,
+    cache: Cache,
+    mask: Tensor,
+    room: int | None,
     given: int,
     chunked: bool,
     from_mask: bool,
@@ -386,14 +423,29 @@ def _prepare_inputs(
         attention_mask: [rows, slots] or None.
         inputs_embeds: [rows, L, H] or None.
         is_first_iteration: of the call.
-        width: slots of prompt and text.
+        cache: of this call; an assistant may be the same model with another one.
+        mask: [B, W] slots of prompt and text.
+        room: see `_room`.
         given: columns of `input_ids` that the call began with.
         chunked: transformers cuts the first step itself.
         from_mask: the model takes its positions from the mask, where pads have place -1.
         kwargs: others.
     """
-    if is_first_iteration and not chunked and past_key_values is not None:
-        next_sequence_length = width + input_ids.shape[1] - given - int(past_key_values.get_seq_length())
+    ours = past_key_values is cache
+    num_new = input_ids.shape[1] - given
+    if ours and room is not None and num_new > room:
+        # On a GPU, reading outside the table would end the process.
+        raise ValueError(
+            f"the continuation has reached {num_new} tokens, but behind prompt and text the model has positions "
+            f"for {max(room, 0)}: ask for fewer new tokens or shorten the text"
+        )
+    if ours and not (chunked and is_first_iteration):
+        width = mask.shape[1] + num_new
+        if is_first_iteration:
+            next_sequence_length = width - int(cache.get_seq_length())
+        if attention_mask is not None and attention_mask.shape[1] != width:
+            # Assisted decoding cuts it to the columns of the ids; it has one row only.
+            attention_mask = nn.functional.pad(mask, (0, width - mask.shape[1]), value=1)
     inputs = stock(
         input_ids,
         next_sequence_length=next_sequence_length,
@@ -404,7 +456,7 @@ def _prepare_inputs(
         **kwargs,
     )
     positions = inputs.get("position_ids")
-    if from_mask and positions is not None and attention_mask is not None:
+    if ours and from_mask and positions is not None and attention_mask is not None:
         places = attention_mask.cumsum(1) * attention_mask - 1
         inputs["position_ids"] = places[:, places.shape[1] - positions.shape[1] :]
     return inputs

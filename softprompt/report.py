@@ -10,6 +10,7 @@ from softprompt.calls import adapter_obstacle
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
+from softprompt.engine.prefill import describe, prefill_for
 from softprompt.ops.library import AUTO, choose_backend, triton_availability
 from softprompt.peft import PatchState, state_of
 

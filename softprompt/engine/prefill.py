@@ -184,10 +184,20 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Plan, Prefill]] = weakref.Wea
 
 def prefill_for(model: CausalLM, plan: Plan) -> Prefill:
     """How a model's calls start, found by running two short rows; made once for each plan."""
-    known = _KNOWN.get(model)
-    if known is None or known[0] is not plan:
-        known = _KNOWN[model] = (plan, _choose(model, plan))
-    return known[1]
+    with IN_USE:
+        known = _KNOWN.get(model)
+        if known is None or known[0] is not plan:
+            known = _KNOWN[model] = (plan, _choose(model, plan))
+        return known[1]
+
+
+def describe(prefill: Prefill) -> str:
+    """Half a sentence for people."""
+    if prefill.way is None:
+        return f"PEFT's own: {prefill.reason}"
+    if prefill.way == "packed":
+        return "each prompt is computed once and kept, texts are packed"
+    return f"each prompt is computed once and kept, texts stay padded: {prefill.reason}"
 
 
 def _choose(model: CausalLM, plan: Plan) -> Prefill:
