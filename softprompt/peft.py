@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 
-from softprompt import generation
 from softprompt.calls import adapters_of_rows, check_stock_input, reason_for_stock
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.batch import Batch, check_batch
@@ -31,7 +30,7 @@ from softprompt.engine.forward import (
     prompt_width,
 )
 from softprompt.engine.graphs import StepGraphs
-from softprompt.generation_calls import GenerateCall, read_call, stock_reason
+from softprompt.generation import GenerateCall, KnownPrompt, generate, read_call, stock_reason
 from softprompt.ops.library import AUTO
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,7 +56,7 @@ class PatchState:
     stock_class: type
     graphs: StepGraphs | None = None
     tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `_tokens_of`
-    prompts: dict[str, generation.KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
+    prompts: dict[str, KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
     said: set[str] = field(default_factory=set)  # notes that were given once
@@ -312,7 +311,7 @@ def _generate(model: Any, plan: Plan, call: GenerateCall, compact: bool) -> Any:
         del known[name]
     with torch.no_grad():
         prompts = {name: _prompt_of(model, name) for name in dict.fromkeys(call.names)}
-    return generation.generate(model.get_base_model(), plan, call, prompts, known, compact=compact)
+    return generate(model.get_base_model(), plan, call, prompts, known, compact=compact)
 
 
 @torch.compiler.disable
@@ -378,9 +377,7 @@ def _tokens_of(model: Any, name: str, device: torch.device) -> Tensor:
     return known[2]
 
 
-def _fall_back(
-    model: Any, reason: str, adapter_names: Sequence[str] | None, method: str = "forward"
-) -> None:
+def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, method: str = "forward") -> None:
     state: PatchState = model._softprompt
     if state.options.on_unsupported == "error":
         raise UnsupportedModelError(f"softprompt: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModelForCausalLM
 
@@ -77,12 +78,13 @@ def explain(model: CausalLM) -> Report:
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = next(base.parameters()).device
     backend = state.options.backend if state is not None else AUTO
+    details = _details(base, plan, state) if route != "stock" else ()
     return Report(
         model=f"{type(base).__name__} ({next(base.parameters()).dtype}, {device})",
         patched=state is not None,
         route=route,
         reason=reason,
-        details=_details(base, plan, state) if route != "stock" else (),
+        details=(*details, *_generate(model, base, plan, refusal)),
         backends=_backends(route, plan, backend, device.type, base),
         rejected=plan.rejected if route != "stock" else (),
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
@@ -115,6 +117,13 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
             )
         )
     return tuple(rows)
+
+
+def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> list[tuple[str, str]]:
+    """How `generate` of a PEFT model is served."""
+    if not isinstance(model, PeftModelForCausalLM):
+        return []
+    return [("generate", f"PEFT's own: {refusal}" if refusal else describe(prefill_for(base, plan)))]
 
 
 def _recording(state: PatchState) -> list[tuple[str, str]]:

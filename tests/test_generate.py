@@ -78,7 +78,7 @@ def test_logits_are_pefts_in_every_step():
         torch.testing.assert_close(step, step_of_peft, rtol=1e-6, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------- what it computes
+# ------------------------------------------------------------------------------------------- what it computes
 @pytest.mark.parametrize("name", ["bloom", "llama"])
 @pytest.mark.parametrize("positions", ["padded", "compact"])
 def test_prefill_computes_the_prompt_once_and_no_pads(name, positions):
@@ -128,7 +128,7 @@ def test_all_rows_share_the_memory_of_the_prompt_until_they_grow():
         assert layer.keys.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
 
 
-# ------------------------------------------------------------------------------------------- what it keeps
+# ---------------------------------------------------------------------------------------------- what it keeps
 def change_in_place(model):
     with torch.no_grad():
         prompt_of(model).mul_(-1.0)
@@ -204,7 +204,7 @@ def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it(
     assert torch.equal(inside, tokens(stock))
 
 
-# --------------------------------------------------------------------------------------- arguments of generate
+# -------------------------------------------------------------------------------------- arguments of generate
 def test_max_length_counts_the_ids_alone():
     stock, fast = pair(speaker("llama"))
     config = GenerationConfig(max_length=12, pad_token_id=0)
@@ -262,7 +262,9 @@ def test_positional_ids_a_missing_mask_and_a_missing_text_are_as_in_peft():
     ids = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, 0)  # the pad token gives the mask
     expected = stock.generate(input_ids=ids, max_new_tokens=NEW)
     assert torch.equal(fast.generate(ids, max_new_tokens=NEW), expected)
-    assert not torch.equal(expected, fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW))
+    assert not torch.equal(
+        expected, fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW)
+    )
     assert torch.equal(fast.generate(max_new_tokens=NEW), stock.generate(max_new_tokens=NEW))
 
 
@@ -284,10 +286,12 @@ def test_a_text_of_one_token_and_a_row_without_tokens_are_as_in_peft():
     assert torch.equal(tokens(fast, empty), tokens(stock, empty))
 
 
-# ----------------------------------------------------------------------------------------- rows of many adapters
+# -------------------------------------------------------------------------------------- rows of many adapters
 @pytest.mark.parametrize("positions", ["padded", "compact"])
 @pytest.mark.parametrize("name", ["bloom", "llama", "qwen2-window", "gptj"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"]
+)
 def test_adapter_names_give_each_row_its_prompt(name, positions, options):
     fast = patched(two_adapters(name), positions=positions)
     names = ["long", "default", "long"]
@@ -313,7 +317,7 @@ def test_wrong_adapter_names_are_an_error():
         tokens(fast, adapter_names=["default"] * 3)
 
 
-# ------------------------------------------------------------------------------------------------ the patch
+# -------------------------------------------------------------------------------------------------- the patch
 def test_disabled_adapters_give_the_bare_model():
     fast = patched(speaker("llama"))
     base = fast.get_base_model()

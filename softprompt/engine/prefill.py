@@ -2,10 +2,10 @@
 
 Two ways, chosen for a model by numbers (`prefill_for`):
 
-- `packed`: the texts of a batch are computed as one packed row behind the known states of their prompts, so
-  that neither prompts nor pads are computed. Their last column is left to the first decoding step.
-- `shared`: the cache holds the states of the prompts alone, and the model's own first step computes the padded
-  texts. For attention that the packed row does not reach.
+- `packed`: the texts of a batch are computed as one packed row behind the known states of their prompts,
+  so that neither prompts nor pads are computed. Their last column is left to the first decoding step.
+- `shared`: the cache holds the states of the prompts alone, and the model's own first step computes the
+  padded texts. For attention that the packed row does not reach.
 """
 
 from __future__ import annotations
@@ -216,10 +216,10 @@ def _choose(model: CausalLM, plan: Plan) -> Prefill:
             except Exception as error:  # the reason is kept, and a slower way takes over
                 reasons.append(f"{way}: {type(error).__name__}: {error}")
                 continue
-            error = float((got.double() - expected.double()).norm() / expected.double().norm())
-            if error <= tolerance(model):
+            distance = float((got.double() - expected.double()).norm() / expected.double().norm())
+            if distance <= tolerance(model):
                 return Prefill(way, "; ".join(reasons))
-            reasons.append(f"{way}: logits off by {error:.1e}")
+            reasons.append(f"{way}: logits off by {distance:.1e}")
     return Prefill(
         None, "a prompt that is computed beforehand gives other logits than the model: " + "; ".join(reasons)
     )

@@ -66,7 +66,7 @@ class TextStates:
         self._values: list[Tensor] = []
 
     def join(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, keys and values of the whole packed row; the prompts' queries are zeros, as is what they see.
+        """Query, keys and values of the whole packed row; the prompts' queries are zeros.
 
         Args:
             query: [1, Hq, N, D] of the texts.
@@ -78,7 +78,9 @@ class TextStates:
         """
         layer = len(self._keys)
         if layer == len(self._prompts.keys):
-            raise ValueError(f"the decoder attends more than {layer} times, but keeps states of {layer} layers")
+            raise ValueError(
+                f"the decoder attends more than {layer} times, but keeps states of {layer} layers"
+            )
         prompt_key, prompt_value = self._prompts.keys[layer], self._prompts.values[layer]
         # Falcon keeps the heads of a group one by one, and all are the same.
         group = prompt_key.shape[1] // key.shape[1]
@@ -99,6 +101,6 @@ class TextStates:
         """
         if len(self._keys) != len(self._prompts.keys):
             raise ValueError(
-                f"the decoder attended {len(self._keys)} times, but keeps states of {len(self._prompts.keys)} layers"
+                f"the decoder attended {len(self._keys)} times, {len(self._prompts.keys)} layers keep states"
             )
         return joined([self._prompts, LayerStates(tuple(self._keys), tuple(self._values))])

@@ -41,7 +41,7 @@ class GenerateCall:
     names: list[str]  # adapters of the rows, or one for all
     input_ids: Tensor | None  # [B, L]
     inputs_embeds: Tensor | None  # [B, L, H]
-    attention_mask: Tensor | None  # [B, L], or longer with a cache that holds a conversation
+    attention_mask: Tensor  # [B, L], or longer with a cache that holds a conversation
     cache: Any  # past_key_values of the user
     use_cache: bool
     static: bool  # a static cache was asked for by name
@@ -51,6 +51,10 @@ class GenerateCall:
     def expand(self) -> int:
         """Rows of the cache for each row of the call."""
         return max(self.config.num_beams or 1, self.config.num_return_sequences or 1)
+
+    def adapters(self, num_rows: int) -> list[str]:
+        """The adapter of each row."""
+        return self.names if len(self.names) == num_rows else self.names * num_rows
 
     def max_new_tokens(self, model: CausalLM) -> int:
         """The longest continuation that the call allows."""
@@ -81,29 +85,36 @@ def read_call(
     given = {name: arguments.pop(name, None) for name in _TEXT}
     if given["inputs"] is not None and given["input_ids"] is not None:
         raise ValueError("the texts were given twice: as the first argument and as input_ids")
+    ids = given["input_ids"] if given["inputs"] is None else given["inputs"]
+    embeds, mask, cache = given["inputs_embeds"], given["attention_mask"], given["past_key_values"]
+    _check_kinds(ids, embeds, mask, cache)
     own = arguments.get("generation_config")
     use_cache = given["use_cache"] is not False and getattr(own, "use_cache", None) is not False
     config, _ = base._prepare_generation_config(own, **_of_config(arguments, given["use_cache"]))
-    ids = given["input_ids"] if given["inputs"] is None else given["inputs"]
-    embeds = given["inputs_embeds"]
     if ids is None and embeds is None:
         ids = _beginning(base, config)
-    static = config.cache_implementation in _STATIC
+    if mask is None:
+        mask = _inferred_mask(base, ids if embeds is None else embeds, config)
     names = adapters_of_rows(model, adapter_names, ids, embeds)
-    call = GenerateCall(
-        arguments,
-        config,
-        names,
-        ids,
-        embeds,
-        given["attention_mask"],
-        given["past_key_values"],
-        use_cache,
-        static,
-        arguments.pop("assistant_model", None),
-    )
-    _check(base, call)
+    static = config.cache_implementation in _STATIC
+    assistant = arguments.pop("assistant_model", None)
+    call = GenerateCall(arguments, config, names, ids, embeds, mask, cache, use_cache, static, assistant)
+    _check_together(base, call)
     return call
+
+
+def _check_kinds(ids: Any, embeds: Any, mask: Any, cache: Any) -> None:
+    for name, value, ndim, shape in (
+        ("input_ids", ids, 2, "[B, L]"),
+        ("inputs_embeds", embeds, 3, "[B, L, H]"),
+        ("attention_mask", mask, 2, "[B, L], without the prompt"),
+    ):
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value is not None and value.ndim != ndim:
+            raise ValueError(f"{name} must be {shape}, got shape {list(value.shape)}")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
 
 
 def _of_config(arguments: dict[str, Any], use_cache: Any) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def _beginning(base: CausalLM, config: Any) -> Tensor:
     return torch.full((1, 1), int(config.bos_token_id), device=next(base.parameters()).device)
 
 
-def _check(base: CausalLM, call: GenerateCall) -> None:
+def _check_together(base: CausalLM, call: GenerateCall) -> None:
     config = call.config
     name = config.cache_implementation
     if name is not None and call.cache is not None:
@@ -131,34 +142,21 @@ def _check(base: CausalLM, call: GenerateCall) -> None:
             "'quantized' can"
         )
     if getattr(config, "is_assistant", False):
-        raise ValueError("a model with a prompt cannot be the assistant of another model: pass its base model")
+        raise ValueError(
+            "a model with a prompt cannot be the assistant of another model: pass its base model"
+        )
     for option in ("assistant_early_exit", "use_mtp", "speculation_type"):
         if getattr(config, option, None):
             raise ValueError(f"{option} drafts with layers of this model that know nothing of the prompt")
-    if call.cache is not None and not hasattr(call.cache, "get_seq_length"):
-        raise ValueError(f"past_key_values must be a transformers Cache, got {type(call.cache).__name__}")
     if call.inputs_embeds is not None and config.prefill_chunk_size is not None:
         raise ValueError("prefill_chunk_size cuts input_ids; it cannot be used with inputs_embeds")
-    for option in ("input_ids", "inputs_embeds", "attention_mask"):
-        value = getattr(call, option)
-        if value is not None and not isinstance(value, Tensor):
-            raise ValueError(f"{option} must be a tensor, got {type(value).__name__}")
-    if call.attention_mask is not None and call.attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask must be [B, L], without the prompt, got shape {list(call.attention_mask.shape)}"
-        )
-    if call.attention_mask is None:
-        call.attention_mask = _inferred_mask(base, call)
     if _static(call) and not _static_works(base):
         raise ValueError(f"{families.config_of(base).model_type} gives wrong tokens with a static cache")
 
 
-def _inferred_mask(base: CausalLM, call: GenerateCall) -> Tensor:
+def _inferred_mask(base: CausalLM, texts: Tensor, config: Any) -> Tensor:
     """[B, L] the mask that transformers makes of the pad tokens where none is given."""
-    texts = call.input_ids if call.inputs_embeds is None else call.inputs_embeds
-    if texts is None or texts.ndim < 2:
-        return torch.ones(0, 0)
-    config = copy.copy(call.config)
+    config = copy.copy(config)
     base._prepare_special_tokens(config, True, device=texts.device, batch_size=texts.shape[0])
     mask: Tensor = base._prepare_attention_mask_for_generation(texts, config, {})
     return mask
@@ -187,7 +185,9 @@ def stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
         return None
     wrong = _wrong_in_peft(call)
     if wrong is not None:
-        raise UnsupportedModelError(f"softprompt: {wrong} needs a prompt that is computed beforehand, but {reason}")
+        raise UnsupportedModelError(
+            f"softprompt: {wrong} needs a prompt that is computed beforehand, but {reason}"
+        )
     return reason
 
 
@@ -224,9 +224,8 @@ def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
         return f"the call has arguments that are not served: {', '.join(unknown)}"
     switch = plan.rotary_switch
     if switch is not None:
-        texts = call.attention_mask.shape[1] if call.attention_mask is not None else 0
         longest = max(model.peft_config[name].num_virtual_tokens for name in call.names)
-        longest += texts + call.max_new_tokens(base)
+        longest += call.attention_mask.shape[1] + call.max_new_tokens(base)
         if longest > switch:
             return (
                 f"the model's rotary embedding changes beyond {switch} positions, and prompt, text and "
