@@ -392,7 +392,9 @@ def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, met
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
     if reason not in state.said:
         state.said.add(reason)
-        warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=4)
+        # torch calls a forward through a function of its own.
+        level = 4 if method == "forward" else 3
+        warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
 
 
 def _say_dropout(model: Any, base: nn.Module) -> None:

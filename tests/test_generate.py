@@ -9,12 +9,19 @@ import pytest
 import torch
 from generating import BATCH, NEW, counted_tokens, patched, random_ids, row_of, speaker, two_adapters
 from parity import make_batch, prompt_of
-from tiny_models import PACKED, pair
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteriaList
+from tiny_models import PACKED, pair, with_prompt
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteriaList,
+)
 from transformers.generation import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import softprompt
+from softprompt.tiny import model_path
 
 METHODS = {
     "greedy": {"do_sample": False},
@@ -266,6 +273,27 @@ def test_positional_ids_a_missing_mask_and_a_missing_text_are_as_in_peft():
         expected, fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW)
     )
     assert torch.equal(fast.generate(max_new_tokens=NEW), stock.generate(max_new_tokens=NEW))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_masks_and_ids_of_any_dtype_are_as_in_peft(dtype):
+    stock, fast = pair(speaker("llama"))
+    batch = {"input_ids": BATCH["input_ids"].int(), "attention_mask": BATCH["attention_mask"].to(dtype)}
+    assert torch.equal(tokens(patched(fast), batch), tokens(stock))
+
+
+def test_stop_strings_end_a_row_as_in_peft():
+    base = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    stock, fast = pair(with_prompt(base))
+    batch = tokenizer(["the app crashed", "lovely"], padding=True, padding_side="left", return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    free = tokens(stock, batch)
+    word = tokenizer.decode(free[0, -NEW + 2])
+    options = {"stop_strings": [word], "tokenizer": tokenizer}
+    expected = tokens(stock, batch, **options)
+    assert not torch.equal(expected, free)
+    assert torch.equal(tokens(patched(fast), batch, **options), expected)
 
 
 def test_positions_of_the_user_are_ignored_with_pefts_warning():

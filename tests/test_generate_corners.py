@@ -204,6 +204,14 @@ def test_a_conversation_of_sampled_sequences_of_two_adapters_in_a_static_cache_g
     assert torch.equal(tokens(fast, turn, past_key_values=cache, **names), tokens(fast, turn, **names))
 
 
+def test_a_conversation_that_drafts_goes_on():
+    fast = patched(speaker("qwen2-window"))
+    sequences, cache = conversation(fast, ROW, prompt_lookup_num_tokens=3)
+    turn = longer(ROW, sequences, random_ids(1, 5))
+    got = tokens(fast, turn, past_key_values=cache, prompt_lookup_num_tokens=3)
+    assert torch.equal(got, tokens(fast, turn))
+
+
 def test_pads_inside_a_conversation_are_right_or_an_error():
     fast = patched(speaker("llama"))
     sequences, cache = conversation(fast)
@@ -389,7 +397,7 @@ def test_a_continuation_beyond_the_position_table_is_an_error_when_it_gets_there
     patched(fast)
     row = {"input_ids": random_ids(1, 55), "attention_mask": torch.ones(1, 55, dtype=torch.long)}
     assert torch.equal(tokens(fast, row, max_new_tokens=6), tokens(stock, row, max_new_tokens=6))
-    with pytest.raises(ValueError, match="has reached 6 tokens, but .* positions for 5"):
+    with pytest.raises(ValueError, match=r"has reached 6 tokens, but .* positions for 5"):
         tokens(fast, row, max_new_tokens=7)
     end = {"eos_token_id": int(tokens(fast, row, max_new_tokens=6)[0, -1]), "max_length": 1000}
     assert tokens(fast, row, max_new_tokens=None, **end).shape[1] <= 61

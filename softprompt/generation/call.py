@@ -29,7 +29,7 @@ _MODES = (
 )
 _TEXT = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache")
 _IGNORED_BY_PEFT = ("position_ids", "token_type_ids", "task_ids")
-_OF_THE_MODEL = ("logits_to_keep", "output_attentions", "output_hidden_states")
+_KNOWN = ("tokenizer", "assistant_tokenizer", "trust_remote_code", "logits_to_keep")
 
 
 @dataclass
@@ -46,6 +46,12 @@ class GenerateCall:
     use_cache: bool
     static: bool  # a static cache was asked for by name
     assistant: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the texts are; transformers moves them to the model step by step."""
+        texts = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
+        return self.attention_mask.device if texts is None else texts.device
 
     @property
     def expand(self) -> int:
@@ -235,7 +241,7 @@ def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
 
 
 def _unknown_arguments(base: CausalLM, call: GenerateCall) -> list[str]:
-    known = {*inspect.signature(base.generate).parameters, *_IGNORED_BY_PEFT, *_OF_THE_MODEL}
+    known = {*inspect.signature(base.generate).parameters, *_IGNORED_BY_PEFT, *_KNOWN}
     return sorted(
         name
         for name, value in call.arguments.items()

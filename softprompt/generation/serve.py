@@ -88,18 +88,19 @@ def _begin(
     known: Mapping[str, KnownPrompt],
     compact: bool,
 ) -> Any:
+    device = next(model.get_input_embeddings().parameters()).device
     batch = check_batch(
         list(prompts.values()),
         prompt_width(model),
-        input_ids=call.input_ids,
-        inputs_embeds=call.inputs_embeds,
-        attention_mask=call.attention_mask,
+        input_ids=None if call.input_ids is None else call.input_ids.to(device),
+        inputs_embeds=None if call.inputs_embeds is None else call.inputs_embeds.to(device),
+        attention_mask=call.attention_mask.to(device),
         labels=None,
         prompt_of_row=None if len(prompts) == 1 else [list(prompts).index(name) for name in call.names],
     )
     if batch.shape[1] == 0:
         raise ValueError("the texts are empty: expected at least one token in every row")
-    ids, given_mask = call.input_ids, batch.attention_mask
+    ids, given_mask = call.input_ids, call.attention_mask.to(call.device)
     if ids is not None and ids.shape != given_mask.shape:
         raise ValueError(
             f"input_ids beside inputs_embeds must be [B, L] = {list(given_mask.shape)}, got {list(ids.shape)}"
@@ -112,19 +113,20 @@ def _begin(
     else:
         _check_compact(model, batch, compact)
         start = start_shared(plan, batch, states, compact=compact)
+    mask = start.mask.to(call.device)
     names = [name for name in call.adapters(batch.shape[0]) for _ in range(call.expand)]
     cache = _cache_of(model, call, start, len(names))
     past = Past(
         tuple(names),
         tuple(known[name].number for name in names),
         given_mask.repeat_interleave(call.expand, 0),
-        start.mask.repeat_interleave(call.expand, 0),
+        mask.repeat_interleave(call.expand, 0),
         max(batch.prompt_lengths),
         compact,
         call.config.num_beams > 1,
     )
     remember(cache, past)
-    columns = Columns(ids, batch.inputs_embeds, batch.attention_mask, start.mask, start.position_ids)
+    columns = Columns(ids, batch.inputs_embeds, batch.attention_mask, mask, start.position_ids)
     output = run(model, plan, call, columns, cache, compact)
     return _with_ids(output, call.input_ids) if compact else output
 
@@ -154,7 +156,7 @@ def _pads_to_the_left(batch: Batch, ids: Tensor | None) -> tuple[Batch, Tensor |
     if embeds is not None:
         embeds = embeds.gather(1, order[..., None].expand_as(embeds))
     if ids is not None:
-        ids = ids.gather(1, order)
+        ids = ids.gather(1, order.to(ids.device))
     moved = replace(
         batch,
         input_ids=ids if embeds is None else None,
@@ -198,7 +200,7 @@ def _continue(
     """A further turn: the cache holds the prompt and the turns before."""
     numbers = {name: prompt.number for name, prompt in known.items()}
     ids, cache = check_goes_on(call, past, numbers, compact=compact), call.cache
-    mask = whole_mask(call.attention_mask, ids, past, int(cache.get_seq_length()))
+    mask = whole_mask(call.attention_mask.to(call.device), ids, past, int(cache.get_seq_length()))
     position_ids = None
     if not compact and plan.positions != "mask":
         missing = (past.mask != 0).int().argmax(1)  # of the longest prompt, in rows with a shorter one

@@ -40,7 +40,7 @@ def run(
     if columns.inputs_embeds is not None:
         arguments["inputs_embeds"] = columns.inputs_embeds
     if columns.position_ids is not None and families.takes_position_ids(model):
-        arguments["position_ids"] = columns.position_ids
+        arguments["position_ids"] = columns.position_ids.to(call.device)
     if call.assistant is not None:
         arguments["assistant_model"] = Assistant(call.assistant)
     prepare = functools.partial(
@@ -141,7 +141,7 @@ def _logits_processor(stock: Callable[..., Any], text_mask: Tensor | None, **kwa
     others = kwargs.get("model_kwargs") or {}
     mask = others.get("attention_mask")
     if mask is not None and text_mask is not None:
-        text_mask = text_mask.repeat_interleave(mask.shape[0] // text_mask.shape[0], 0)
+        text_mask = text_mask.to(mask.device).repeat_interleave(mask.shape[0] // text_mask.shape[0], 0)
     return stock(**kwargs | {"model_kwargs": others | {"attention_mask": text_mask}})
 
 
