@@ -287,15 +287,16 @@ class _Patched(PeftModelForCausalLM):
         base = self.get_base_model()
         if not hasattr(base, "model"):  # as PEFT does
             base.generation_config = self.generation_config
-        plan, compact = plan_for(base), self._softprompt.options.positions == "compact"
-        call = read_call(self, args, kwargs, adapter_names)
+        plan, options = plan_for(base), self._softprompt.options
+        compact = options.positions == "compact"
+        call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
         reason = stock_reason(self, plan, call)
         if reason is not None:
             _fall_back(self, reason, adapter_names, "generate")
             return super().generate(*args, **kwargs)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
         call.arguments.pop("task_ids", None)  # of other types of adapters
-        return _generate(self, plan, call, compact)
+        return _generate(self, plan, call)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""
@@ -305,13 +306,13 @@ class _Patched(PeftModelForCausalLM):
         return _rebuild, (self._softprompt.stock_class,), state
 
 
-def _generate(model: Any, plan: Plan, call: GenerateCall, compact: bool) -> Any:
+def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:
     known = model._softprompt.prompts
     for name in set(known) - set(model.peft_config):
         del known[name]
     with torch.no_grad():
         prompts = {name: _prompt_of(model, name) for name in dict.fromkeys(call.names)}
-    return generate(model.get_base_model(), plan, call, prompts, known, compact=compact)
+    return generate(model.get_base_model(), plan, call, prompts, known)
 
 
 @torch.compiler.disable

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 from parity import make_batch
-from tiny_models import VOCABULARY, build, with_prompt
+from tiny_models import VOCABULARY, build, prompt_config, with_prompt
 from torch import nn
 
 import softprompt
@@ -27,8 +27,6 @@ def speaker(name, num_virtual_tokens=4, dtype=torch.float64, **overrides):
 
 def two_adapters(name):
     """A `speaker` with a second adapter "long", which has another number of virtual tokens."""
-    from tiny_models import prompt_config
-
     model = speaker(name)
     torch.manual_seed(5)
     model.add_adapter("long", prompt_config(model.get_base_model(), 7))

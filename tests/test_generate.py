@@ -21,6 +21,9 @@ from transformers.generation import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import softprompt
+from softprompt.engine import plan_for
+from softprompt.engine.prefill import filled_cache, prefill_for
+from softprompt.engine.states import prompt_states
 from softprompt.tiny import model_path
 
 METHODS = {
@@ -86,6 +89,9 @@ def test_logits_are_pefts_in_every_step():
 
 
 # ------------------------------------------------------------------------------------------- what it computes
+LONG = {"llama": {"max_position_embeddings": 256}}
+
+
 @pytest.mark.parametrize("name", ["bloom", "llama"])
 @pytest.mark.parametrize("positions", ["padded", "compact"])
 def test_prefill_computes_the_prompt_once_and_no_pads(name, positions):
@@ -102,9 +108,6 @@ def test_prefill_computes_the_prompt_once_and_no_pads(name, positions):
     with counted_tokens(fast) as counts:
         tokens(fast, batch, max_new_tokens=1)
     assert sum(counts) == sum(lengths)
-
-
-LONG = {"llama": {"max_position_embeddings": 256}}
 
 
 def test_beams_do_not_multiply_the_prefill():
@@ -124,9 +127,6 @@ def test_one_prefill_serves_models_whose_attention_is_their_own():
 
 
 def test_all_rows_share_the_memory_of_the_prompt_until_they_grow():
-    from softprompt.engine.prefill import filled_cache
-    from softprompt.engine.states import prompt_states
-
     base = speaker("qwen2-window", 12).get_base_model()
     states = prompt_states(base, torch.randn(12, 48, dtype=torch.float64))
     cache = filled_cache(base, states, 32)
@@ -312,6 +312,34 @@ def test_a_text_of_one_token_and_a_row_without_tokens_are_as_in_peft():
     assert torch.equal(tokens(fast, one), tokens(stock, one))
     empty = make_batch((4, 0, 2), side="left", labels=None)
     assert torch.equal(tokens(fast, empty), tokens(stock, empty))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_take_the_packed_prefill(dtype):
+    for name in ("llama", "bloom", "opt", "gemma2"):
+        base = speaker(name, dtype=dtype).get_base_model()
+        assert prefill_for(base, plan_for(base)).way == "packed"
+
+
+def test_the_chosen_back_end_serves_the_prefill_too():
+    stock, fast = pair(speaker("llama", dtype=torch.float32))
+    assert torch.equal(tokens(patched(fast, backend="reference")), tokens(stock))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_batches_of_any_shape_are_as_in_peft_and_as_each_row_alone(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (torch.randint(0, 9, (4,), generator=generator) + (seed % 2)).tolist()
+    side = ("left", "right")[seed % 3 == 0]
+    name = ("llama", "opt", "qwen2-window", "bloom")[seed % 4]
+    width = max(lengths) + seed % 3
+    batch = make_batch(lengths, side=side, labels=None, holes=seed > 3, width=width, seed=seed)
+    stock, fast = pair(speaker(name, num_virtual_tokens=1 + seed % 5))
+    assert torch.equal(tokens(patched(fast), batch), tokens(stock, batch))
+    if min(lengths) > 0:
+        got = tokens(patched(fast, positions="compact"), batch)
+        for row in range(4):
+            assert torch.equal(got[row, -NEW:], tokens(stock, row_of(batch, row))[0, -NEW:])
 
 
 # -------------------------------------------------------------------------------------- rows of many adapters

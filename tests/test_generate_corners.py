@@ -76,6 +76,14 @@ def test_an_empty_cache_of_the_user_is_filled_with_the_prompt():
         assert int(cache.get_seq_length()) == 4 + 8 + NEW - 1
 
 
+def test_a_static_cache_without_room_is_an_error():
+    fast = patched(speaker("llama"))
+    config = fast.get_base_model().config
+    tokens(fast, past_key_values=StaticCache(config=config, max_cache_len=19))
+    with pytest.raises(ValueError, match="room for 18 tokens; prompt, text and continuation take 19"):
+        tokens(fast, past_key_values=StaticCache(config=config, max_cache_len=18))
+
+
 @pytest.mark.parametrize("implementation", ["paged", "offloaded_static"])
 def test_caches_that_cannot_hold_a_prompt_are_an_error(implementation):
     with pytest.raises(ValueError, match="cannot hold a prompt"):

@@ -27,6 +27,7 @@ from softprompt.engine.packed import check_length, embed_rows, packed_layout, ru
 from softprompt.engine.packing import Packing
 from softprompt.engine.plan import Plan, evaluating, probe_batch, stock_forward, tolerance
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
+from softprompt.ops.library import AUTO
 
 # Their bias or mask counts places in the cache, so pads behind the prompt would count too.
 _COUNT_PLACES = ("mpt", "gpt_neo")
@@ -44,7 +45,13 @@ class Start:
 # ------------------------------------------------------------------------------------------------- two ways
 @torch.no_grad()
 def start_packed(
-    model: CausalLM, plan: Plan, batch: Batch, prompts: Sequence[LayerStates], *, compact: bool
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    prompts: Sequence[LayerStates],
+    *,
+    compact: bool,
+    backend: str = AUTO,
 ) -> Start:
     """The states of prompts and texts but for the last column, computed as one packed row.
 
@@ -54,6 +61,7 @@ def start_packed(
         batch: prompts and texts; with `compact` the pads stand on the left.
         prompts: the states of the batch's prompts.
         compact: pads do not count; they come to stand before the prompt.
+        backend: of the ops.
     """
     all_but_last = batch.attention_mask.clone()
     all_but_last[:, -1] = 0
@@ -62,14 +70,15 @@ def start_packed(
         replace(batch, attention_mask=all_but_last, labels=None),
         positions="compact" if compact else plan.positions,
         position_limit=plan.position_limit,
+        backend=backend,
     )
     known = joined(prompts)
     if layout.num_tokens:
         texts = TextStates(known)
-        embeds = embed_rows(model.get_input_embeddings(), batch, layout, "auto")
+        embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
         with IN_USE:
             stock = families.config_of(model)._attn_implementation
-        packing = Packing(layout, stock, states=texts)
+        packing = Packing(layout, stock, backend, states=texts)
         run_body(families.body_of(model), str(plan.seam), packing, embeds[:, layout.prompt_tokens :])
         known = texts.collected()
     numbers = torch.arange(1, layout.num_rows + 1, device=layout.slots.device)

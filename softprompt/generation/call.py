@@ -46,6 +46,8 @@ class GenerateCall:
     use_cache: bool
     static: bool  # a static cache was asked for by name
     assistant: Any
+    compact: bool  # pads do not exist
+    backend: str  # of the ops
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +79,23 @@ class GenerateCall:
 
 
 def read_call(
-    model: Any, args: Sequence[Any], kwargs: dict[str, Any], adapter_names: Sequence[str] | None
+    model: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    adapter_names: Sequence[str] | None,
+    *,
+    compact: bool,
+    backend: str,
 ) -> GenerateCall:
     """Turns the arguments of `generate` of a PEFT model into a GenerateCall.
+
+    Args:
+        model: the PEFT model.
+        args: by place.
+        kwargs: by name.
+        adapter_names: one for each row, or None: the active one.
+        compact: pads do not exist.
+        backend: of the ops.
 
     Raises:
         ValueError: arguments that contradict each other, or that no prompt-tuned model can serve.
@@ -104,7 +120,20 @@ def read_call(
     names = adapters_of_rows(model, adapter_names, ids, embeds)
     static = config.cache_implementation in _STATIC
     assistant = arguments.pop("assistant_model", None)
-    call = GenerateCall(arguments, config, names, ids, embeds, mask, cache, use_cache, static, assistant)
+    call = GenerateCall(
+        arguments,
+        config,
+        names,
+        ids,
+        embeds,
+        mask,
+        cache,
+        use_cache,
+        static,
+        assistant,
+        compact,
+        backend,
+    )
     _check_together(base, call)
     return call
 

@@ -47,14 +47,13 @@ def past_of(cache: Any) -> Past | None:
     return past
 
 
-def check_goes_on(call: GenerateCall, past: Past, numbers: Mapping[str, int], *, compact: bool) -> Tensor:
+def check_goes_on(call: GenerateCall, past: Past, numbers: Mapping[str, int]) -> Tensor:
     """The input ids of a call that goes on with a cache.
 
     Args:
         call: the call.
         past: what its cache began with.
         numbers: of the known prompts, by adapter.
-        compact: pads do not exist.
 
     Raises:
         ValueError: the cache does not fit the call.
@@ -68,7 +67,7 @@ def check_goes_on(call: GenerateCall, past: Past, numbers: Mapping[str, int], *,
         raise ValueError(
             "past_key_values was left by beam search, whose beams are not the returned sequences"
         )
-    if past.compact != compact:
+    if past.compact != call.compact:
         raise ValueError("past_key_values was begun with another setting of patch(positions=...)")
     if len(past.names) != ids.shape[0] or call.expand != 1:
         raise ValueError(

@@ -42,8 +42,6 @@ def generate(
     call: GenerateCall,
     prompts: Mapping[str, Tensor],  # adapter -> [P, H]
     known: dict[str, KnownPrompt],
-    *,
-    compact: bool,
 ) -> Any:
     """The model's own `generate` behind the prompts of the call's rows.
 
@@ -53,14 +51,13 @@ def generate(
         call: what was asked for; `stock_reason` had nothing against it.
         prompts: of the adapters that the call names.
         known: prompts that were computed before, by adapter; is brought up to date.
-        compact: pads do not exist.
 
     Raises:
         IndexError: an id outside the vocabulary.
         ValueError: arguments that do not fit together; says what was given and what is expected.
     """
     with _LOCKS.setdefault(model, threading.RLock()):
-        return _generate(model, plan, call, prompts, known, compact)
+        return _generate(model, plan, call, prompts, known)
 
 
 def _generate(
@@ -69,15 +66,14 @@ def _generate(
     call: GenerateCall,
     prompts: Mapping[str, Tensor],
     known: dict[str, KnownPrompt],
-    compact: bool,
 ) -> Any:
     raise_out_of_range(call.input_ids, None, families.vocab_size(model))
     for name, prompt in prompts.items():
         known[name] = known_prompt(model, known.get(name), prompt)
     past = past_of(call.cache)
     if past is None:
-        return _begin(model, plan, call, prompts, known, compact)
-    return _continue(model, plan, call, past, known, compact)
+        return _begin(model, plan, call, prompts, known)
+    return _continue(model, plan, call, past, known)
 
 
 def _begin(
@@ -86,7 +82,6 @@ def _begin(
     call: GenerateCall,
     prompts: Mapping[str, Tensor],
     known: Mapping[str, KnownPrompt],
-    compact: bool,
 ) -> Any:
     device = next(model.get_input_embeddings().parameters()).device
     batch = check_batch(
@@ -105,14 +100,14 @@ def _begin(
         raise ValueError(
             f"input_ids beside inputs_embeds must be [B, L] = {list(given_mask.shape)}, got {list(ids.shape)}"
         )
-    if compact:
+    if call.compact:
         batch, ids = _pads_to_the_left(batch, ids)
     states = [known[name].states for name in prompts]
     if prefill_for(model, plan).way == "packed" and call.config.prefill_chunk_size is None:
-        start = start_packed(model, plan, batch, states, compact=compact)
+        start = start_packed(model, plan, batch, states, compact=call.compact, backend=call.backend)
     else:
-        _check_compact(model, batch, compact)
-        start = start_shared(plan, batch, states, compact=compact)
+        _check_compact(model, batch, call.compact)
+        start = start_shared(plan, batch, states, compact=call.compact)
     mask = start.mask.to(call.device)
     names = [name for name in call.adapters(batch.shape[0]) for _ in range(call.expand)]
     cache = _cache_of(model, call, start, len(names))
@@ -122,13 +117,13 @@ def _begin(
         given_mask.repeat_interleave(call.expand, 0),
         mask.repeat_interleave(call.expand, 0),
         max(batch.prompt_lengths),
-        compact,
+        call.compact,
         call.config.num_beams > 1,
     )
     remember(cache, past)
     columns = Columns(ids, batch.inputs_embeds, batch.attention_mask, mask, start.position_ids)
-    output = run(model, plan, call, columns, cache, compact)
-    return _with_ids(output, call.input_ids) if compact else output
+    output = run(model, plan, call, columns, cache)
+    return _with_ids(output, call.input_ids) if call.compact else output
 
 
 def _check_compact(model: CausalLM, batch: Batch, compact: bool) -> None:
@@ -195,16 +190,15 @@ def _continue(
     call: GenerateCall,
     past: Past,
     known: Mapping[str, KnownPrompt],
-    compact: bool,
 ) -> Any:
     """A further turn: the cache holds the prompt and the turns before."""
     numbers = {name: prompt.number for name, prompt in known.items()}
-    ids, cache = check_goes_on(call, past, numbers, compact=compact), call.cache
+    ids, cache = check_goes_on(call, past, numbers), call.cache
     mask = whole_mask(call.attention_mask.to(call.device), ids, past, int(cache.get_seq_length()))
     position_ids = None
-    if not compact and plan.positions != "mask":
+    if not call.compact and plan.positions != "mask":
         missing = (past.mask != 0).int().argmax(1)  # of the longest prompt, in rows with a shorter one
         places = torch.arange(mask.shape[1], device=mask.device)
         position_ids = (places - missing[:, None]).clamp_min(0)
     text_mask = call.attention_mask[:, call.attention_mask.shape[1] - ids.shape[1] :]
-    return run(model, plan, call, Columns(ids, None, text_mask, mask, position_ids), cache, compact)
+    return run(model, plan, call, Columns(ids, None, text_mask, mask, position_ids), cache)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from softprompt.engine import Plan, families
 from softprompt.engine.families import CausalLM
@@ -27,9 +28,8 @@ class Columns:
     position_ids: Tensor | None  # [B, W]
 
 
-def run(
-    model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache: Cache, compact: bool
-) -> Any:
+def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache: Cache) -> Any:
+    _check_room(model, call, columns, cache)
     arguments = dict(call.arguments, past_key_values=cache, attention_mask=columns.mask)
     if call.config.use_cache is not True:
         arguments["use_cache"] = True
@@ -51,7 +51,7 @@ def run(
         room=_room(plan, columns),
         given=0 if columns.input_ids is None else columns.input_ids.shape[1],
         chunked=call.config.prefill_chunk_size is not None,
-        from_mask=plan.positions == "mask" and not compact,
+        from_mask=plan.positions == "mask" and not call.compact,
     )
     no_ids = columns.input_ids is None
     process = functools.partial(
@@ -60,6 +60,15 @@ def run(
     own = {"prepare_inputs_for_generation": prepare, "_get_logits_processor": process}
     with _methods(model, own):
         return model.generate(**arguments)
+
+
+def _check_room(model: CausalLM, call: GenerateCall, columns: Columns, cache: Cache) -> None:
+    sizes = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
+    needed = columns.mask.shape[1] + call.max_new_tokens(model) - 1  # the last token is not computed
+    if sizes and needed > min(sizes):
+        raise ValueError(
+            f"past_key_values has room for {min(sizes)} tokens; prompt, text and continuation take {needed}"
+        )
 
 
 def _room(plan: Plan, columns: Columns) -> int | None:
