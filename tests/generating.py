@@ -1,6 +1,8 @@
 """Models and batches for generate, and what PEFT makes of them."""
 
 import contextlib
+import functools
+from unittest import mock
 
 import torch
 from parity import make_batch
@@ -49,17 +51,18 @@ def row_of(batch, row):
 def counted_tokens(model):
     """Yields a list that gets the number of tokens of each call of the model's decoder."""
     counts = []
+    body = families.body_of(model.get_base_model())
+    kind, stock = type(body), type(body).forward
 
-    def count(module, args, kwargs):
-        given = kwargs.get("inputs_embeds")
-        given = (kwargs.get("input_ids") if given is None else given) if not args else args[0]
-        counts.append(given.shape[0] * given.shape[1])
+    @functools.wraps(stock)
+    def forward(self, input_ids=None, **kwargs):
+        if self is body:
+            given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            counts.append(given.shape[0] * given.shape[1])
+        return stock(self, input_ids=input_ids, **kwargs)
 
-    handle = families.body_of(model.get_base_model()).register_forward_pre_hook(count, with_kwargs=True)
-    try:
+    with mock.patch.object(kind, "forward", forward):
         yield counts
-    finally:
-        handle.remove()
 
 
 def random_ids(rows, columns, seed=0):

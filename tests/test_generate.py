@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,6 +201,33 @@ def test_another_active_adapter_and_a_deleted_one_are_noticed():
     fast.delete_adapter("long")
     assert torch.equal(tokens(fast), first)
     assert set(fast._softprompt.prompts) == {"default"}
+
+
+def test_hooks_that_change_their_mind_are_noticed():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    strength = [0.0]
+    for model in (stock, fast):
+        layer = model.get_base_model().model.layers[0]
+        layer.register_forward_hook(lambda module, args, out: out + strength[0] * out.roll(1, -1))
+    before = tokens(fast)
+    known = fast._softprompt.prompts["default"]
+    assert torch.equal(tokens(fast), before)
+    assert fast._softprompt.prompts["default"] is known
+    strength[0] = 1.0
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_threads_that_share_a_model_get_their_own_tokens():
+    fast = patched(two_adapters("llama"))
+    batches = [make_batch(lengths, side="left", labels=None) for lengths in ((7, 3), (2, 5, 8, 1))]
+    expected = [fast.generate(**batch, max_new_tokens=NEW) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(fast.generate, **batches[i % 2], max_new_tokens=NEW) for i in range(8)]
+        for i, job in enumerate(jobs):
+            assert torch.equal(job.result(), expected[i % 2])
 
 
 def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it():

@@ -329,6 +329,17 @@ def test_calls_that_are_not_served_are_pefts_with_one_warning(options, reason):
         tokens(fast, **options)
 
 
+def test_a_model_that_counts_the_places_of_its_row_keeps_pefts_generate():
+    stock, fast = pair(speaker("llama"))
+    for model in (stock, fast):
+        norm = model.get_base_model().model.norm
+        norm.register_forward_hook(lambda module, args, out: out / args[0].shape[1])
+    softprompt.patch(fast)
+    message, got = reason_given(fast)
+    assert "no packed variant passed the self-check" in message
+    assert torch.equal(got, tokens(stock))
+
+
 @pytest.mark.parametrize("name", ["mamba", "lfm2"])
 def test_stateful_models_keep_pefts_generate(name):
     stock, fast = pair(speaker(name))

@@ -40,9 +40,22 @@ def known_prompt(model: CausalLM, known: KnownPrompt | None, prompt: Tensor) -> 
         and known.prompt.device == prompt.device
         and torch.equal(known.prompt, prompt)
     ):
-        return known
+        # What hooks do may depend on anything, so behind them only the result tells.
+        if not any(families.has_hooks(module) for module in families.body_of(model).modules()):
+            return known
+        if _equal(known.states, _states(model, prompt)):
+            return known
+    return KnownPrompt(prompt.clone(), weights, _states(model, prompt))
+
+
+def _states(model: CausalLM, prompt: Tensor) -> LayerStates:
     with torch.inference_mode(False), torch.no_grad():
-        return KnownPrompt(prompt.clone(), weights, prompt_states(model, prompt.clone()))
+        return prompt_states(model, prompt.clone())
+
+
+def _equal(one: LayerStates, other: LayerStates) -> bool:
+    pairs = zip(one.keys + one.values, other.keys + other.values, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _weights_of(model: CausalLM) -> tuple[Any, ...]:
