@@ -30,6 +30,7 @@ from softprompt.engine.forward import (
     prompt_width,
 )
 from softprompt.engine.graphs import StepGraphs
+from softprompt.generation import GenerateCall, KnownPrompt, generate, read_call, stock_reason
 from softprompt.ops.library import AUTO
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,12 +50,13 @@ class PatchOptions:
 
 @dataclass
 class PatchState:
-    """What a patched instance carries beside its class: options, recorded steps, and the fallbacks met."""
+    """What a patched instance carries beside its class: options, what it keeps, and the fallbacks met."""
 
     options: PatchOptions
     stock_class: type
     graphs: StepGraphs | None = None
     tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `_tokens_of`
+    prompts: dict[str, KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
     said: set[str] = field(default_factory=set)  # notes that were given once
@@ -274,12 +276,44 @@ class _Patched(PeftModelForCausalLM):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
 
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """PEFT's generate, with each prompt computed once and kept for later calls.
+
+        Beside the arguments of transformers' generate `adapter_names` gives each row its adapter.
+        """
+        if self._adapters_disabled:
+            if adapter_names is not None:
+                raise ValueError("adapter_names was given inside of disable_adapter()")
+            return super().generate(*args, **kwargs)
+        base = self.get_base_model()
+        if not hasattr(base, "model"):  # as PEFT does
+            base.generation_config = self.generation_config
+        plan, options = plan_for(base), self._softprompt.options
+        compact = options.positions == "compact"
+        call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
+        reason = stock_reason(self, plan, call)
+        if reason is not None:
+            _fall_back(self, reason, adapter_names, "generate")
+            return super().generate(*args, **kwargs)
+        self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
+        call.arguments.pop("task_ids", None)  # of other types of adapters
+        return _generate(self, plan, call)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""
         state = {
             name: value for name, value in self.__dict__.items() if not _is_own_method(self, name, value)
         } | {_STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
         return _rebuild, (self._softprompt.stock_class,), state
+
+
+def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:
+    known = model._softprompt.prompts
+    for name in set(known) - set(model.peft_config):
+        del known[name]
+    with torch.no_grad():
+        prompts = {name: _prompt_of(model, name) for name in dict.fromkeys(call.names)}
+    return generate(model.get_base_model(), plan, call, prompts, known)
 
 
 @torch.compiler.disable
@@ -345,22 +379,24 @@ def _tokens_of(model: Any, name: str, device: torch.device) -> Tensor:
     return known[2]
 
 
-def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None) -> None:
+def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, method: str = "forward") -> None:
     state: PatchState = model._softprompt
     if state.options.on_unsupported == "error":
         raise UnsupportedModelError(f"softprompt: {reason}")
     if state.options.positions == "compact":
         raise UnsupportedModelError(
-            f'softprompt: positions="compact" has no stock forward to fall back to: {reason}'
+            f'softprompt: positions="compact" has no stock {method} to fall back to: {reason}'
         )
     if adapter_names is not None:
         raise UnsupportedModelError(
-            f"softprompt: adapter_names has no stock forward to fall back to: {reason}"
+            f"softprompt: adapter_names has no stock {method} to fall back to: {reason}"
         )
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
     if reason not in state.said:
         state.said.add(reason)
-        warnings.warn(f"softprompt: PEFT's own forward was used: {reason}", stacklevel=4)
+        # torch calls a forward through a function of its own.
+        level = 4 if method == "forward" else 3
+        warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
 
 
 def _say_dropout(model: Any, base: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModelForCausalLM
 
@@ -12,6 +13,7 @@ from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
+from softprompt.engine.prefill import describe, prefill_for
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.peft import PatchState, state_of
 
@@ -78,12 +80,13 @@ def explain(model: CausalLM) -> Report:
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = next(base.parameters()).device
     backend = state.options.backend if state is not None else AUTO
+    details = _details(base, plan, state) if route != "stock" else ()
     return Report(
         model=f"{type(base).__name__} ({next(base.parameters()).dtype}, {device})",
         patched=state is not None,
         route=route,
         reason=reason,
-        details=_details(base, plan, state) if route != "stock" else (),
+        details=(*details, *_generate(model, base, plan, refusal)),
         backends=_backends(route, plan, backend, device.type, base),
         rejected=plan.rejected if route != "stock" else (),
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
@@ -116,6 +119,13 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
             )
         )
     return tuple(rows)
+
+
+def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> list[tuple[str, str]]:
+    """How `generate` of a PEFT model is served."""
+    if not isinstance(model, PeftModelForCausalLM):
+        return []
+    return [("generate", f"PEFT's own: {refusal}" if refusal else describe(prefill_for(base, plan)))]
 
 
 def _recording(state: PatchState) -> list[tuple[str, str]]:

@@ -282,7 +282,6 @@ def test_generate_gives_the_tokens_of_peft(name):
     for options in (
         {},
         {"num_beams": 2},
-        {"use_cache": False},
         {"do_sample": True, "num_return_sequences": 2},
     ):
         torch.manual_seed(0)

@@ -68,3 +68,20 @@ def test_explain_says_that_graphs_need_a_gpu():
     model = softprompt.patch(prompted("llama"))
     model(**make_batch()).loss.backward()
     assert "no: CUDA graphs need a CUDA device" in dict(softprompt.explain(model).details)["step graph"]
+
+
+def test_the_report_says_how_generate_is_served():
+    said = {
+        name: dict(softprompt.explain(softprompt.patch(prompted(name))).details)["generate"]
+        for name in ("llama", "gptj", "mamba")
+    }
+    assert said["llama"] == "each prompt is computed once and kept, texts are packed"
+    assert "texts stay padded" in said["gptj"]
+    assert said["mamba"].startswith("PEFT's own: ")
+    assert "recurrent state" in said["mamba"]
+
+
+def test_the_report_says_why_an_adapter_generates_with_pefts_own():
+    model = prompted("llama")
+    model.peft_config["default"].num_transformer_submodules = 2
+    assert "submodules" in dict(softprompt.explain(model).details)["generate"]

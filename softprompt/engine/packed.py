@@ -143,7 +143,7 @@ def rows_of_layout(
         call_body: the decoder as something else calls it (`torch.compile`); None: as it is.
     """
     body = families.body_of(model)
-    embeds = _embed(model.get_input_embeddings(), batch, layout, backend)
+    embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
     with IN_USE:
         stock = families.config_of(model)._attn_implementation
     packing = Packing(layout, stock, backend, examine)
@@ -151,7 +151,7 @@ def rows_of_layout(
         output_class: list[type] = []
         hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)
         return _rows(hidden, layout, output_class[0])
-    output = _run_body(body, seam, packing, embeds, call_body)
+    output = run_body(body, seam, packing, embeds, call_body)
     return _rows(output.last_hidden_state, layout, type(output))
 
 
@@ -182,7 +182,7 @@ def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> HiddenRow
     )
 
 
-def _embed(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> Tensor:
+def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> Tensor:
     """[1, T, H] in the embedding's dtype."""
     if batch.input_ids is not None and families.embedding_obstacle(embedding) is None:
         prompts = batch.joined_prompts(embedding.weight.device)
@@ -201,7 +201,7 @@ def _embed(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> 
     return torch.cat([batch.joined_prompts(rows.device).to(rows.dtype), rows])[None]
 
 
-def _run_body(
+def run_body(
     body: nn.Module,
     seam: str,
     packing: Packing,
@@ -210,7 +210,8 @@ def _run_body(
 ) -> Any:
     arguments: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False, "return_dict": True}
     if families.takes_position_ids(body):
-        arguments["position_ids"] = packing.layout.position_ids.long()[None]
+        position_ids = packing.layout.position_ids
+        arguments["position_ids"] = position_ids[position_ids.shape[0] - embeds.shape[1] :].long()[None]
     with packed_attention(body, seam, packing) as mask:
         if mask is None:
             # Without any mask transformers would look for packed sequences in the position ids, and find
@@ -232,7 +233,7 @@ class _RecomputingBody(torch.autograd.Function):
     ) -> Tensor:
         ctx.inner = embeds.detach().requires_grad_(embeds.requires_grad)
         with torch.enable_grad():
-            output = _run_body(body, seam, packing, ctx.inner)
+            output = run_body(body, seam, packing, ctx.inner)
         ctx.hidden, ctx.again = output.last_hidden_state, (body, seam, packing)
         output_class.append(type(output))
         return output.last_hidden_state.detach()

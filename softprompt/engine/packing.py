@@ -8,6 +8,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from softprompt.layout import PackedLayout
 from softprompt.ops.library import AUTO
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
+
+if TYPE_CHECKING:
+    from softprompt.engine.states import TextStates
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -29,6 +33,7 @@ class Packing:
     stock: str  # the attention implementation that the user chose
     backend: str = AUTO
     examine: bool = False  # look at the mask functions of the model, not only at their size
+    states: TextStates | None = None  # of a row whose prompts are known: only its texts are computed
 
 
 # The packed calls that this process is inside of, the innermost last; `attention.IN_USE` lets one thread in
@@ -79,6 +84,9 @@ def attend(
         [1, T, Hq, Dv].
     """
     packing = current()
+    num_texts = query.shape[2]
+    if packing.states is not None:
+        query, key, value = packing.states.join(query, key, value)
     out = shared_prompt_attention(
         query[0],
         key[0],
@@ -92,6 +100,8 @@ def attend(
         dropout_p=dropout_p,
         backend=attention_backend(packing.backend) if dropout_p == 0 else "sdpa",
     )
+    if packing.states is not None:
+        out = out[:, out.shape[1] - num_texts :]
     return out.transpose(0, 1)[None]
 
 

@@ -124,8 +124,8 @@ def make_plan(model: CausalLM) -> Plan:
         return Plan("stock", obstacle)
     try:
         limit = families.position_limit(model, families.body_of(model))
-        with _evaluating(model):
-            batch = _probe_batch(model)
+        with evaluating(model):
+            batch = probe_batch(model)
             output, expected = _stock_step(model, batch)
             plan = _first_that_holds(model, batch, expected, limit)
             return replace(
@@ -194,7 +194,7 @@ def _first_that_holds(
                 rejected.append(f"{name}: {type(error).__name__}: {first_line}")
                 continue
             loss_error, grad_error = _errors(got, expected)
-            loss_bound, grad_bound = _TOLERANCES.get(_dtype(model), _TOLERANCE_16_BIT)
+            loss_bound, grad_bound = _tolerances(model)
             if loss_error <= loss_bound and grad_error <= grad_bound:
                 head_reason = head_obstacle
                 if head_obstacle is None and not fused:
@@ -215,6 +215,15 @@ def _first_that_holds(
     )
 
 
+def _tolerances(model: CausalLM) -> tuple[float, float]:
+    return _TOLERANCES.get(_dtype(model), _TOLERANCE_16_BIT)
+
+
+def tolerance(model: CausalLM) -> float:
+    """Largest allowed error of tensors relative to those of the stock forward."""
+    return _tolerances(model)[1]
+
+
 def _praise(plan: Plan, packing_obstacle: str | None) -> str:
     if plan.route == "padded":
         return f"rows stay padded, since {packing_obstacle or 'no packed variant passed the self-check'}"
@@ -228,7 +237,7 @@ def _dtype(model: CausalLM) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def _probe_batch(model: CausalLM) -> Batch:
+def probe_batch(model: CausalLM) -> Batch:
     """Two left-padded rows with a label on each first token, the hardest case, behind a prompt of real
     embeddings.
     """
@@ -317,7 +326,7 @@ def _errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tupl
 
 
 @contextlib.contextmanager
-def _evaluating(model: CausalLM) -> Iterator[None]:
+def evaluating(model: CausalLM) -> Iterator[None]:
     """Evaluation mode with gradients and without autocast; every module's own flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
     device_type = next(model.parameters()).device.type

@@ -1,0 +1,70 @@
+"""Models and batches for generate, and what PEFT makes of them."""
+
+import contextlib
+import functools
+from unittest import mock
+
+import torch
+from parity import make_batch
+from tiny_models import VOCABULARY, build, prompt_config, with_prompt
+from torch import nn
+
+import softprompt
+from softprompt.engine import families
+
+NEW = 8
+BATCH = make_batch(side="left", labels=None)
+
+
+def speaker(name, num_virtual_tokens=4, dtype=torch.float64, **overrides):
+    """A PEFT model whose continuations vary: tied random embeddings would repeat their last token."""
+    base = build(name, dtype, **overrides)
+    head = base.get_output_embeddings()
+    weight = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(9)) * 0.4
+    head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    base.generation_config.eos_token_id = None
+    base.generation_config.pad_token_id = 0
+    return with_prompt(base, num_virtual_tokens)
+
+
+def two_adapters(name):
+    """A `speaker` with a second adapter "long", which has another number of virtual tokens."""
+    model = speaker(name)
+    torch.manual_seed(5)
+    model.add_adapter("long", prompt_config(model.get_base_model(), 7))
+    model.prompt_encoder.to(torch.float64)
+    return model
+
+
+def patched(model, **options):
+    """The model patched so that nothing falls back to PEFT's generate unseen."""
+    return softprompt.patch(model, **({"on_unsupported": "error"} | options))
+
+
+def row_of(batch, row):
+    """One row of a batch without its pads."""
+    ids = batch["input_ids"][row][batch["attention_mask"][row] != 0][None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@contextlib.contextmanager
+def counted_tokens(model):
+    """Yields a list that gets the number of tokens of each call of the model's decoder."""
+    counts = []
+    body = families.body_of(model.get_base_model())
+    kind, stock = type(body), type(body).forward
+
+    @functools.wraps(stock)
+    def forward(self, input_ids=None, **kwargs):
+        if self is body:
+            given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            counts.append(given.shape[0] * given.shape[1])
+        return stock(self, input_ids=input_ids, **kwargs)
+
+    with mock.patch.object(kind, "forward", forward):
+        yield counts
+
+
+def random_ids(rows, columns, seed=0):
+    """[rows, columns] token ids."""
+    return torch.randint(3, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,184 @@
+"""What a patched model keeps for later calls of `generate`, and what the patch leaves alone."""
+
+import copy
+import io
+import pickle
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from generating import BATCH, NEW, patched, speaker, two_adapters
+from parity import make_batch, prompt_of
+from tiny_models import pair
+
+import softprompt
+
+
+def tokens(model, batch=BATCH, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
+
+
+# ---------------------------------------------------------------------------------------------- what it keeps
+def change_in_place(model):
+    with torch.no_grad():
+        prompt_of(model).mul_(-1.0)
+
+
+def change_behind_autograd(model):
+    prompt_of(model).data.mul_(-1.0)
+
+
+def change_the_parameter(model):
+    embedding = model.prompt_encoder["default"].embedding
+    embedding.weight = torch.nn.Parameter(-embedding.weight.detach())
+
+
+def change_the_weights(model):
+    with torch.no_grad():
+        model.get_base_model().get_output_embeddings().weight.neg_()
+        for parameter in model.get_base_model().base_model.layers.parameters():
+            parameter.mul_(-1.0)
+
+
+def train_a_step(model):
+    optimizer = torch.optim.SGD([prompt_of(model)], lr=10.0)
+    batch = make_batch()
+    model(**batch).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_in_place, change_behind_autograd, change_the_parameter, change_the_weights, train_a_step],
+)
+def test_a_changed_prompt_or_model_is_computed_again(change):
+    stock, fast = pair(speaker("llama"))
+    before = tokens(patched(fast))
+    change(stock)
+    change(fast)
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_a_cast_model_is_computed_again():
+    fast = patched(speaker("llama", dtype=torch.float32))
+    tokens(fast)
+    fast.to(torch.bfloat16)
+    tokens(fast)
+    states = fast._softprompt.prompts["default"].states
+    assert states.keys[0].dtype == torch.bfloat16
+
+
+def test_another_active_adapter_and_a_deleted_one_are_noticed():
+    stock, fast = pair(two_adapters("llama"))
+    patched(fast)
+    first = tokens(fast)
+    for model in (stock, fast):
+        model.set_adapter("long")
+    expected = tokens(stock)
+    assert not torch.equal(expected, first)
+    assert torch.equal(tokens(fast), expected)
+    fast.set_adapter("default")
+    fast.delete_adapter("long")
+    assert torch.equal(tokens(fast), first)
+    assert set(fast._softprompt.prompts) == {"default"}
+
+
+def test_hooks_that_change_their_mind_are_noticed():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    strength = [0.0]
+    for model in (stock, fast):
+        layer = model.get_base_model().model.layers[0]
+        layer.register_forward_hook(lambda module, args, out: out + strength[0] * out.roll(1, -1))
+    before = tokens(fast)
+    known = fast._softprompt.prompts["default"]
+    assert torch.equal(tokens(fast), before)
+    assert fast._softprompt.prompts["default"] is known
+    strength[0] = 1.0
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_threads_that_share_a_model_get_their_own_tokens():
+    fast = patched(two_adapters("llama"))
+    batches = [make_batch(lengths, side="left", labels=None) for lengths in ((7, 3), (2, 5, 8, 1))]
+    expected = [fast.generate(**batch, max_new_tokens=NEW) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(fast.generate, **batches[i % 2], max_new_tokens=NEW) for i in range(8)]
+        for i, job in enumerate(jobs):
+            assert torch.equal(job.result(), expected[i % 2])
+
+
+def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it():
+    stock, fast = pair(speaker("llama"))
+    patched(fast)
+    with torch.inference_mode():
+        inside = tokens(fast)
+    assert torch.equal(tokens(fast, num_beams=2), tokens(stock, num_beams=2))
+    assert torch.equal(inside, tokens(stock))
+
+
+# -------------------------------------------------------------------------------------------------- the patch
+def test_disabled_adapters_give_the_bare_model():
+    fast = patched(speaker("llama"))
+    base = fast.get_base_model()
+    expected = base.generate(**BATCH, max_new_tokens=NEW)
+    prompted = tokens(fast)
+    with fast.disable_adapter():
+        assert torch.equal(tokens(fast), expected)
+    assert torch.equal(tokens(fast), prompted)
+    assert not torch.equal(prompted, expected)
+
+
+def test_nothing_is_left_on_the_base_model_also_after_an_exception():
+    fast = patched(speaker("llama"))
+    base = fast.get_base_model()
+    before = dict(vars(base))
+    tokens(fast)
+    with pytest.raises(ZeroDivisionError):
+        tokens(fast, logits_processor=[lambda ids, scores: 1 / 0])
+    assert dict(vars(base)) == before
+
+
+def test_an_unpatched_model_generates_as_before():
+    stock, fast = pair(speaker("llama"))
+    tokens(patched(fast))
+    softprompt.unpatch(fast)
+    assert type(fast) is type(stock)
+    assert torch.equal(tokens(fast), tokens(stock))
+
+
+def test_copies_and_pickles_generate_and_do_not_carry_the_kept_prompt():
+    fast = patched(speaker("llama"))
+    expected = tokens(fast)
+    file = io.BytesIO()
+    pickle.dump(fast, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(fast), pickle.load(file)):
+        assert copied._softprompt.prompts == {}
+        assert torch.equal(tokens(copied), expected)
+
+
+def test_autocast_and_training_without_dropout_are_served():
+    stock, fast = pair(speaker("llama", dtype=torch.float32))
+    patched(fast)
+    tokens(fast)
+    before = fast._softprompt.prompts["default"]
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens(fast)
+    assert fast._softprompt.prompts["default"] is not before
+    for model in (stock, fast):
+        model.train()
+    assert torch.equal(tokens(fast), tokens(stock))
+
+
+def test_served_calls_give_no_warning():
+    fast = patched(speaker("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens(fast)
