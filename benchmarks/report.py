@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.records import Device, Measured, read_devices
-from benchmarks.tables import goal_table, kernel_table, main_table, step_tables
+from benchmarks.tables import backend_table, goal_table, kernel_table, main_table, step_tables
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NO_GPU = "GPU"
@@ -55,6 +55,8 @@ def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = Non
         parts = [*_head(device, pictures, page), "Targets:", goal_table(device), *step_tables(device)]
         if device is None or device.kind == "cuda" or device.kernels:
             parts.append(kernel_table(device))
+            if device is not None and device.kernels:
+                parts += ['What `backend="auto"` takes, and what was the fastest:', backend_table(device)]
         if device is not None:
             parts.append("\n".join(_legend(found) for found in (*device.steps, *_first(device.kernels))))
         return "\n\n".join(parts)

@@ -11,6 +11,7 @@ from benchmarks.kernels.cases import KERNEL_CASES
 from benchmarks.records import Device, Measured
 from benchmarks.targets import Goal, best, goals_of_case, goals_of_kernel, is_own, relative
 from benchmarks.variants import REFERENCE
+from softprompt.ops.library import BACKENDS, PREFERRED
 
 NOT_MEASURED = "not measured"
 FAILED = "check failed"
@@ -256,13 +257,31 @@ def goals(device: Device | None) -> list[Goal]:
             steps[name].case if name in steps else {"name": name}, _targets(name, steps.get(name))
         )
     ]
-    if device is not None and (device.kind != "cuda" or device.tiny):
+    if device is not None and device.tiny:
         return found
     kernels = _of(device.kernels) if device is not None else {}
+    kind = "cuda" if device is None else device.kind
     for name, case in KERNEL_CASES.items():
         record = kernels[name].case if name in kernels else {"name": name}
-        found += goals_of_kernel(record, asdict(case.targets))
+        found += goals_of_kernel(record, asdict(case.targets_on(kind)))
     return found
+
+
+def backend_table(device: Device) -> str:
+    """What "auto" takes for each op on this kind of device, and the back end that was the fastest."""
+    rows: list[Row] = []
+    for case, found in _of(device.kernels).items():
+        timed = {
+            name: variant["time"]["p50"]
+            for name, variant in found.variants.items()
+            if name in BACKENDS and is_own(variant) and variant["time"] is not None
+        }
+        wanted = [backend for backend in PREFERRED[device.kind] if backend in timed]
+        if found.case["op"] == "shared_prompt_attention" or not wanted:
+            continue
+        winner = min(timed, key=timed.__getitem__)
+        rows.append((found.case["op"], case, wanted[0], winner, f"{timed[wanted[0]] / timed[winner]:.2f}"))
+    return table(("op", "case", "auto takes", "fastest back end", "time of auto / fastest"), sorted(rows))
 
 
 def goal_table(device: Device | None) -> str:

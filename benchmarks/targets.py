@@ -120,8 +120,7 @@ def goals_of_kernel(case: Record, targets: Record) -> list[Goal]:
             variant["time"]["p50"]
             for variant in variants.values()
             if variant["time"] is not None
-            and not is_own(variant)
-            and other in (variant["name"], "every peer")
+            and (other == variant["name"] or (other == "every peer" and not is_own(variant)))
         ]
         measured = None if time is None or not rivals else min(rivals) / time
         goals.append(Goal(case["name"], f"x {other}", wanted, True, measured, name))

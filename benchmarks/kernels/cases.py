@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from benchmarks.kernels.attention import AttentionSizes, attention
 from benchmarks.kernels.head import HeadSizes, head
+from benchmarks.kernels.logits import logit_rows
 from benchmarks.kernels.problem import KernelCase, KernelTargets
 from benchmarks.kernels.rows import RowSizes, embedding, layout, padded_rows
 from benchmarks.shapes import BLOOM_VOCABULARY, LLAMA_VOCABULARY
@@ -119,6 +120,33 @@ KERNEL_CASES = {
             KernelTargets(microseconds=10),
         ),
         KernelCase(
+            "layout-32x512",
+            "pack_layout",
+            "32 x 512",
+            layout,
+            replace(_FULL, texts=EvenLengths(300, 512, 0.1)),
+            _TOY_ROWS,
+            cpu_targets=KernelTargets(vs=(("reference", 5.0),)),
+        ),
+        KernelCase(
+            "embed-67mb",
+            "embed_prompt",
+            "32 texts of 512 behind 100 virtual tokens, H 1,024, V 50,000: 67 MB in fp32 are written",
+            embedding,
+            replace(_FULL, hidden_size=1024, vocab_size=50_000),
+            _TOY_ROWS,
+            cpu_targets=KernelTargets(vs=(("peft", 1.5), ("copy of the result", 1 / 1.3))),
+        ),
+        KernelCase(
+            "rows-bloom-560m-64",
+            "linear_cross_entropy",
+            f"64 rows of {BLOOM_VOCABULARY:,} logits: losses and d(logits), after a copy of the logits",
+            logit_rows,
+            HeadSizes(0, BLOOM_VOCABULARY, 64),
+            HeadSizes(0, 96, 5),
+            cpu_targets=KernelTargets(vs=(("plain torch", 2.0),)),
+        ),
+        KernelCase(
             "prepend-article", "prepend_prompt", "8 x 64, P 8, H 1,024", padded_rows, _ARTICLE, _TOY_ROWS
         ),
         KernelCase(
@@ -141,8 +169,11 @@ KERNEL_CASES = {
 CPU_KERNELS = (
     "embed-article",
     "layout-article",
+    "layout-32x512",
     "layout-65536",
+    "embed-67mb",
     "prepend-article",
+    "rows-bloom-560m-64",
     "head-bloom-560m-8",
     "head-bloom-560m-128",
     "attention-article-forward",

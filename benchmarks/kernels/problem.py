@@ -21,6 +21,7 @@ class KernelTargets:
     over_floor: float | None = None  # at most: time / floor
     microseconds: float | None = None  # at most
     vs: tuple[tuple[str, float], ...] = ()  # variant, or "every peer" -> at least: its time / time
+    # A plain copy of as many bytes is a variant, too: at least 1 / 1.3 means within 1.3 times its time.
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,12 @@ class KernelCase:
     build: Callable[[Any, str], Problem]  # of the sizes and a device
     sizes: Any
     toy: Any  # sizes of a rehearsal
-    targets: KernelTargets = field(default_factory=KernelTargets)
+    targets: KernelTargets = field(default_factory=KernelTargets)  # on a GPU
+    cpu_targets: KernelTargets = field(default_factory=KernelTargets)
+
+    def targets_on(self, kind: str) -> KernelTargets:
+        """What is asked on a device of this kind, "cuda" or "cpu"."""
+        return self.targets if kind == "cuda" else self.cpu_targets
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,10 @@ def embedding(sizes: RowSizes, device: str) -> Problem:
         run = compiled(embed_reference)
         return lambda: (run(table, batch.input_ids, index, prompts),)
 
+    def copy_of_the_result() -> Callable[[], Outputs]:
+        (result,) = truth()
+        return lambda: (result.clone(),)
+
     width = count + sizes.pad_to
 
     def packed(outputs: Outputs) -> Outputs:
@@ -99,6 +103,7 @@ def embedding(sizes: RowSizes, device: str) -> Problem:
         *_backends(lambda backend: (embed_prompt(table, batch.input_ids, index, prompts, backend=backend),)),
         KernelVariant("reference+compile", compile_reference, optional=True, compiles=True),
         KernelVariant("peft", lambda: _peft(batch, table, prompts), comparable=packed),
+        KernelVariant("copy of the result", copy_of_the_result),
     )
     moved = (2 * (index.shape[0] - count) + count) * sizes.hidden_size * table.element_size()
     return Problem(variants, truth, (0.0,), 0, moved + prompts.numel() * prompts.element_size())

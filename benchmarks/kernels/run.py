@@ -93,7 +93,7 @@ class _Stage:
             "name": case.name,
             "op": case.op,
             "about": case.about,
-            "targets": asdict(KernelTargets() if self._tiny else case.targets),
+            "targets": asdict(KernelTargets() if self._tiny else case.targets_on(self._device)),
             "reason": self._budget.refuses(self._case_seconds, 0.0),
             "floor_seconds": None,
             "variants": [],

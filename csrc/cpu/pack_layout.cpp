@@ -31,30 +31,33 @@ RowCounts flag_row(
   read_mask(mask, row, flags, [](auto value) {
     return static_cast<uint8_t>(value != decltype(value)(0) ? kReal | kPacked : 0);
   });
+  int64_t out_of_range = 0, packed = 0, labelled = 0;
   if (labels.given()) {
     read_integers(labels, row, scratch);
     scratch[length] = kIgnoreIndex;
     for (int64_t column = 0; column < length; ++column) {
       const int64_t label = scratch[column];
-      const bool labelled = label != kIgnoreIndex;
-      counts.out_of_range += labelled & ((label < 0) | (label >= vocab_size));
-      if (compact) {
-        flags[column] |= labelled && (flags[column] & kReal) ? kLabelled : 0;
-      } else {
-        flags[column] |= (labelled ? kLabelled : 0) | (scratch[column + 1] != kIgnoreIndex ? kPacked : 0);
-      }
+      out_of_range += (label != kIgnoreIndex) & ((label < 0) | (label >= vocab_size));
+    }
+    for (int64_t column = 0; column < length; ++column) {
+      const uint8_t is_labelled = scratch[column] != kIgnoreIndex, before_label = scratch[column + 1] != kIgnoreIndex;
+      const uint8_t real = flags[column] & kReal;
+      flags[column] |= compact ? is_labelled * real * kLabelled : is_labelled * kLabelled | before_label * kPacked;
     }
   }
   if (input_ids.given()) {
     read_integers(input_ids, row, scratch);
     for (int64_t column = 0; column < length; ++column) {
-      counts.out_of_range += (scratch[column] < 0) | (scratch[column] >= vocab_size);
+      out_of_range += (scratch[column] < 0) | (scratch[column] >= vocab_size);
     }
   }
   for (int64_t column = 0; column < length; ++column) {
-    counts.packed += (flags[column] & kPacked) != 0;
-    counts.labelled += (flags[column] & kLabelled) != 0;
+    packed += (flags[column] & kPacked) != 0;
+    labelled += (flags[column] & kLabelled) != 0;
   }
+  counts.packed = packed;
+  counts.labelled = labelled;
+  counts.out_of_range = out_of_range;
   return counts;
 }
 
@@ -69,6 +72,29 @@ struct Outputs {
     key_slots[at] = static_cast<int32_t>(key);
     segments[at] = static_cast<int32_t>(own);
     sees[at] = static_cast<int32_t>(other);
+  }
+
+  // `size` neighbours, whose numbers count up; positions where `counts_up`, keys where `is_key`.
+  void write_run(
+      int64_t at,
+      int64_t size,
+      int64_t index,
+      int64_t position,
+      int64_t slot,
+      int64_t own,
+      int64_t other,
+      bool counts_up,
+      bool is_key) {
+    const auto fill = [size](int32_t* to, int64_t first, int32_t step) {
+      const int32_t start = static_cast<int32_t>(first), count = static_cast<int32_t>(size);
+      for (int32_t place = 0; place < count; ++place) to[place] = start + place * step;
+    };
+    fill(token_index + at, index, 1);
+    fill(position_ids + at, position, counts_up ? 1 : 0);
+    fill(slots + at, slot, 1);
+    fill(key_slots + at, is_key ? slot : kNeverAKey, is_key ? 1 : 0);
+    fill(segments + at, own, 0);
+    fill(sees + at, other, 0);
   }
 };
 
@@ -127,7 +153,7 @@ void pack_layout(
 
   std::vector<uint8_t> flags(num_rows * length);
   std::vector<RowCounts> of_row(num_rows);
-  const int64_t grain = grain_of_rows(length);
+  const int64_t grain = grain_of_rows(8 * length);
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> scratch(length + 1);
     for (int64_t row = begin; row < end; ++row) {
@@ -159,31 +185,41 @@ void pack_layout(
       const uint8_t* own = flags.data() + row * length;
       const int64_t prompt = prompt_of_row[row], prefix = length_of(prompt);
       int64_t at = first_of_row[row], label_at = first_label[row], rank = prefix;
-      int64_t previous = offsets[prompt + 1] - 1;  // the packed row that predicts the next column
-      if (labels.given()) read_integers(labels, row, targets.data());
-      for (int64_t column = 0; column < length; ++column) {
-        const uint8_t flag = own[column];
-        if (flag & kLabelled) {
-          out.label_rows[label_at] = static_cast<int32_t>(previous);
-          out.label_targets[label_at++] = static_cast<int32_t>(targets[column]);
+      const bool labelled = of_row[row].labelled > 0;
+      if (labelled) read_integers(labels, row, targets.data());
+      // Texts and pads come in runs, whose entries count up: no entry waits for the one before.
+      for (int64_t column = 0, end_of_run; column < length; column = end_of_run) {
+        const uint8_t kind = own[column] & (kReal | kPacked);
+        end_of_run = column + 1;
+        while (end_of_run < length && (own[end_of_run] & (kReal | kPacked)) == kind) ++end_of_run;
+        const int64_t size = end_of_run - column, packed = kind & kPacked ? size : 0;
+        if (labelled) {
+          for (int64_t place = 0; place < size; ++place) {
+            if (!(own[column + place] & kLabelled)) continue;
+            const int64_t next = at + std::min(place, packed);  // where a token in this place would stand
+            out.label_rows[label_at] =
+                static_cast<int32_t>(next > first_of_row[row] ? next - 1 : offsets[prompt + 1] - 1);
+            out.label_targets[label_at++] = static_cast<int32_t>(targets[column + place]);
+          }
         }
-        if (flag & kPacked) {
-          const bool real = flag & kReal;
-          const int64_t slot = compact ? rank : prefix + column;
-          const int64_t position = by_slot ? slot : real ? rank : -1;
-          out.write(
-              at, row * length + column, position, slot, real ? slot : kNeverAKey, num_prompts + row, prompt);
-          previous = at++;
-          rank += real;
+        if (packed > 0) {
+          const bool real = kind & kReal;
+          const int64_t slot = compact ? rank : prefix + column, position = by_slot ? slot : rank;
+          out.write_run(at, size, row * length + column, real || by_slot ? position : -1, slot, num_prompts + row,
+                        prompt, real || by_slot, real);
         }
+        at += packed;
+        rank += kind & kReal ? size : 0;
       }
     }
   });
 
-  for (int64_t dummy = rows_used; dummy < capacity; ++dummy) {
-    const int64_t own = num_prompts + num_rows + dummy;
-    out.write(dummy, -1, 0, 0, 0, own, own);
-  }
+  torch::stable::parallel_for(rows_used, capacity, kGrain / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t dummy = begin; dummy < end; ++dummy) {
+      const int64_t own = num_prompts + num_rows + dummy;
+      out.write(dummy, -1, 0, 0, 0, own, own);
+    }
+  });
   std::fill(out.label_rows + labels_used, out.label_rows + label_capacity, 0);
   std::fill(out.label_targets + labels_used, out.label_targets + label_capacity, kIgnoreIndex);
 }

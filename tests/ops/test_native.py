@@ -1,11 +1,13 @@
 """What the compiled back ends do by size: threads, shares of rows, cooperating blocks, streamed stores."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
 from backends import DEVICE, backend_parameter
 from poison import poisoned_buffers
+from torch.profiler import ProfilerActivity, profile
 
 from softprompt.ops.embed_prompt import embed_prompt
 from softprompt.ops.linear_cross_entropy.reference import rows_loss_and_gradient_ as reference_rows
@@ -98,6 +100,32 @@ def test_a_row_with_a_nan_has_a_nan_as_its_loss(backend):
         logits, None, torch.tensor([7, 7], device=DEVICE), losses, None, gradient=False, **OPTIONS
     )
     assert losses.isnan().tolist() == [True, False]
+
+
+def most_memory(function):
+    """Bytes that a call has at the most, beside what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts what the CPU allocates")
+@pytest.mark.parametrize("backend", NATIVE)
+def test_rows_need_no_memory_of_the_size_of_the_logits(backend):
+    logits = torch.randn(8, 60_000, requires_grad=True)
+    targets = torch.arange(8)
+
+    def plain():
+        torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets), logits)
+
+    own, losses = logits.detach().clone(), torch.empty(8)
+
+    def ours():
+        rows_of(backend)(own, None, targets, losses, None, gradient=True, **OPTIONS)
+
+    assert most_memory(plain) >= 2 * logits.nbytes
+    assert most_memory(ours) < 0.01 * logits.nbytes
 
 
 @pytest.mark.parametrize("backend", NATIVE)
