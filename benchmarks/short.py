@@ -88,10 +88,10 @@ def _kernel_line(found: Measured) -> str:
 
 
 def _worst_of_groups(kernels: Sequence[Measured]) -> list[Measured]:
-    """Of the cases of one head, or of one attention, the one that is farthest from its floor."""
+    """Of the cases of one head, attention, layout or padded batch, the one farthest from its floor."""
     worst: dict[str, Measured] = {}
     for found in kernels:
-        grouped = found.name.startswith(("head-", "attention-"))
+        grouped = found.name.startswith(("head-", "attention-", "layout-", "prepend-"))
         group = found.name.rpartition("-")[0] if grouped else found.name
         if group not in worst or _over_floor(found) > _over_floor(worst[group]):
             worst[group] = found
