@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt.engine.forward import UnsupportedModelError, forward
+    from softprompt.engine.scoring import score
     from softprompt.peft import patch, patched, unpatch
     from softprompt.report import explain
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedModelError", "explain", "forward", "patch", "patched", "unpatch"]
+__all__ = ["UnsupportedModelError", "explain", "forward", "patch", "patched", "score", "unpatch"]
 
 # Imported on first use: the command line shows its help without waiting for torch.
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "forward": "softprompt.engine.forward",
     "patch": "softprompt.peft",
     "patched": "softprompt.peft",
+    "score": "softprompt.engine.scoring",
     "unpatch": "softprompt.peft",
 }
 

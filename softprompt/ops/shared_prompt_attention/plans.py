@@ -124,6 +124,8 @@ def bias_of_texts(
         return values[texts.key_index].view(texts.batch_size, 1, -1)
 
     seen = _reaches(queries(layout.slots), keys(layout.key_slots), window) & ~texts.key_is_pad[:, None]
+    if layout.branches is not None:
+        seen &= _on_the_way(queries(layout.branches), keys(layout.branches))
     distance = keys(layout.position_ids) - queries(layout.position_ids)
     return _bias(seen, distance, window, slopes, dtype)
 
@@ -155,12 +157,19 @@ def bias_of_all(
     )
     same = (segments[:, None] == segments) | (sees[:, None] == segments)
     seen = same & _reaches(slots[:, None], key_slots, window)
+    if layout.branches is not None:
+        branches = layout.branches[: layout.num_live]
+        seen &= _on_the_way(branches[:, None], branches)
     return _bias(seen[None], (positions - positions[:, None])[None], window, slopes, dtype)
 
 
 def _reaches(query_slots: Tensor, key_slots: Tensor, window: int | None) -> Tensor:
     seen = key_slots <= query_slots
     return seen if window is None else seen & (query_slots - key_slots < window)
+
+
+def _on_the_way(query_branches: Tensor, key_branches: Tensor) -> Tensor:
+    return (key_branches == 0) | (key_branches == query_branches)
 
 
 def _bias(
