@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -84,21 +83,22 @@ def score(
         labels=None,
         prompt_of_row=prompt_of_row,
     )
-    candidates = [[int(token) for token in candidate] for candidate in candidates]
-    _check_candidates(candidates, vocab_size(model))
+    continuations = [[int(token) for token in candidate] for candidate in candidates]
+    _check_candidates(continuations, vocab_size(model))
+    longest_candidate = max(map(len, continuations))
     plan, compact = plan_for(model), positions == "compact"
     limit = position_limit(model, body_of(model)) if plan.position_limit is None else plan.position_limit
-    _check_length(batch, max(map(len, candidates)), limit, compact=compact)
-    longest = max(batch.prompt_lengths) + batch.shape[1] + max(map(len, candidates))
+    _check_length(batch, longest_candidate, limit, compact=compact)
+    longest = max(batch.prompt_lengths) + batch.shape[1] + longest_candidate
     packed = plan.route == "packed"
     reason = obstacle_to(plan, compact=compact, longest=longest) if packed else plan.reason
     if reason is None:
-        return _packed(model, plan, batch, candidates, compact, backend)
+        return _packed(model, plan, batch, continuations, compact, backend)
     if getattr(model.config, "is_encoder_decoder", False) or len(set(batch.prompt_lengths)) > 1:
         raise UnsupportedModelError(f"softprompt: candidates cannot be scored: {reason}")
     warnings.warn(f"softprompt: candidates are scored one at a time: {reason}", stacklevel=2)
     raise_out_of_range(batch.input_ids, None, vocab_size(model))
-    return torch.stack([_alone(model, batch, candidate) for candidate in candidates], 1)
+    return torch.stack([_alone(model, batch, candidate) for candidate in continuations], 1)
 
 
 def _check_candidates(candidates: list[list[int]], vocabulary: int) -> None:

@@ -12,12 +12,24 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".partial"
 
+PROMPT_NAME = "prompt"  # of an ensemble: prompt-1, prompt-2, ...
+
+_PROMPT = re.compile(rf"{PROMPT_NAME}-(\d+)")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Return whether the folder holds an adapter or the checkpoint of one."""
-    return (folder / ADAPTER_CONFIG).exists() or bool(_checkpoints(folder))
+    """Return whether the folder holds an adapter, an ensemble, or the checkpoint of one."""
+    return bool(adapter_folders(folder)) or bool(_checkpoints(folder))
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """Return the folder itself where it holds an adapter, else those of its ensemble, in their order."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return [folder]
+    found = [path for path in folder.glob(f"{PROMPT_NAME}-*") if _PROMPT.fullmatch(path.name)]
+    members = [path for path in found if (path / ADAPTER_CONFIG).is_file()]
+    return sorted(members, key=lambda path: int(path.name.removeprefix(f"{PROMPT_NAME}-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -29,7 +29,7 @@ def label_texts(
     length = encoder.max_prompt if encoder.task.padding == "max_length" else None
     collate = LeftPadCollator(encoder.pad_token_id, length)
     predicted: list[str] = []
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in range(0, len(texts), batch_size):
             prompts = [encoder.prompt(text) for text in texts[start : start + batch_size]]
             batch = collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts])
@@ -60,7 +60,7 @@ def mean_loss(
 ) -> float:
     """Return the mean loss over all target tokens of the examples, in nats per token."""
     total, count = 0.0, 0
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in range(0, len(examples), batch_size):
             rows = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
@@ -73,7 +73,8 @@ def mean_loss(
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put the model into evaluation mode for a block, and back into the mode that it was in."""
     was_training = model.training
     model.eval()
     try:

@@ -20,7 +20,7 @@ def prompt_for(model, length=4, seed=1):
 
 
 def alone(model, prompt, text, candidate, pads=0):
-    """log p(candidate) from the model's own forward over one row, behind `pads` pads."""
+    """Log p(candidate) from the model's own forward over one row, behind `pads` pads."""
     embedding = model.get_input_embeddings()
     row = embedding(torch.tensor([[0] * pads + text + candidate]))[0]
     mask = torch.ones(1, len(prompt) + len(row))

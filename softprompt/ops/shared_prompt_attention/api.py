@@ -36,9 +36,10 @@ def shared_prompt_attention(
     head of h and `score = softcap(scale * query[h, q] . key[g, k]) + slope[h] * (position[k] - position[q])`.
 
     A prompt's token sees its prompt up to itself; a text's token sees the text's prompt and the text up to
-    itself, but no predictor (a pad that only predicts; see `pack_layout`), not even where it is one; a token of
-    a branch sees no other branch of its text, and the text sees no branch; a dummy sees itself. A token that sees nothing, as a predictor may under a sliding window, gets zeros. Keys and
-    values of a prompt stand in the row once; their gradient is the sum over all texts, in fp32 or better.
+    itself, but no predictor (a pad that only predicts; see `pack_layout`), not even where it is one; a token
+    of a branch sees no other branch of its text, and the text sees no branch; a dummy sees itself. A token
+    that sees nothing, as a predictor may under a sliding window, gets zeros. Keys and values of a prompt
+    stand in the row once; their gradient is the sum over all texts, in fp32 or better.
 
     Args:
         query: [Hq, T, D], any strides; fastest where a token's heads stand together, as models produce them.

@@ -15,8 +15,8 @@ class AttentionLayout:
 
     A token q sees a token k where `(segments[k] == segments[q] or segments[k] == sees[q]) and key_slots[k] <=
     slots[q]`, and with a sliding window of W where also `slots[q] - key_slots[k] < W`. Where texts have
-    branches, also `branches[k] == 0 or branches[k] == branches[q]` must hold: a branch goes on from its text as
-    if the other branches were not there. See `softprompt.ops.pack_layout.LayoutTensors` for the row.
+    branches, also `branches[k] == 0 or branches[k] == branches[q]` must hold: a branch goes on from its text
+    as if the other branches were not there. See `softprompt.ops.pack_layout.LayoutTensors` for the row.
     """
 
     slots: Tensor  # [T]
