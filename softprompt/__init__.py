@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt import ensemble
     from softprompt.engine.forward import UnsupportedModelError, forward
     from softprompt.engine.scoring import score
     from softprompt.peft import patch, patched, unpatch
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedModelError", "explain", "forward", "patch", "patched", "score", "unpatch"]
+__all__ = ["UnsupportedModelError", "ensemble", "explain", "forward", "patch", "patched", "score", "unpatch"]
 
 # Imported on first use: the command line shows its help without waiting for torch.
 _HOMES = {
@@ -23,9 +24,12 @@ _HOMES = {
     "score": "softprompt.engine.scoring",
     "unpatch": "softprompt.peft",
 }
+_MODULES = ("ensemble",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"softprompt.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

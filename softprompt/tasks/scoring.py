@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.calls import prompt_of
 from softprompt.engine.scoring import score
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.collate import LeftPadCollator
@@ -58,7 +59,7 @@ def label_log_likelihoods(
     parts = []
     with evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("once", message="softprompt: candidates are scored one at a time")
-        prompts = [_prompt_of(model, name) for name in names]
+        prompts = [prompt_of(model, name) for name in names]
         for start in range(0, len(texts), batch_size):
             ids = [encoder.prompt(text) for text in texts[start : start + batch_size]]
             batch = collate([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
@@ -132,11 +133,3 @@ def label_probabilities(
     if content_free is not None:
         logs = logs - content_free.softmax(-1).mean(-2, keepdim=True).log()
     return logs.softmax(-1)
-
-
-def _prompt_of(model: Any, name: str) -> Tensor:
-    """[P, H] of an adapter, through its own encoder."""
-    encoder = model.prompt_encoder[name]
-    tokens = model.prompt_tokens[name].to(next(encoder.parameters()).device)
-    prompt: Tensor = encoder(tokens)
-    return prompt
