@@ -104,11 +104,11 @@ def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
     return peft_model
 
 
-def patch(model: Any) -> Any:
+def patch(model: Any, *, positions: str = "padded") -> Any:
     """Put softprompt's faster path under a PEFT model."""
     import softprompt
 
-    return softprompt.patch(model)
+    return softprompt.patch(model, positions=positions)
 
 
 def _sentence(error: BaseException) -> str:

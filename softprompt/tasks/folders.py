@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".partial"
 
@@ -38,11 +39,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
-    """Remove the checkpoints but the last `keep`, and whatever an interrupted save left."""
+def remove_checkpoints(folder: Path, *, keep: int = 0, also: Path | None = None) -> None:
+    """Remove the checkpoints but the last `keep` and `also`, and whatever an interrupted save left."""
     checkpoints = _checkpoints(folder)
     for path in checkpoints[: len(checkpoints) - keep]:
-        shutil.rmtree(path)
+        if path != also:
+            shutil.rmtree(path)
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
@@ -66,11 +68,15 @@ def publish_folder(staged: Path, final: Path) -> None:
 
 
 def publish_adapter(staged: Path, final: Path) -> None:
-    """Move the files of a complete adapter into `final`.
+    """Move the files of a complete adapter, or the folders of a complete ensemble, into `final`.
 
     The configuration, without which nothing reads a folder as an adapter, leaves first and arrives last.
     """
     (final / ADAPTER_CONFIG).unlink(missing_ok=True)
+    for member in adapter_folders(final):
+        shutil.rmtree(member)
+    if not (staged / ADAPTER_CONFIG).exists():
+        (final / ADAPTER_WEIGHTS).unlink(missing_ok=True)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
         os.replace(path, final / path.name)
 
