@@ -6,7 +6,14 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 GOOD = ("thanks for the quick help", "lovely day at the lake", "my new phone is here", "see you at the game")
 BAD = ("my order never came", "the app crashes again", "no answer from support", "this flight is late again")
@@ -53,6 +60,25 @@ def model_folder(tmp_path_factory):
     )
     BloomForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unpacked_folder(model_folder, tmp_path_factory):
+    """A model with convolutions, whose state would cross from row to row, so that it cannot be packed."""
+    folder = tmp_path_factory.mktemp("models") / "lfm2"
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    Lfm2ForCausalLM(config).save_pretrained(folder)
     return folder
 
 

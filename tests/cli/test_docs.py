@@ -8,7 +8,7 @@ from softprompt.cli import COMMANDS, build_parser
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "train.md"
-PAGES = [PAGE, DOCS / "score.md"]
+PAGES = [PAGE, DOCS / "score.md", DOCS / "ensemble.md"]
 BLOCKS = [
     block
     for page in PAGES
@@ -29,7 +29,9 @@ def test_a_command_of_the_page_is_a_command_of_the_program(line):
 
 
 @pytest.mark.parametrize(
-    "page, fewest", [(PAGE, 21), (DOCS / "score.md", 4)], ids=lambda value: str(value)[-8:]
+    "page, fewest",
+    [(PAGE, 21), (DOCS / "score.md", 4), (DOCS / "ensemble.md", 6)],
+    ids=lambda value: str(value)[-8:],
 )
 def test_the_options_that_a_page_names_exist(capsys, page, fewest):
     for command in ("train", "predict", "demo"):
