@@ -40,6 +40,7 @@ class TextIndex:
     batch_size: int  # B
     longest_prompt: int  # Pmax
     longest_text: int  # Lmax
+    rows_of_prompt: int | None  # texts of each prompt where they stand together, prompt by prompt, else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,18 @@ def index_texts(layout: AttentionLayout) -> TextIndex:
         batch_size=batch_size,
         longest_prompt=longest_prompt,
         longest_text=longest,
+        rows_of_prompt=_rows_of_prompt(prompt_of_row, len(layout.prompt_lengths)),
     )
+
+
+def _rows_of_prompt(prompt_of_row: Tensor, num_prompts: int) -> int | None:
+    """B / K where the texts of each prompt stand together, as many for each. On a GPU nobody looks."""
+    batch_size = prompt_of_row.shape[0]
+    if prompt_of_row.device.type != "cpu" or batch_size % num_prompts != 0:
+        return None
+    each = batch_size // num_prompts
+    expected = torch.arange(num_prompts).repeat_interleave(each)
+    return each if torch.equal(prompt_of_row, expected) else None
 
 
 def bias_of_texts(
