@@ -27,6 +27,7 @@ from softprompt.engine import plan_for
 from softprompt.engine.forward import obstacle_to
 from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
 from softprompt.tasks.ensemble_trainer import EnsembleTrainer
+from softprompt.tasks.errors import TaskError
 from softprompt.tasks.table import Table, check_labels_known, read_table, split_table
 from softprompt.tasks.trainer import Patience, PromptTrainer, StopAtStepEnd
 
@@ -140,7 +141,13 @@ def build_trainer(
 def _split_validation(args: argparse.Namespace, table: Table) -> tuple[Table, Table | None]:
     if args.validation_share == 0:
         return table, None
-    return split_table(table, args.validation_share, args.seed)
+    try:
+        return split_table(table, args.validation_share, args.seed)
+    except TaskError:
+        raise UsageError(
+            f"--validation-share {args.validation_share:g}: {table.source} has too few rows ({len(table)} "
+            "for training) to keep any of them out: give a larger share or a larger table"
+        ) from None
 
 
 def choose_positions(args: argparse.Namespace, base: Any) -> str:

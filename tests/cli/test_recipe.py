@@ -115,3 +115,12 @@ def test_patience_without_rows_to_watch_is_one_line(train, tmp_path):
     assert code == 2
     assert err == "softprompt: --patience needs rows to watch: give --validation-share\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_rows_to_keep_some_out_are_one_line(train, tmp_path):
+    code, _, err = train("--validation-share", 0.01)
+    assert code == 2
+    assert "--validation-share 0.01: " in err
+    assert "has too few rows (16 for training) to keep any of them out" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
