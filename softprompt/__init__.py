@@ -4,7 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt import ensemble
     from softprompt.engine.forward import UnsupportedModelError, forward
+    from softprompt.engine.scoring import score
     from softprompt.peft import patch, patched, unpatch
     from softprompt.prompts import export, init
     from softprompt.prompts.inspection import inspect_prompt
@@ -14,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UnsupportedModelError",
+    "ensemble",
     "explain",
     "export",
     "forward",
@@ -21,6 +24,7 @@ __all__ = [
     "inspect_prompt",
     "patch",
     "patched",
+    "score",
     "unpatch",
 ]
 
@@ -34,11 +38,15 @@ _HOMES = {
     "inspect_prompt": "softprompt.prompts.inspection",
     "patch": "softprompt.peft",
     "patched": "softprompt.peft",
+    "score": "softprompt.engine.scoring",
     "unpatch": "softprompt.peft",
 }
+_MODULES = ("ensemble",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"softprompt.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

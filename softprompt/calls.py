@@ -42,6 +42,13 @@ def adapters_of_rows(
     return list(adapter_names)
 
 
+def prompt_of(model: Any, name: str) -> Tensor:
+    """[P, H] of an adapter of a PEFT model, patched or not, through its own encoder."""
+    encoder = model.prompt_encoder[name]
+    prompt: Tensor = encoder(model.prompt_tokens[name].to(next(encoder.parameters()).device))
+    return prompt
+
+
 def adapter_obstacle(model: Any, names: Sequence[str]) -> str | None:
     """Why these adapters of a PEFT model are not served, as a sentence, or None."""
     for name in dict.fromkeys(names):

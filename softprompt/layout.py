@@ -49,6 +49,7 @@ class PackedLayout:
     longest_text: int | None
     longest_context: int  # largest prompt + text of one row
     uncut: LayoutTensors | None = None  # the tensors that these are cut from
+    branches: Tensor | None = None  # [T] see `branch_out`; None: no text has branches
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +76,7 @@ class PackedLayout:
             self.prompt_lengths,
             self.num_tokens,
             self.longest_text,
+            self.branches,
         )
 
     def resized(self, num_rows: int, num_label_rows: int) -> PackedLayout:
@@ -214,6 +216,55 @@ def build_layout(
         longest_text=longest_text,
         longest_context=longest_context,
         uncut=tensors,
+    )
+
+
+def branch_out(
+    layout: PackedLayout,
+    attention_mask: Tensor,  # [B, L]
+    branch_of_column: Tensor,  # [E]
+    place_in_branch: Tensor,  # [E]
+    positions: str,
+) -> PackedLayout:
+    """Makes the last E columns of every row branches of its text: each goes on from the text alone.
+
+    A branch's token sees the prompt, its text, and its branch up to itself; its position follows the text's
+    end as if its branch were the only one.
+
+    Args:
+        layout: of the batch [B, L + E] whose last E columns are all real tokens; without dummies or labels.
+        attention_mask: [B, L] of the texts alone.
+        branch_of_column: [E] int32, 1 .. C, the branch that each of the last columns belongs to.
+        place_in_branch: [E] int32, the column's place in its branch, from 0.
+        positions: what the layout was built with.
+    """
+    length = attention_mask.shape[1]
+    width = length + branch_of_column.shape[0]
+    if width == length:
+        return layout
+    device = attention_mask.device
+    index = layout.token_index
+    entry = index % width - length
+    in_branch = (index >= 0) & (entry >= 0)
+    entry = entry.clamp_min(0).long()
+    # What the packed row counts from the text's end to this token, and what the branch alone would count.
+    excess = entry - place_in_branch[entry]
+    ends = (attention_mask != 0) * torch.arange(1, length + 1, device=device)
+    ends = torch.cat([torch.zeros_like(ends[:, :1]), ends], 1).amax(1) if length else ends.sum(1)
+    pads = (length - ends)[(index // width).clamp_min(0).long()]
+    slot_excess = excess if positions == "compact" else excess + pads
+    position_excess = excess + pads if positions == "slots" else excess
+
+    def less(values: Tensor, excess: Tensor) -> Tensor:
+        return values - torch.where(in_branch, excess, 0).int()
+
+    return replace(
+        layout,
+        position_ids=less(layout.position_ids, position_excess),
+        slots=less(layout.slots, slot_excess),
+        key_slots=less(layout.key_slots, slot_excess),
+        branches=torch.where(in_branch, branch_of_column[entry], 0).int(),
+        uncut=None,
     )
 
 

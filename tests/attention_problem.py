@@ -49,6 +49,12 @@ BATCHES = {
         "labelled": True,
         "token_bucket": 16,
     },
+    "ragged prompts, prompt by prompt": {
+        "rows": RIGHT[:2] + LEFT[:2],
+        "prompts": [2, 5],
+        "prompt_of_row": [0, 0, 1, 1],
+        "labelled": True,
+    },
     "equal prompts, one unused": {"rows": RIGHT, "prompts": [3, 3, 3], "prompt_of_row": [2, 0, 0, 2]},
     "one token": {"rows": ["..r"], "prompts": [1]},
     "empty texts": {"rows": ["...", "..."], "prompts": [2, 3], "prompt_of_row": [0, 1], "token_bucket": 4},

@@ -12,6 +12,7 @@ from softprompt.cli.models import check_model, load_model
 from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
 from softprompt.prompts.vocabulary import width_of
 from softprompt.tasks.classification import TASK_FILE, ClassificationTask, load_task
+from softprompt.tasks.folders import adapter_folders
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ def open_prompt(source: str, model: str | None) -> SavedPrompt:
     path, config, task = Path(source), None, None
     try:
         if path.is_dir():
+            _refuse_ensemble(path)
             config, prompt = read_adapter(path)
         else:
             prompt = read_npy(path)
@@ -53,6 +55,15 @@ def open_prompt(source: str, model: str | None) -> SavedPrompt:
     if config is not None:
         model = model or config.base_model_name_or_path
     return SavedPrompt(path, prompt, config, task, model)
+
+
+def _refuse_ensemble(path: Path) -> None:
+    members = adapter_folders(path)
+    if len(members) > 1:
+        raise ValueError(
+            f"{path} holds an ensemble of {len(members)} prompts: name one of them, {members[0]} to "
+            f"{members[-1].name}"
+        )
 
 
 def load_base(saved: SavedPrompt) -> tuple[Any, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
+from softprompt.tasks.folders import adapter_folders
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,8 @@ def add_init_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--init-from",
         metavar="PATH",
-        help="the prompt for --init saved: the folder of an adapter of the same model, or a .npy file [P, H]",
+        help="the prompt for --init saved: the folder of an adapter of the same model (of an ensemble with "
+        "as many prompts for --ensemble), or a .npy file [P, H]",
     )
     group.add_argument(
         "--init-other-base",
@@ -64,8 +66,13 @@ def initial_prompt(
     model: Any,
     tokenizer: Any,
     table: "Table",
+    *,
+    number: int = 0,
+    count: int = 1,
 ) -> "Tensor | None":
     """Return the [P, H] prompt of `--init` for a model and the training rows, None where PEFT makes it.
+
+    It is the one with this `number`, from 0, of the `count` prompts of an ensemble.
 
     Raises:
         UsageError: it cannot be made, with the reason.
@@ -73,15 +80,17 @@ def initial_prompt(
     if args.init in PEFT_INITS:
         return None
     try:
-        return _make(args, model, tokenizer, table)
+        if args.init == "saved":
+            return _saved(args, model, number, count)
+        return _make(args, model, tokenizer, table, args.seed + number)
     except ValueError as error:
         raise UsageError(f"--init {args.init}: {error}") from error
 
 
-def _make(args: argparse.Namespace, model: Any, tokenizer: Any, table: "Table") -> "Tensor":
+def _make(args: argparse.Namespace, model: Any, tokenizer: Any, table: "Table", seed: int) -> "Tensor":
     from softprompt import init
 
-    length, seed = args.num_virtual_tokens, args.seed
+    length = args.num_virtual_tokens
     match args.init:
         case "text-once":
             return init.text(model, length, tokenizer, args.init_text, tile=False, seed=seed)
@@ -96,10 +105,21 @@ def _make(args: argparse.Namespace, model: Any, tokenizer: Any, table: "Table") 
             return init.matched(model, length, seed=seed)
         case "uniform":
             return init.uniform(model, length, seed=seed)
-        case "saved" if Path(args.init_from).is_dir():
-            return init.from_adapter(
-                model, args.init_from, num_virtual_tokens=length, other_base=args.init_other_base
-            )
-        case "saved":
-            return init.from_file(model, args.init_from, num_virtual_tokens=length)
     raise UsageError(f"--init {args.init} is not one of {', '.join(INITS)}")
+
+
+def _saved(args: argparse.Namespace, model: Any, number: int, count: int) -> "Tensor":
+    """Return the prompt that `--init-from` names, from an ensemble the one with this number."""
+    from softprompt import init
+
+    length, source = args.num_virtual_tokens, Path(args.init_from)
+    if not source.is_dir():
+        return init.from_file(model, source, num_virtual_tokens=length)
+    folders = adapter_folders(source)
+    if len(folders) > 1 and len(folders) != count:
+        raise ValueError(
+            f"{source} holds an ensemble of {len(folders)} prompts, and prompts to train: {count}; give "
+            f"--ensemble {len(folders)}, or the folder of one of them"
+        )
+    folder = folders[number] if len(folders) > 1 else source
+    return init.from_adapter(model, folder, num_virtual_tokens=length, other_base=args.init_other_base)

@@ -78,11 +78,37 @@ def load_model(model: str, dtype: torch.dtype | str) -> Any:
         raise UsageError(f"cannot load the model {model}: {_sentence(error)}") from error
 
 
-def patch(model: Any) -> Any:
+def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
+    """Put adapters on a model: one under PEFT's usual name, several under the names of their folders."""
+    from peft import PeftModel
+
+    peft_model: Any = None
+    for folder in folders:
+        name = "default" if len(folders) == 1 else folder.name
+        try:
+            if peft_model is None:
+                peft_model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            else:
+                peft_model.load_adapter(str(folder), name)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(f"cannot load the adapter {folder}: {error}") from error
+        width, model_width = (
+            peft_model.peft_config[name].token_dim,
+            base.get_input_embeddings().weight.shape[1],
+        )
+        if width != model_width:
+            raise UsageError(
+                f"the adapter {folder} does not fit the model {model}: its virtual tokens are {width} "
+                f"numbers wide, the model's tokens {model_width}; give the --model that it was trained with"
+            )
+    return peft_model
+
+
+def patch(model: Any, *, positions: str = "padded") -> Any:
     """Put softprompt's faster path under a PEFT model."""
     import softprompt
 
-    return softprompt.patch(model)
+    return softprompt.patch(model, positions=positions)
 
 
 def _sentence(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options
-from softprompt.tasks.folders import ADAPTER_CONFIG
+from softprompt.tasks.folders import adapter_folders
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -51,19 +51,51 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="the frozen model, if it is not where it was in training (default: the one trained with)",
     )
     add_dataset_options(data)
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument(
+        "--score",
+        action="store_true",
+        help="choose the likeliest of the labels of the training for each row, with a probability of each, "
+        "instead of letting the model write one; an ensemble always does",
+    )
+    scoring.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="with --score: take out what the model prefers even for texts that say nothing",
+    )
+    scoring.add_argument(
+        "--length-normalise",
+        action="store_true",
+        help="with --score: compare labels by the mean over their tokens, not by the sum",
+    )
+    scoring.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="with --score: column with the true labels, to measure accuracy and macro-F1 and to draw which "
+        "label was taken for which (default: the one of the training, if the table has it)",
+    )
+    scoring.add_argument(
+        "--combine",
+        choices=("vote", "mean"),
+        default="vote",
+        help="how the prompts of an ensemble decide: by majority, or by mean log-probability",
+    )
     add_compute_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check what was asked, label the rows, write the table."""
     adapter, output = Path(args.adapter), Path(args.output)
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    folders = adapter_folders(adapter)
+    if not folders:
         raise UsageError(f"--adapter {adapter} holds no adapter: give a folder that `softprompt train` wrote")
     if output.exists() and not args.overwrite:
         raise UsageError(f"{output} exists already: name another --output or replace it with --overwrite")
+    scored = args.score or folders != [adapter]
+    if not scored and (args.calibrate or args.length_normalise or args.label_column):
+        raise UsageError("--calibrate, --length-normalise and --label-column need --score")
     require_extra()
 
-    from peft import PeftModel
     from rich.console import Console
     from rich.progress import Progress
 
@@ -71,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         check_model,
         choose_device,
         choose_dtype,
+        load_adapters,
         load_model,
         load_tokenizer,
         patch,
@@ -94,24 +127,22 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{args.data} has a column {args.output_column!r} already: name another --output-column"
         )
+    if scored:
+        from softprompt.cli.score import check_outputs
+
+        check_outputs(args, task, table)
     device = choose_device(args.device)
     set_threads(args.threads, tiny=False)
     dtype = choose_dtype(bf16=args.bf16, fp16=args.fp16, device=device)
     model_name = check_model(args.model or trained_model)
     encoder = Encoder(task, load_tokenizer(model_name))
-    base = load_model(model_name, dtype)
-    try:
-        model = PeftModel.from_pretrained(base, str(adapter)).to(device)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot load the adapter {adapter}: {error}") from error
-    width, model_width = model.active_peft_config.token_dim, base.get_input_embeddings().weight.shape[1]
-    if width != model_width:
-        raise UsageError(
-            f"the adapter {adapter} does not fit the model {model_name}: its virtual tokens are {width} "
-            f"numbers wide, the model's tokens {model_width}; give the --model that it was trained with"
-        )
+    model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
     if not args.no_patch:
         model = patch(model)
+    if scored:
+        from softprompt.cli.score import score_table
+
+        return score_table(args, model, encoder, table, adapters=list(model.peft_config))
 
     start = time.perf_counter()
     console = Console(stderr=True)

@@ -79,11 +79,16 @@ class TrainingProgress(TrainerCallback):
         """Print the scores of the epoch."""
         self._progress.reset(self._evaluation, visible=False)
         if metrics and state.epoch is not None:
-            self._progress.console.print(
-                f"epoch {state.epoch:g}: accuracy {metrics['eval_exact_match']:.1%}, "
-                f"loss {metrics['eval_loss']:.4f}, perplexity {metrics['eval_perplexity']:.4g}",
-                highlight=False,
-            )
+            parts = []
+            if "eval_loss" in metrics:
+                parts = [
+                    f"accuracy {metrics['eval_exact_match']:.1%}",
+                    f"loss {metrics['eval_loss']:.4f}",
+                    f"perplexity {metrics['eval_perplexity']:.4g}",
+                ]
+            if "eval_validation_loss" in metrics:
+                parts.append(f"validation loss {metrics['eval_validation_loss']:.4f}")
+            self._progress.console.print(f"epoch {state.epoch:g}: {', '.join(parts)}", highlight=False)
 
 
 def print_summary(metrics: dict[str, Any], output: Path) -> None:
@@ -92,8 +97,10 @@ def print_summary(metrics: dict[str, Any], output: Path) -> None:
     rows = {
         "model": metrics["model"],
         "rows": f"{metrics['train_rows']} for training, {metrics['eval_rows']} for evaluation",
-        "virtual tokens": f"{metrics['num_virtual_tokens']} ({metrics['trainable_parameters']:,} parameters)",
-        "steps": f"{metrics['steps']} in {metrics['seconds']:.1f} s",
+        "virtual tokens": ("" if metrics["prompts"] == 1 else f"{metrics['prompts']} x ")
+        + f"{metrics['num_virtual_tokens']} ({metrics['trainable_parameters']:,} parameters)",
+        "steps": f"{metrics['steps']} in {metrics['seconds']:.1f} s"
+        + ("" if metrics["best_step"] is None else f"; the prompt of step {metrics['best_step']} was kept"),
         "training loss": _shown(metrics["train_loss"], ".4f"),
         "evaluation loss": _shown(metrics["eval_loss"], ".4f"),
         "perplexity": _shown(metrics["eval_perplexity"], ".4g"),

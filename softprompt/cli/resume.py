@@ -28,7 +28,12 @@ RESUME_SETTINGS = (
     "learning_rate",
     "weight_decay",
     "optimizer",
+    "schedule",
     "seed",
+    "ensemble",
+    "ensemble_texts",
+    "validation_share",
+    "patience",
     "bf16",
     "fp16",
 )

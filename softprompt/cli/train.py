@@ -26,6 +26,16 @@ from softprompt.tasks.folders import (
 if TYPE_CHECKING:
     from softprompt.tasks.trainer import PromptTrainer
 
+RECIPES = {
+    "paper": {
+        "optimizer": "adafactor",
+        "learning_rate": 0.3,
+        "schedule": "constant",
+        "num_virtual_tokens": 100,
+        "weight_decay": 1e-5,
+    }
+}
+
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `softprompt train`."""
@@ -96,14 +106,47 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         choices=("pad", "eos"),
         help="the token to learn after a label (default: pad; eos for the shipped tiny model)",
     )
+    prompt.add_argument(
+        "--positions",
+        choices=("compact", "padded"),
+        help="whether pads count for the positions of a row: compact trains what a row is alone, and "
+        "predictions are made on rows without padding; padded is what PEFT does (default: compact; padded "
+        "with --no-patch, and for models that softprompt cannot run otherwise)",
+    )
+    prompt.add_argument(
+        "--ensemble",
+        type=whole(1),
+        metavar="N",
+        help="train N prompts together, on the same rows in the same order, and predict by their majority; "
+        "their seeds are --seed and the numbers after it",
+    )
+    prompt.add_argument(
+        "--ensemble-texts",
+        nargs="+",
+        metavar="TEXT",
+        help="words for each prompt of an ensemble to start from (default with --init text: --init-text for "
+        "the first one, and random words of the vocabulary for the others)",
+    )
     training = parser.add_argument_group("training")
+    training.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="settings that belong together; options given beside it count more. paper: Adafactor, constant "
+        "learning rate 0.3, 100 virtual tokens, weight decay 1e-5 (Lester et al. 2021)",
+    )
     training.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the table")
     training.add_argument(
         "--learning-rate",
         type=number(0, open_start=True),
         default=3e-2,
         metavar="RATE",
-        help="first learning rate; it falls linearly to 0",
+        help="first learning rate",
+    )
+    training.add_argument(
+        "--schedule",
+        choices=("linear", "constant"),
+        default="linear",
+        help="whether the learning rate falls linearly to 0 or stays as it is",
     )
     training.add_argument(
         "--optimizer", choices=("adamw", "adafactor"), default="adamw", help="optimizer of the prompt"
@@ -117,6 +160,20 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         default=42,
         metavar="N",
         help="seed of the split, the prompt and the row order",
+    )
+    training.add_argument(
+        "--validation-share",
+        type=number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of every label's training rows to keep for deciding when to stop: training ends once "
+        "their loss has stopped falling, and the prompt with the lowest loss is saved; 0 trains all epochs",
+    )
+    training.add_argument(
+        "--patience",
+        type=whole(1),
+        metavar="N",
+        help="epochs without a lower loss on the validation rows before training stops (default: 3)",
     )
     add_compute_options(parser)
     output = parser.add_argument_group("output")
@@ -137,6 +194,10 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check what was asked, train, save, and print the summary."""
+    _apply_recipe(args)
+    _check_ensemble(args)
+    if args.patience is not None and args.validation_share == 0:
+        raise UsageError("--patience needs rows to watch: give --validation-share")
     check_init_options(args)
     output = Path(args.output)
     checkpoint = _check_output(output, overwrite=args.overwrite, resume=args.resume)
@@ -161,13 +222,39 @@ def run(args: argparse.Namespace) -> int:
         state = trainer.state
         if stop.requested and state.global_step < state.max_steps:
             return say_how_to_resume(args.argv, state.global_step, state.max_steps, output)
+        trainer.restore_best()
         if (
             trainer.eval_table is not None
-            and _last(state.log_history, "eval_loss").get("step") != state.max_steps
+            and _last(state.log_history, "eval_loss").get("step") != state.global_step
         ):
             trainer.evaluate()
     _save(trainer, output, seconds=time.perf_counter() - start)
     return 0
+
+
+def _apply_recipe(args: argparse.Namespace) -> None:
+    given = {argument.split("=")[0] for argument in args.argv}
+    for name, value in RECIPES.get(args.recipe, {}).items():
+        if "--" + name.replace("_", "-") not in given:
+            setattr(args, name, value)
+
+
+def _check_ensemble(args: argparse.Namespace) -> None:
+    if args.ensemble == 1:
+        raise UsageError("--ensemble 1: an ensemble needs at least two prompts; train one without --ensemble")
+    if args.ensemble and args.no_patch:
+        raise UsageError("--ensemble needs softprompt's path: leave --no-patch out")
+    if not args.ensemble_texts:
+        return
+    if len(args.ensemble_texts) != args.ensemble:
+        raise UsageError(
+            f"--ensemble-texts: expected one text for each of the {args.ensemble or 0} prompts of "
+            f"--ensemble, got {len(args.ensemble_texts)}"
+        )
+    if args.init != "text":
+        raise UsageError(f"--ensemble-texts needs --init text, got --init {args.init}")
+    if len(set(args.ensemble_texts)) < args.ensemble or not all(map(str.strip, args.ensemble_texts)):
+        raise UsageError("--ensemble-texts: texts that are empty or the same give prompts that are the same")
 
 
 def _check_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
@@ -193,26 +280,30 @@ def _save(trainer: "PromptTrainer", output: Path, *, seconds: float) -> None:
     from softprompt.tasks.metrics import to_json
     from softprompt.tasks.plot import draw_training
 
-    prompt = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-    if not torch.isfinite(prompt).all():
+    prompts = trainer.prompts()
+    if not all(torch.isfinite(prompt).all() for prompt in prompts.values()):
         raise UsageError(
             f"training diverged: the prompt is not finite after {trainer.state.global_step} steps and was "
             "not saved; use a smaller --learning-rate, or --bf16 instead of --fp16"
         )
     history = trainer.state.log_history
-    scores = _last(history, "eval_loss")
+    scores = _last([e for e in history if trainer.best_step in (None, e.get("step"))], "eval_loss")
     metrics = {
         "model": trainer.record["model"],
         "train_rows": len(trainer.train_dataset),
         "eval_rows": 0 if trainer.eval_table is None else len(trainer.eval_table),
         "num_virtual_tokens": trainer.record["training"]["num_virtual_tokens"],
-        "trainable_parameters": prompt.numel(),
+        "prompts": len(prompts),
+        "trainable_parameters": sum(prompt.numel() for prompt in prompts.values()),
         "steps": trainer.state.global_step,
+        "best_step": trainer.best_step,
+        "validation_loss": trainer.state.best_metric,
         "seconds": seconds,
         "train_loss": _last(history, "loss").get("loss"),
         "eval_loss": scores.get("eval_loss"),
         "eval_perplexity": scores.get("eval_perplexity"),
         "eval_exact_match": scores.get("eval_exact_match"),
+        "eval_prompt_exact_match": scores.get("eval_prompt_exact_match"),
         "history": history,
     }
     with staging(output) as stage:

@@ -183,7 +183,7 @@ def run_plan(
     """
     check_num_items(num_items)
     if plan.route == "packed":
-        loss, rows = _packed(model, plan, batch, compact, num_items, backend, graphs)
+        loss, rows = packed_step(model, plan, batch, compact, num_items, backend, graphs)
     else:
         rows = plan.run(model, batch, compact=compact, backend=backend)
         loss = None if batch.labels is None else loss_of_hidden(model, plan, rows, num_items, backend)
@@ -196,7 +196,7 @@ def run_plan(
     return loss, _lazy_logits(model, plan, rows)
 
 
-def _packed(
+def packed_step(
     model: CausalLM,
     plan: Plan,
     batch: Batch,
@@ -205,6 +205,7 @@ def _packed(
     backend: str,
     graphs: StepGraphs | None,
 ) -> tuple[Tensor | None, HiddenRows]:
+    """Loss (None without labels) and hidden rows of a packed batch, replayed where that can be."""
     # Whatever the host has to think about comes before it waits for the layout's counts.
     mode = None if graphs is None else graphs.mode_of(plan, batch)
     layout = packed_layout(

@@ -96,9 +96,38 @@ def loss_of_rows(
             num_items=num_items,
             backend=backend,
         )
+    losses = losses_of_rows(model, hidden, label_rows, targets, fused=False, output_class=output_class)
+    total = losses.sum()
+    count = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def losses_of_rows(
+    model: CausalLM,
+    hidden: Tensor,  # [T, H]
+    label_rows: Tensor,  # [M]
+    targets: Tensor,  # [M]
+    *,
+    fused: bool,
+    output_class: type,
+    backend: str = AUTO,
+) -> Tensor:
+    """[M] losses of the label rows, 0 where the target is -100; see `loss_of_rows`."""
+    if fused:
+        head, facts = model.get_output_embeddings(), families.head_facts(model)
+        losses: Tensor = linear_cross_entropy(
+            hidden,
+            head.weight,
+            label_rows,
+            targets,
+            bias=head.bias,
+            softcap=facts.softcap,
+            logit_scale=facts.logit_scale,
+            reduction="none",
+            backend=backend,
+        )
+        return losses
     logits = own_logits(model, hidden[label_rows][None], output_class)[0]
     if logits.dtype != torch.float64:
         logits = logits.float()
-    total = functional.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-    count = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    return functional.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX, reduction="none")

@@ -32,6 +32,8 @@ class ClassificationTask:
         max_length: number of tokens of the longest row, prompt, label and end token together.
         padding: "max_length" pads every batch to `max_length`, "longest" to its own longest row.
         end_token: "pad" ends a label with the tokenizer's pad token, "eos" with its end-of-sequence token.
+        positions: "padded": pads count for the positions that the prompt was trained with, as in PEFT;
+            "compact": they do not, so a row is what it is alone.
     """
 
     text_column: str
@@ -41,6 +43,7 @@ class ClassificationTask:
     max_length: int = 64
     padding: str = "max_length"
     end_token: str = "pad"
+    positions: str = "padded"
 
     def __post_init__(self) -> None:
         """Check the template and the labels."""

@@ -9,15 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".partial"
 
+PROMPT_NAME = "prompt"  # of an ensemble: prompt-1, prompt-2, ...
+
+_PROMPT = re.compile(rf"{PROMPT_NAME}-(\d+)")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Return whether the folder holds an adapter or the checkpoint of one."""
-    return (folder / ADAPTER_CONFIG).exists() or bool(_checkpoints(folder))
+    """Return whether the folder holds an adapter, an ensemble, or the checkpoint of one."""
+    return bool(adapter_folders(folder)) or bool(_checkpoints(folder))
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """Return the folder itself where it holds an adapter, else those of its ensemble, in their order."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return [folder]
+    found = [path for path in folder.glob(f"{PROMPT_NAME}-*") if _PROMPT.fullmatch(path.name)]
+    members = [path for path in found if (path / ADAPTER_CONFIG).is_file()]
+    return sorted(members, key=lambda path: int(path.name.removeprefix(f"{PROMPT_NAME}-")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -26,11 +39,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def remove_checkpoints(folder: Path, *, keep: int = 0) -> None:
-    """Remove the checkpoints but the last `keep`, and whatever an interrupted save left."""
+def remove_checkpoints(folder: Path, *, keep: int = 0, also: Path | None = None) -> None:
+    """Remove the checkpoints but the last `keep` and `also`, and whatever an interrupted save left."""
     checkpoints = _checkpoints(folder)
     for path in checkpoints[: len(checkpoints) - keep]:
-        shutil.rmtree(path)
+        if path != also:
+            shutil.rmtree(path)
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
@@ -54,11 +68,15 @@ def publish_folder(staged: Path, final: Path) -> None:
 
 
 def publish_adapter(staged: Path, final: Path) -> None:
-    """Move the files of a complete adapter into `final`.
+    """Move the files of a complete adapter, or the folders of a complete ensemble, into `final`.
 
     The configuration, without which nothing reads a folder as an adapter, leaves first and arrives last.
     """
     (final / ADAPTER_CONFIG).unlink(missing_ok=True)
+    for member in adapter_folders(final):
+        shutil.rmtree(member)
+    if not (staged / ADAPTER_CONFIG).exists():
+        (final / ADAPTER_WEIGHTS).unlink(missing_ok=True)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
         os.replace(path, final / path.name)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from softprompt.engine import families
 from softprompt.tasks.classification import IGNORED, Encoder, Example
 from softprompt.tasks.collate import LeftPadCollator
 
@@ -23,16 +24,21 @@ def label_texts(
 ) -> list[str]:
     """Let the model write the label of every text, greedily, until its end token.
 
-    Where the task pads to `max_length`, prompts are padded to the longest that training knows, so that a text
-    gets the same label in every batch. `progress` is called with the number of rows done in each batch.
+    A text gets the same label in every batch. Where the task pads to `max_length` and pads count for
+    positions, prompts are padded to the longest that training knows; where pads do not count, only texts of
+    one length are batched, so that there are none. `progress` is called with the number of rows done in each
+    batch.
     """
-    length = encoder.max_prompt if encoder.task.padding == "max_length" else None
-    collate = LeftPadCollator(encoder.pad_token_id, length)
-    predicted: list[str] = []
-    with _evaluation_mode(model):
-        for start in range(0, len(texts), batch_size):
-            prompts = [encoder.prompt(text) for text in texts[start : start + batch_size]]
-            batch = collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts])
+    task = encoder.task
+    padded = task.positions == "padded" and task.padding == "max_length"
+    collate = LeftPadCollator(encoder.pad_token_id, encoder.max_prompt if padded else None)
+    prompts = [encoder.prompt(text) for text in texts]
+    alike = task.positions == "compact" and not _pads_never_count(model)
+    predicted = [""] * len(texts)
+    with evaluation_mode(model):
+        for rows in _batches([len(ids) for ids in prompts], batch_size, alike=alike):
+            chosen = [prompts[row] for row in rows]
+            batch = collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in chosen])
             generated = model.generate(
                 input_ids=batch["input_ids"].to(model.device),
                 attention_mask=batch["attention_mask"].to(model.device),
@@ -43,10 +49,26 @@ def label_texts(
                 pad_token_id=encoder.pad_token_id,
             )
             new_ids = generated[:, batch["input_ids"].shape[1] :].tolist()
-            predicted.extend(encoder.decode(ids) for ids in new_ids)
+            for row, ids in zip(rows, new_ids, strict=True):
+                predicted[row] = encoder.decode(ids)
             if progress is not None:
-                progress(len(prompts))
+                progress(len(rows))
     return predicted
+
+
+def _batches(lengths: Sequence[int], batch_size: int, *, alike: bool) -> Iterator[list[int]]:
+    """Row numbers of each batch: in order, or of rows of one length only."""
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        groups.setdefault(length if alike else 0, []).append(row)
+    for rows in groups.values():
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+
+
+def _pads_never_count(model: Any) -> bool:
+    """Whether the model itself leaves pads out of its positions (BLOOM, OPT)."""
+    return families.positions_from_mask(families.config_of(model.get_base_model()))
 
 
 @torch.no_grad()
@@ -60,7 +82,7 @@ def mean_loss(
 ) -> float:
     """Return the mean loss over all target tokens of the examples, in nats per token."""
     total, count = 0.0, 0
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in range(0, len(examples), batch_size):
             rows = examples[start : start + batch_size]
             batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
@@ -73,7 +95,8 @@ def mean_loss(
 
 
 @contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put the model into evaluation mode for a block, and back into the mode that it was in."""
     was_training = model.training
     model.eval()
     try:

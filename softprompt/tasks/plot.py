@@ -157,6 +157,32 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")  # two of them would hold a formula
 
 
+def draw_confusion(
+    counts: Sequence[Sequence[int]], labels: Sequence[str], path: str | Path, *, title: str
+) -> None:
+    """Draw how many rows of each label were predicted as each label, shaded by their share of the label."""
+    size = len(labels)
+    side = 2.4 + min(0.55 * size, 12)
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set(title=title, xlabel="predicted", ylabel="label in the table")
+        axes.set_xticks(
+            range(size), labels, rotation=40 if size > 3 else 0, ha="right" if size > 3 else "center"
+        )
+        axes.set_yticks(range(size), labels)
+        if size <= 25:
+            for row in range(size):
+                for column in range(size):
+                    colour = "white" if shares[row][column] > 0.5 else "#4b5058"
+                    axes.text(column, row, str(counts[row][column]), ha="center", va="center", color=colour)
+        bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), shrink=0.8)
+        bar.set_label("share of the label's rows")
+        _save(figure, path)
+
+
 def _bars(axes: Any, names: list[str], values: list[float], title: str, unit: str, number: str) -> None:
     bars = axes.bar(names, values, color=[ORANGE, BLUE], width=0.55)
     axes.bar_label(bars, [number.format(value) for value in values], padding=2)

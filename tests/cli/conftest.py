@@ -11,6 +11,8 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -73,6 +75,25 @@ def tokenizer(model_folder):
 
 
 @pytest.fixture(scope="session")
+def unpacked_folder(model_folder, tmp_path_factory):
+    """A model with convolutions, whose state would cross from row to row, so that it cannot be packed."""
+    folder = tmp_path_factory.mktemp("models") / "lfm2"
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    Lfm2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_tweets():
     """Write a table of 20 rows, 12 complaints and 8 others, into a folder."""
 
@@ -107,6 +128,13 @@ def make_table(tmp_path):
 def without_figure(monkeypatch):
     """Leave the drawing out of a training run: it takes longer than training a tiny model."""
     monkeypatch.setattr("softprompt.tasks.plot.draw_training", lambda history, path: path.write_bytes(b""))
+
+
+@pytest.fixture
+def without_inspection_figure(monkeypatch):
+    monkeypatch.setattr(
+        "softprompt.tasks.plot.draw_inspection", lambda found, tokenizer, path, title: path.write_bytes(b"")
+    )
 
 
 @pytest.fixture

@@ -58,6 +58,37 @@ def test_training_starts_where_the_function_of_the_name_says(train, table, model
     torch.testing.assert_close(prompt_in(tmp_path / "out"), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in STARTS if name != "text"])
+def test_every_prompt_of_an_ensemble_starts_at_a_seed_of_its_own(
+    train, table, model, tokenizer, tmp_path, name, monkeypatch
+):
+    more = ("--init", name, "--init-text", "no order", "--ensemble", 3)
+    assert train(*more)[0] == 0
+    for number in range(3):
+        monkeypatch.setitem(globals(), "SEED", 42 + number)
+        expected = STARTS[name](model, tokenizer, table)
+        assert torch.equal(start_of(tmp_path / "out" / f"prompt-{number + 1}"), expected)
+
+
+def test_every_prompt_of_an_ensemble_goes_on_from_its_own(train, tmp_path):
+    assert train("--init", "matched", "--ensemble", 2)[0] == 0
+    saved = ("--init", "saved", "--init-from", tmp_path / "out", "--output", tmp_path / "next")
+    assert train(*saved, "--ensemble", 2)[0] == 0
+    for name in ("prompt-1", "prompt-2"):
+        assert torch.equal(start_of(tmp_path / "next" / name), prompt_in(tmp_path / "out" / name))
+    check_refused(train(*saved, "--overwrite"), "holds an ensemble of 2 prompts", "give --ensemble 2, or")
+    one = ("--init", "saved", "--init-from", tmp_path / "out" / "prompt-1", "--output", tmp_path / "copies")
+    check_refused(train(*one, "--ensemble", 2), "prompt-1 and prompt-2 of the ensemble start at the same")
+
+
+def test_a_resumed_ensemble_keeps_the_starts_of_its_prompts(train, tmp_path):
+    assert train("--init", "matched", "--ensemble", 2)[0] == 0
+    starts = [start_of(tmp_path / "out" / name) for name in ("prompt-1", "prompt-2")]
+    assert train("--init", "matched", "--ensemble", 2, "--resume")[0] == 0
+    for name, start in zip(("prompt-1", "prompt-2"), starts, strict=True):
+        assert torch.equal(start_of(tmp_path / "out" / name), start)
+
+
 def test_the_initial_prompt_is_kept_beside_the_trained_one(train, model, tmp_path):
     assert train("--init", "matched")[0] == 0
     expected = init.matched(model, LENGTH, seed=SEED)

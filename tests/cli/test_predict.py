@@ -147,3 +147,106 @@ def test_a_model_of_another_width_is_one_line(predict, model_folder, tmp_path):
     assert code == 2
     assert "does not fit the model" in err
     assert err.count("\n") == 1
+
+
+def test_scoring_writes_the_likeliest_label_and_the_probability_of_each(predict, tmp_path):
+    code, out, _ = predict("--score")
+    assert code == 0
+    assert out.startswith("2 rows scored in ")
+    frame = pd.read_csv(tmp_path / "labelled.csv")
+    assert frame.columns.tolist() == ["Tweet text", "Note", "prediction", "p(x)", "p(y)"]
+    assert (frame["p(x)"] + frame["p(y)"]).tolist() == pytest.approx([1, 1])
+    likeliest = ["x" if p > 0.5 else "y" for p in frame["p(x)"]]
+    assert frame["prediction"].tolist() == likeliest
+    assert sorted(path.name for path in tmp_path.glob("labelled*")) == ["labelled.csv"]
+
+
+def test_scoring_gives_the_probabilities_of_peft(predict, adapter, model_folder, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from softprompt.tasks.classification import Encoder, load_task
+
+    rows = adapter.parent / "rows.csv"
+    assert predict("--score", data=rows)[0] == 0
+    frame = pd.read_csv(tmp_path / "labelled.csv")
+    task, *_ = load_task(adapter)
+    encoder = Encoder(task, AutoTokenizer.from_pretrained(model_folder))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+    for number in (0, 13):
+        logs = []
+        for label in task.labels:
+            row = encoder.example(frame["Tweet text"][number], label)
+            with torch.no_grad():
+                loss = model(**{name: torch.tensor([value]) for name, value in row.items()}).loss
+            logs.append(-loss * len(encoder.targets[label]))
+        expected = torch.stack(logs).softmax(0)[0].item()
+        assert frame["p(x)"][number] == pytest.approx(expected, abs=1e-5)
+
+
+def test_scoring_measures_a_table_with_labels(predict, adapter, tmp_path, read_json):
+    code, out, _ = predict("--score", data=adapter.parent / "rows.csv")
+    assert code == 0
+    frame = pd.read_csv(tmp_path / "labelled.csv")
+    metrics = read_json(tmp_path / "labelled.metrics.json")
+    assert metrics["accuracy"] == exact_match(frame["prediction"].tolist(), frame["Label"].tolist())
+    assert f"accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}" in out
+    assert sum(map(sum, metrics["confusion"])) == 16
+    assert (tmp_path / "labelled.confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibration_and_length_change_the_probabilities(predict, tmp_path):
+    columns = []
+    for name, more in (("a", ()), ("b", ("--calibrate",)), ("c", ("--length-normalise",))):
+        assert predict("--score", *more, output=f"{name}.csv")[0] == 0
+        columns.append(tuple(pd.read_csv(tmp_path / f"{name}.csv")["p(x)"]))
+    assert len(set(columns)) == 3
+
+
+def test_labels_that_training_did_not_know_are_measured_only_where_asked(predict, make_table, tmp_path):
+    data = make_table([("one", "x"), ("two", "z")], "foreign.csv")
+    code, out, _ = predict("--score", data=data)
+    assert code == 0
+    assert out.startswith("nothing is measured: ")
+    assert "row 2 has the label 'z'" in out
+    code, _, err = predict("--score", "--label-column", "Label", data=data, output="other.csv")
+    assert code == 2
+    assert "row 2 has the label 'z', which no training row has" in err
+    assert not (tmp_path / "other.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "more, header, message",
+    [
+        (("--calibrate",), ("Tweet text", "Note"), "--length-normalise and --label-column need --score"),
+        (("--score",), ("Tweet text", "p(x)"), "has a column 'p(x)' already: rename it"),
+        (("--score", "--label-column", "Kind"), ("Tweet text", "Note"), "has no column 'Kind'"),
+    ],
+)
+def test_a_wrong_use_of_scoring_is_one_line(predict, make_table, tmp_path, more, header, message):
+    code, _, err = predict(*more, data=make_table([("one", "x")], header=header))
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "labelled.csv").exists()
+
+
+def test_measurements_are_not_replaced_without_overwrite(predict, tmp_path):
+    (tmp_path / "labelled.metrics.json").write_text("precious")
+    code, _, err = predict("--score")
+    assert code == 2
+    assert "labelled.metrics.json exists already" in err
+
+
+def test_rows_longer_than_the_model_are_one_line(predict, model_folder, tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "short")
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=40)
+    ).save_pretrained(tmp_path / "short")
+    code, _, err = predict("--score", "--model", tmp_path / "short")
+    assert code == 2
+    assert "the 8 virtual tokens of" in err
+    assert "exceed the 40 positions of the model" in err

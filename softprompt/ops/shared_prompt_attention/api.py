@@ -38,9 +38,10 @@ def shared_prompt_attention(
     head of h and `score = softcap(scale * query[h, q] . key[g, k]) + slope[h] * (position[k] - position[q])`.
 
     A prompt's token sees its prompt up to itself; a text's token sees the text's prompt and the text up to
-    itself, but no predictor (a pad that only predicts; see `pack_layout`), not even where it is one; a dummy
-    sees itself. A token that sees nothing, as a predictor may under a sliding window, gets zeros. Keys and
-    values of a prompt stand in the row once; their gradient is the sum over all texts, in fp32 or better.
+    itself, but no predictor (a pad that only predicts; see `pack_layout`), not even where it is one; a token
+    of a branch sees no other branch of its text, and the text sees no branch; a dummy sees itself. A token
+    that sees nothing, as a predictor may under a sliding window, gets zeros. Keys and values of a prompt
+    stand in the row once; their gradient is the sum over all texts, in fp32 or better.
 
     Args:
         query: [Hq, T, D], any strides; fastest where a token's heads stand together, as models produce them.
@@ -56,7 +57,7 @@ def shared_prompt_attention(
         sinks: [Hq] one more logit per head in the softmax's denominator (gpt-oss).
         dropout_p: of the probabilities; "sdpa" only.
         backend: "auto", "reference", "sdpa" or "triton". "auto" is Triton on a GPU, and SDPA on a CPU, for
-            fp64, for heads wider than 256 and under dropout.
+            fp64, for heads wider than 256, for texts with branches and under dropout.
 
     Returns:
         [Hq, T, Dv] in the dtype of value, differentiable once in query, key, value and sinks.
@@ -102,6 +103,7 @@ def shared_prompt_attention(
             layout.num_tokens,
             layout.longest_text,
             *options,
+            layout.branches,
         )
 
 
@@ -149,7 +151,10 @@ def _check_tensors(
         layout=layout.slots,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        branches=layout.branches,
     )
+    if layout.branches is not None and layout.branches.shape != (rows,):
+        raise ValueError(f"branches must be [T] = [{rows}], got {list(layout.branches.shape)}")
 
 
 def _check_options(
@@ -177,8 +182,10 @@ def _check_options(
         )
 
 
-def triton_obstacle(query: Tensor, value: Tensor) -> str | None:
+def triton_obstacle(query: Tensor, value: Tensor, branches: Tensor | None = None) -> str | None:
     """Why the Triton kernels do not serve these tensors, or None."""
+    if branches is not None:
+        return "the kernels know no branches of texts"
     availability = triton_availability(query.device.type)
     if not availability.usable:
         return availability.reason
@@ -190,13 +197,15 @@ def triton_obstacle(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _chosen(query: Tensor, value: Tensor, dropout_p: float, backend: str) -> str:
+def _chosen(
+    query: Tensor, value: Tensor, dropout_p: float, backend: str, branches: Tensor | None = None
+) -> str:
     """The back end that serves this call: "reference", "sdpa" or "triton"."""
     if backend == AUTO:
-        serves = query.is_cuda and dropout_p == 0 and triton_obstacle(query, value) is None
+        serves = query.is_cuda and dropout_p == 0 and triton_obstacle(query, value, branches) is None
         return "triton" if serves else "sdpa"
     if backend == "triton":
-        obstacle = triton_obstacle(query, value)
+        obstacle = triton_obstacle(query, value, branches)
         if obstacle is not None:
             raise ValueError(f"shared_prompt_attention: backend='triton' cannot be used: {obstacle}")
     return backend
@@ -224,7 +233,7 @@ def _run(
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
     }
-    backend = _chosen(query, value, dropout_p, backend)
+    backend = _chosen(query, value, dropout_p, backend, layout.branches)
     if backend == "triton":
         return _TRITON(
             query,
@@ -275,6 +284,7 @@ def _kernel(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = AUTO,
+    branches: Tensor | None = None,
 ) -> Tensor:
     layout = AttentionLayout(
         slots,
@@ -288,6 +298,7 @@ def _kernel(
         tuple(prompt_lengths),
         num_tokens,
         longest_text,
+        branches,
     )
     _check_tensors(query, key, value, layout, alibi_slopes, sinks)
     _check_options(scale, sliding_window, softcap, dropout_p, backend)
@@ -312,7 +323,7 @@ _OP = define(
     " Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts, Tensor cu_texts,"
     " Tensor prompt_of_row, int[] prompt_lengths, SymInt? num_tokens, SymInt? longest_text, float scale,"
     " int? sliding_window=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None,"
-    ' float dropout_p=0.0, str backend="auto") -> Tensor',
+    ' float dropout_p=0.0, str backend="auto", Tensor? branches=None) -> Tensor',
     _kernel,
 )
 

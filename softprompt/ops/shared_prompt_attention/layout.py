@@ -14,8 +14,9 @@ class AttentionLayout:
     """The packed row as the attention sees it: int32 tensors on its device, and sizes that the host knows.
 
     A token q sees a token k where `(segments[k] == segments[q] or segments[k] == sees[q]) and key_slots[k] <=
-    slots[q]`, and with a sliding window of W where also `slots[q] - key_slots[k] < W`. See
-    `softprompt.ops.pack_layout.LayoutTensors` for the row.
+    slots[q]`, and with a sliding window of W where also `slots[q] - key_slots[k] < W`. Where texts have
+    branches, also `branches[k] == 0 or branches[k] == branches[q]` must hold: a branch goes on from its text
+    as if the other branches were not there. See `softprompt.ops.pack_layout.LayoutTensors` for the row.
     """
 
     slots: Tensor  # [T]
@@ -31,6 +32,9 @@ class AttentionLayout:
     # tensors tell, whose values may change under a recorded step, and every row is treated alike.
     num_tokens: int | None
     longest_text: int | None
+    # [T] number of the branch of its text that a token belongs to, 0 where it belongs to none. None: no text
+    # has branches.
+    branches: Tensor | None = None
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # made once a step by a back end
 
     @property

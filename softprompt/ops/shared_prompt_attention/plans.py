@@ -40,6 +40,7 @@ class TextIndex:
     batch_size: int  # B
     longest_prompt: int  # Pmax
     longest_text: int  # Lmax
+    rows_of_prompt: int | None  # texts of each prompt where they stand together, prompt by prompt, else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,18 @@ def index_texts(layout: AttentionLayout) -> TextIndex:
         batch_size=batch_size,
         longest_prompt=longest_prompt,
         longest_text=longest,
+        rows_of_prompt=_rows_of_prompt(prompt_of_row, len(layout.prompt_lengths)),
     )
+
+
+def _rows_of_prompt(prompt_of_row: Tensor, num_prompts: int) -> int | None:
+    """B / K where the texts of each prompt stand together, as many for each. On a GPU nobody looks."""
+    batch_size = prompt_of_row.shape[0]
+    if prompt_of_row.device.type != "cpu" or batch_size % num_prompts != 0:
+        return None
+    each = batch_size // num_prompts
+    expected = torch.arange(num_prompts).repeat_interleave(each)
+    return each if torch.equal(prompt_of_row, expected) else None
 
 
 def bias_of_texts(
@@ -124,6 +136,8 @@ def bias_of_texts(
         return values[texts.key_index].view(texts.batch_size, 1, -1)
 
     seen = _reaches(queries(layout.slots), keys(layout.key_slots), window) & ~texts.key_is_pad[:, None]
+    if layout.branches is not None:
+        seen &= _on_the_way(queries(layout.branches), keys(layout.branches))
     distance = keys(layout.position_ids) - queries(layout.position_ids)
     return _bias(seen, distance, window, slopes, dtype)
 
@@ -155,12 +169,19 @@ def bias_of_all(
     )
     same = (segments[:, None] == segments) | (sees[:, None] == segments)
     seen = same & _reaches(slots[:, None], key_slots, window)
+    if layout.branches is not None:
+        branches = layout.branches[: layout.num_live]
+        seen &= _on_the_way(branches[:, None], branches)
     return _bias(seen[None], (positions - positions[:, None])[None], window, slopes, dtype)
 
 
 def _reaches(query_slots: Tensor, key_slots: Tensor, window: int | None) -> Tensor:
     seen = key_slots <= query_slots
     return seen if window is None else seen & (query_slots - key_slots < window)
+
+
+def _on_the_way(query_branches: Tensor, key_branches: Tensor) -> Tensor:
+    return (key_branches == 0) | (key_branches == query_branches)
 
 
 def _bias(

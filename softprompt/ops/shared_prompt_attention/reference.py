@@ -21,6 +21,8 @@ def visible(layout: AttentionLayout, sliding_window: int | None) -> Tensor:
     seen = (own | shared) & (key_slots <= query_slots)
     if sliding_window is not None:
         seen = seen & (query_slots - key_slots < sliding_window)
+    if layout.branches is not None:
+        seen = seen & ((layout.branches == 0) | (layout.branches == layout.branches[:, None]))
     return seen
 
 

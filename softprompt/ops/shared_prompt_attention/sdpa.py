@@ -271,8 +271,12 @@ class _GatherKeys(torch.autograd.Function):
         if num_prompts == 1:
             shared = shares.sum(0, dtype=wide)
         else:
-            summed = shares.new_zeros(num_prompts, *shares.shape[1:], dtype=wide)
-            summed.index_add_(0, texts.prompt_of_row, shares.to(wide))
+            if texts.rows_of_prompt is not None:
+                # Adding up rows that stand together is several times faster.
+                summed = shares.unflatten(0, (num_prompts, texts.rows_of_prompt)).sum(1, dtype=wide)
+            else:
+                summed = shares.new_zeros(num_prompts, *shares.shape[1:], dtype=wide)
+                summed.index_add_(0, texts.prompt_of_row, shares.to(wide))
             # A shorter prompt's pads are left behind here.
             shared = summed.flatten(0, 1).index_select(0, texts.prompt_inverse)
         return _assemble(shared + own, of_texts, texts.key_inverse, texts), None

@@ -1,0 +1,236 @@
+"""How likely each of several continuations is after each text, all of them in one packed row.
+
+`[prompt | text_1 | its candidates | text_2 | its candidates | ...]`: the prompt and every text are computed
+once. A candidate is a branch of its text: it sees the prompt, the text and itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.families import CausalLM, body_of, position_limit, vocab_size
+from softprompt.engine.forward import (
+    POSITIONS,
+    UnsupportedModelError,
+    check_option,
+    obstacle_to,
+    prompt_width,
+)
+from softprompt.engine.head import own_logits
+from softprompt.engine.packed import rows_of_layout
+from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.layout import PackedLayout, branch_out, build_layout, raise_out_of_range
+from softprompt.ops.library import AUTO
+
+_LOGITS_AT_ONCE = 2**24  # numbers
+
+
+def score(
+    model: CausalLM,
+    prompts: Tensor | Sequence[Tensor],  # [P, H], or K of [P_k, H]
+    candidates: Sequence[Sequence[int]],  # C
+    input_ids: Tensor,  # [B, L]
+    attention_mask: Tensor | None = None,  # [B, L]
+    prompt_of_row: Tensor | Sequence[int] | None = None,  # [B]
+    *,
+    positions: str = "padded",
+    backend: str = AUTO,
+) -> Tensor:
+    """`log p(candidate_c | prompt, text_b)` of every candidate behind every text: the sum over its tokens.
+
+    One forward over `ΣP + Σ len(text_b) + B * Σ (len(candidate_c) - 1)` tokens, where one candidate at a time
+    takes C forwards over all of the prompt and the texts. Equal to that up to rounding. A model that cannot
+    be packed is run one candidate at a time, with a warning.
+
+    Whatever ends a candidate (the end-of-sequence token, as a rule) is part of it: without an end, "no" is
+    never less likely than "no complaint", because the longer one begins with it.
+
+    Args:
+        model: any transformers causal LM. It is run in the mode that it is in: call `model.eval()` before.
+        prompts: one prompt [P, H], or K prompts of any lengths.
+        candidates: C lists of token ids, none of them empty.
+        input_ids: [B, L] integers, without the prompt. A text may be empty.
+        attention_mask: [B, L], 0 = pad, any padding side. None: no pads.
+        prompt_of_row: [B], the number of the prompt of each row. None: prompt 0 (only with one prompt).
+        positions: "padded": a text has the positions of the padded batch and a candidate goes on from there,
+            so equal to PEFT on `[pads | text | candidate]`; "compact": pads do not exist, so equal to each
+            row alone without padding. A model that is run one candidate at a time always does the latter.
+        backend: "auto" or the name of a back end of the ops.
+
+    Returns:
+        [B, C] in fp32 (fp64 for fp64 models), differentiable in the prompts.
+
+    Raises:
+        IndexError: an id outside the vocabulary.
+        ValueError: no candidates, an empty candidate, shapes that do not fit, or prompt, text and candidate
+            together longer than the model's positions.
+        UnsupportedModelError: an encoder-decoder, or prompts of several lengths on a model that cannot be
+            packed.
+    """
+    check_option("positions", positions, POSITIONS)
+    batch = check_batch(
+        [prompts] if isinstance(prompts, Tensor) else list(prompts),
+        prompt_width(model),
+        input_ids=input_ids,
+        inputs_embeds=None,
+        attention_mask=attention_mask,
+        labels=None,
+        prompt_of_row=prompt_of_row,
+    )
+    continuations = [[int(token) for token in candidate] for candidate in candidates]
+    _check_candidates(continuations, vocab_size(model))
+    longest_candidate = max(map(len, continuations))
+    plan, compact = plan_for(model), positions == "compact"
+    limit = position_limit(model, body_of(model)) if plan.position_limit is None else plan.position_limit
+    _check_length(batch, longest_candidate, limit, compact=compact)
+    longest = max(batch.prompt_lengths) + batch.shape[1] + longest_candidate
+    packed = plan.route == "packed"
+    reason = obstacle_to(plan, compact=compact, longest=longest) if packed else plan.reason
+    if reason is None:
+        return _packed(model, plan, batch, continuations, compact, backend)
+    if getattr(model.config, "is_encoder_decoder", False) or len(set(batch.prompt_lengths)) > 1:
+        raise UnsupportedModelError(f"softprompt: candidates cannot be scored: {reason}")
+    warnings.warn(f"softprompt: candidates are scored one at a time: {reason}", stacklevel=2)
+    raise_out_of_range(batch.input_ids, None, vocab_size(model))
+    return torch.stack([_alone(model, batch, candidate) for candidate in continuations], 1)
+
+
+def _check_candidates(candidates: list[list[int]], vocabulary: int) -> None:
+    if not candidates:
+        raise ValueError("expected at least one candidate, got none")
+    for number, candidate in enumerate(candidates):
+        if not candidate:
+            raise ValueError(f"candidate {number} has no tokens, expected at least one")
+        for place, token in enumerate(candidate):
+            if not 0 <= token < vocabulary:
+                raise IndexError(
+                    f"candidates[{number}][{place}] = {token} is outside the vocabulary 0 .. {vocabulary - 1}"
+                )
+
+
+def _check_length(batch: Batch, candidate: int, limit: int | None, *, compact: bool) -> None:
+    """Raises ValueError where a row does not fit the position table; a candidate's last token needs none."""
+    if limit is None:
+        return
+    text = int((batch.attention_mask != 0).sum(1).max()) if compact else batch.shape[1]
+    longest = max(batch.prompt_lengths) + text + candidate - 1
+    if longest > limit:
+        raise ValueError(
+            f"prompt ({max(batch.prompt_lengths)} tokens), text ({text}) and candidate ({candidate}) need "
+            f"{longest} positions, but the model has {limit}: shorten the texts or the prompt"
+        )
+
+
+# ------------------------------------------------------------------------------------------- all at once
+def _packed(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    candidates: list[list[int]],
+    compact: bool,
+    backend: str,
+) -> Tensor:
+    device, num_rows = batch.attention_mask.device, batch.shape[0]
+    firsts = torch.tensor([candidate[0] for candidate in candidates], device=device)
+    # Fed: all tokens but a candidate's last, which only has to be predicted.
+    fed = torch.tensor([t for c in candidates for t in c[:-1]], dtype=torch.int64, device=device)
+    followers = torch.tensor([t for c in candidates for t in c[1:]], dtype=torch.int64, device=device)
+    number = [n for n, c in enumerate(candidates) for _ in c[:-1]]
+    place = [p for c in candidates for p in range(len(c) - 1)]
+    candidate_of = torch.tensor(number, dtype=torch.int64, device=device)
+
+    layout = _layout_of(model, plan, batch, fed, candidate_of, place, compact, backend)
+    rows = rows_of_layout(model, _with_candidates(batch, fed), layout, seam=str(plan.seam), backend=backend)
+    lengths = (batch.attention_mask != 0).sum(1)
+    starts = layout.cu_texts[:-1].long()
+    ends = starts + lengths
+    of_prompt = layout.cu_prompts.long()[layout.prompt_of_row.long() + 1]
+    before = torch.where(lengths > 0, ends, of_prompt) - 1  # the row that predicts a candidate's first token
+    branches = (ends[:, None] + torch.arange(fed.shape[0], device=device)).reshape(-1)
+
+    total = _log_probabilities(model, rows.hidden, before, firsts.expand(num_rows, -1), rows.output_class)
+    if not fed.shape[0]:
+        return total
+    each = _log_probabilities(
+        model, rows.hidden, branches, followers.repeat(num_rows)[:, None], rows.output_class
+    )
+    return total.index_add(1, candidate_of, each.view(num_rows, -1))
+
+
+def _with_candidates(batch: Batch, fed: Tensor) -> Batch:
+    num_rows = batch.shape[0]
+    ids, mask = batch.input_ids, batch.attention_mask
+    if ids is None:
+        raise ValueError("candidates are scored behind input_ids, not behind inputs_embeds")
+    return replace(
+        batch,
+        input_ids=torch.cat([ids, fed.to(ids.dtype).expand(num_rows, -1)], 1),
+        attention_mask=torch.cat([mask, mask.new_ones(num_rows, fed.shape[0])], 1),
+    )
+
+
+def _layout_of(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    fed: Tensor,
+    candidate_of: Tensor,
+    place: list[int],
+    compact: bool,
+    backend: str,
+) -> PackedLayout:
+    whole = _with_candidates(batch, fed)
+    positions = "compact" if compact else plan.positions
+    layout = build_layout(
+        whole.attention_mask,
+        whole.prompt_lengths,
+        input_ids=whole.input_ids,
+        prompt_of_row=whole.prompt_of_row,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        positions=positions,
+        backend=backend,
+    )
+    places = torch.tensor(place, dtype=torch.int32, device=fed.device)
+    return branch_out(layout, batch.attention_mask, candidate_of.int() + 1, places, positions)
+
+
+def _log_probabilities(
+    model: CausalLM, hidden: Tensor, rows: Tensor, targets: Tensor, output_class: type
+) -> Tensor:
+    """[R, n]: log-probabilities of the tokens `targets` [R, n] in the rows [R] of `hidden`.
+
+    The logits of few rows are there at a time.
+    """
+    parts, first, count = [], 0, 1
+    while first < rows.shape[0]:
+        logits = own_logits(model, hidden[rows[first : first + count]][None], output_class)[0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        wanted = logits.gather(1, targets[first : first + count])
+        parts.append(wanted - logits.logsumexp(1, keepdim=True))
+        first += count
+        count = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+    return torch.cat(parts)
+
+
+# ------------------------------------------------------------------------------------------ one at a time
+def _alone(model: CausalLM, batch: Batch, candidate: list[int]) -> Tensor:
+    """[B] log-probabilities of one candidate, in rows that are padded behind it."""
+    fed = torch.tensor(candidate, dtype=torch.int64, device=batch.attention_mask.device)
+    whole = _with_candidates(batch, fed)
+    # Texts to the front, pads to the end: so no padding side and no recurrent state matters.
+    order = (whole.attention_mask == 0).int().argsort(dim=1, stable=True)
+    ids = torch.as_tensor(whole.input_ids).gather(1, order)
+    mask = whole.attention_mask.gather(1, order)
+    logits = stock_forward(model, replace(whole, input_ids=ids, attention_mask=mask)).logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    last = batch.prompt_lengths[0] + (batch.attention_mask != 0).sum(1) - 1
+    columns = last[:, None] + torch.arange(len(candidate), device=last.device)
+    rows = logits.take_along_dim(columns[:, :, None], 1)
+    wanted = rows.gather(2, fed.expand(len(last), -1)[:, :, None])[:, :, 0]
+    return (wanted - rows.logsumexp(2)).sum(1)

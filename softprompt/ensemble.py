@@ -1,0 +1,140 @@
+"""Prompt ensembles: several prompts of one frozen model, trained in one batch stream and asked together.
+
+Section 6 of Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning": N prompts stand
+in for N models, and the frozen model is there once. Here every step packs its batch once per prompt and runs
+one forward and one backward for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor
+
+from softprompt.calls import adapter_obstacle, prompt_of
+from softprompt.engine.ensembles import PromptLosses, losses_of_prompts
+from softprompt.engine.forward import UnsupportedModelError
+from softprompt.peft import state_of
+
+COMBINATIONS = ("vote", "mean")
+PROMPT_NAME = "prompt"  # the adapters are prompt-1, prompt-2, ...
+
+
+def create(base: Any, configs: Sequence[PromptTuningConfig], *, seeds: Sequence[int] | None = None) -> Any:
+    """A PEFT model with one adapter for each configuration, `prompt-1` to `prompt-N`.
+
+    Args:
+        base: the frozen causal LM.
+        configs: N of them; they may differ in anything, length and initialiser included.
+        seeds: of the prompts; each prompt is that of `torch.manual_seed(seed); get_peft_model(base, config)`.
+            None: 0 .. N-1. The state of torch's random numbers is left as it was.
+
+    Raises:
+        ValueError: fewer than two configurations, or not one seed for each.
+    """
+    if len(configs) < 2:
+        raise ValueError(f"an ensemble needs at least two prompts, got {len(configs)}")
+    seeds = range(len(configs)) if seeds is None else seeds
+    if len(seeds) != len(configs):
+        raise ValueError(f"expected one seed for each of {len(configs)} prompts, got {len(seeds)}")
+    model: Any = None
+    with torch.random.fork_rng(devices=[]):
+        for number, (config, seed) in enumerate(zip(configs, seeds, strict=True), start=1):
+            torch.manual_seed(seed)
+            name = f"{PROMPT_NAME}-{number}"
+            if model is None:
+                model = get_peft_model(base, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+    return model
+
+
+def losses(
+    model: Any,
+    input_ids: Tensor,  # [B, L]
+    attention_mask: Tensor | None = None,  # [B, L]
+    labels: Tensor | None = None,  # [B, L]
+    *,
+    adapters: Sequence[str] | None = None,
+    positions: str | None = None,
+) -> PromptLosses:
+    """The mean loss of a batch behind the prompt of each adapter, in one forward.
+
+    `losses(...).total.backward()` gives every prompt the gradient that it has alone; an optimizer that treats
+    parameters one by one (AdamW, Adafactor) then trains each prompt as if it were the only one.
+
+    Args:
+        model: a PEFT prompt-tuning model, patched or not.
+        input_ids: [B, L], without the prompt.
+        attention_mask: [B, L], 0 = pad. None: no pads.
+        labels: [B, L], -100 = no label.
+        adapters: names of K adapters, two or more. None: all.
+        positions: "padded" or "compact", see `softprompt.patch`. None: what the model was patched with, else
+            "padded".
+
+    Returns:
+        `total` [], to be differentiated, and `each` [K], the losses of the prompts.
+
+    Raises:
+        TypeError: not a PEFT model.
+        ValueError: fewer than two adapters, an unknown one, or no labels.
+        UnsupportedModelError: the model or an adapter is not served by the packed route.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"an ensemble is a PEFT model with several adapters, got {type(model).__name__}")
+    names = list(model.peft_config) if adapters is None else list(adapters)
+    if len(names) < 2:
+        raise ValueError(f"an ensemble needs at least two prompts, got {len(names)}")
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown:
+        raise ValueError(
+            f"unknown adapters {', '.join(unknown)}; the model has {', '.join(model.peft_config)}"
+        )
+    if labels is None:
+        raise ValueError("an ensemble is trained on labels, got none")
+    obstacle = adapter_obstacle(model, names)
+    if obstacle is not None:
+        raise UnsupportedModelError(f"softprompt: {obstacle}")
+    state = state_of(model)
+    if positions is None:
+        positions = "padded" if state is None else state.options.positions
+    return losses_of_prompts(
+        model.get_base_model(),
+        [prompt_of(model, name) for name in names],
+        input_ids,
+        attention_mask,
+        labels,
+        positions=positions,
+        cuda_graphs=state is None or state.options.cuda_graphs,
+    )
+
+
+def combine(probabilities: Tensor, how: str = "vote") -> tuple[Tensor, Tensor]:
+    """One prediction of each row from those of several prompts.
+
+    Args:
+        probabilities: [K, N, C] of C labels behind each of K prompts, above 0 or equal to it.
+        how: "vote": the label that most prompts prefer; where several labels have as many votes, the one of
+            them with the greatest mean log-probability. "mean": the greatest mean log-probability.
+
+    Returns:
+        [N] numbers of the chosen labels, and [N, C] the probabilities `∝ exp(mean over prompts of log p)`.
+
+    Raises:
+        ValueError: an unknown `how`, or another rank.
+    """
+    if how not in COMBINATIONS:
+        raise ValueError(f"how must be one of {', '.join(map(repr, COMBINATIONS))}, got {how!r}")
+    if probabilities.ndim != 3:
+        raise ValueError(f"probabilities must be [K, N, C], got {list(probabilities.shape)}")
+    mean = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log().mean(0)
+    shares = mean.softmax(1)
+    if how == "mean":
+        return mean.argmax(1), shares
+    choices = probabilities.argmax(2)
+    votes = torch.nn.functional.one_hot(choices, probabilities.shape[2]).sum(0)
+    tied = votes == votes.amax(1, keepdim=True)
+    return mean.masked_fill(~tied, -torch.inf).argmax(1), shares

@@ -1,0 +1,135 @@
+"""Labels by their likelihood: no text is generated, every label of every row is scored in one packed forward.
+
+The end token is part of a label, so that a label which begins like another one is told apart from it: "no"
+and its end against "no complaint" and its end.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.calls import prompt_of
+from softprompt.engine.scoring import score
+from softprompt.tasks.classification import Encoder
+from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.errors import TaskError
+from softprompt.tasks.inference import evaluation_mode
+
+CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")  # of Zhao et al. 2021, section 5
+
+
+@torch.no_grad()
+def label_log_likelihoods(
+    model: Any,
+    encoder: Encoder,
+    texts: Sequence[str],
+    *,
+    adapters: Sequence[str] | None = None,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`log p(label, end token | prompt, text)` of every label of the task, as the model would write it.
+
+    Args:
+        model: a PEFT prompt-tuning model, patched or not.
+        encoder: of the task.
+        texts: N texts; one that is too long loses its end, as in training.
+        adapters: K adapters; every text is scored behind each of their prompts, all in one forward. None: the
+            active one.
+        batch_size: texts in a forward.
+        progress: called with the number of texts done in each batch.
+
+    Returns:
+        [K, N, C] fp64 on the CPU; the labels are those of `encoder.task.labels`, in their order.
+
+    Raises:
+        TaskError: one label with its end token begins another one.
+        ValueError: see `softprompt.score`.
+    """
+    names = [model.active_adapter] if adapters is None else list(adapters)
+    candidates = label_candidates(encoder)
+    task = encoder.task
+    padded = task.positions == "padded" and task.padding == "max_length"
+    collate = LeftPadCollator(encoder.pad_token_id, encoder.max_prompt if padded else None)
+    parts = []
+    with evaluation_mode(model), warnings.catch_warnings():
+        warnings.filterwarnings("once", message="softprompt: candidates are scored one at a time")
+        prompts = [prompt_of(model, name) for name in names]
+        for start in range(0, len(texts), batch_size):
+            ids = [encoder.prompt(text) for text in texts[start : start + batch_size]]
+            batch = collate([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
+            scores = score(
+                model.get_base_model(),
+                prompts,
+                candidates,
+                batch["input_ids"].repeat(len(names), 1).to(model.device),
+                batch["attention_mask"].repeat(len(names), 1).to(model.device),
+                [number for number in range(len(names)) for _ in ids],
+                positions=task.positions,
+            )
+            parts.append(scores.double().cpu().view(len(names), len(ids), -1))
+            if progress is not None:
+                progress(len(ids))
+    return torch.cat(parts, 1)
+
+
+def label_candidates(encoder: Encoder) -> list[list[int]]:
+    """Return the token ids of every label of the task with its end token.
+
+    Raises:
+        TaskError: one of them begins another one, so that their likelihoods cannot be compared.
+    """
+    targets = encoder.targets
+    for label, target in targets.items():
+        for other, longer in targets.items():
+            if label != other and longer[: len(target)] == target:
+                raise TaskError(
+                    f"the label {label!r} with its end token begins the label {other!r}: labels must not "
+                    f"contain the end token {encoder.tokenizer.decode([encoder.end_token_id])!r}; rename "
+                    f"{other!r}"
+                )
+    return [targets[label] for label in encoder.task.labels]
+
+
+def content_free_log_likelihoods(
+    model: Any, encoder: Encoder, *, adapters: Sequence[str] | None = None
+) -> Tensor:
+    """`label_log_likelihoods` [K, 3, C] of texts that say nothing: "N/A", the empty text and "[MASK]"."""
+    return label_log_likelihoods(
+        model, encoder, CONTENT_FREE_TEXTS, adapters=adapters, batch_size=len(CONTENT_FREE_TEXTS)
+    )
+
+
+def label_probabilities(
+    log_likelihoods: Tensor,  # [..., N, C]
+    *,
+    lengths: Sequence[int] | None = None,  # [C]
+    content_free: Tensor | None = None,  # [..., n, C]
+) -> Tensor:
+    """Turns log-likelihoods of labels into probabilities that sum to 1 over the labels.
+
+    Args:
+        log_likelihoods: [..., N, C] from `label_log_likelihoods`.
+        lengths: [C] tokens of each label: its mean log-likelihood per token counts instead of the sum, so
+            that long labels are not at a disadvantage (Brown et al. 2020, "Language Models are Few-Shot
+            Learners", section 2.4). None: the sum, which is what training raises.
+        content_free: [..., n, C] log-likelihoods after texts that say nothing: contextual calibration (Zhao
+            et al. 2021, "Calibrate Before Use", section 5), `q ∝ p / mean over the n texts of
+            p_content_free`, which takes out what the model prefers whatever the text.
+
+    Returns:
+        [..., N, C].
+    """
+    if lengths is not None:
+        tokens = torch.tensor(lengths, dtype=log_likelihoods.dtype)
+        log_likelihoods = log_likelihoods / tokens
+        content_free = None if content_free is None else content_free / tokens
+    logs = log_likelihoods.log_softmax(-1)
+    if content_free is not None:
+        logs = logs - content_free.softmax(-1).mean(-2, keepdim=True).log()
+    return logs.softmax(-1)
