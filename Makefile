@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -16,6 +16,7 @@ help:
 	@echo "make gpu         on a GPU: tests, benchmarks of steps and kernels, then their tables (about 8 minutes)"
 	@echo "make sanitize    on a GPU: the kernel tests under compute-sanitizer"
 	@echo "make sanitize-cpu   the tests of the native ops under address and undefined-behaviour sanitizers"
+	@echo "make models      the tests of all architectures, and the table of docs/models.md"
 	@echo "make installs       installations into fresh environments: no compiler, no torch, editable, ..."
 	@echo "make gpu-rehearsal  the same as make gpu at toy sizes on the CPU"
 
@@ -95,6 +96,13 @@ sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
 sanitize: $(GPU_READY) extension
 	compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
 	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
+
+# The table of docs/models.md, from the tests of all architectures.
+models: export SOFTPROMPT_RECORD_MODELS = build/models.jsonl
+models: $(READY)
+	mkdir -p build && rm -f $(SOFTPROMPT_RECORD_MODELS)
+	$(BIN)/python -m pytest -q -n 2 tests/models
+	$(BIN)/python tests/models/page.py $(SOFTPROMPT_RECORD_MODELS) docs/models.md
 
 # What `make gpu` does, at toy sizes on the CPU: Triton's interpreter, and steps recorded by running them again.
 gpu-rehearsal: export TRITON_INTERPRET = 1

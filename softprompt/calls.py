@@ -91,7 +91,7 @@ def reason_for_stock(
     plan: Plan,
     names: list[str],
     labels: Tensor | None,
-    text_length: int,
+    text_shape: tuple[int, int],
     extra: dict[str, Any],
     *,
     compact: bool,
@@ -103,7 +103,7 @@ def reason_for_stock(
         plan: of its base model.
         names: adapters of the call.
         labels: of the call.
-        text_length: L.
+        text_shape: B and L.
         extra: the other arguments of the call.
         compact: whether pads are left out of the positions.
     """
@@ -111,8 +111,13 @@ def reason_for_stock(
     obstacle = adapter_obstacle(model, names)
     if obstacle is not None:
         return obstacle
-    longest = text_length + max(model.peft_config[name].num_virtual_tokens for name in names)
-    obstacle = obstacle_to(plan, compact=compact, longest=longest)
+    lengths = {name: model.peft_config[name].num_virtual_tokens for name in names}
+    obstacle = obstacle_to(
+        plan,
+        compact=compact,
+        longest=text_shape[1] + max(lengths.values()),
+        rows=sum(lengths.values()) + text_shape[0] * text_shape[1],
+    )
     if obstacle is not None:
         return obstacle
     for name in ("output_attentions", "output_hidden_states"):

@@ -231,13 +231,15 @@ class _Patched(PeftModelForCausalLM):
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         plan = plan_for(self.get_base_model())
         given = input_ids if inputs_embeds is None else inputs_embeds
-        text_length = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0
+        shape = (0, 0)
+        if isinstance(given, Tensor) and given.ndim > 1:
+            shape = (given.shape[0], given.shape[1])
         reason = reason_for_stock(
             self,
             plan,
             names,
             labels,
-            text_length,
+            shape,
             {
                 "output_attentions": output_attentions,
                 "output_hidden_states": output_hidden_states,

@@ -149,9 +149,9 @@ PADDED = ("mamba", "mamba2", "jamba", "recurrent_gemma", "lfm2", "qwen3_next")
 PACKED = tuple(name for name in ARCHITECTURES if name not in (*PADDED, "gpt2-dropout"))
 
 
-def build(name, dtype=torch.float64, implementation=None, **overrides):
+def build(name, dtype=torch.float64, implementation=None, architectures=ARCHITECTURES, **overrides):
     """A frozen random model in evaluation mode."""
-    model_type, settings = ARCHITECTURES[name]
+    model_type, settings = architectures[name]
     config = CONFIG_MAPPING[model_type](**(settings | overrides))
     extra = {} if implementation is None else {"attn_implementation": implementation}
     torch.manual_seed(0)

@@ -80,7 +80,8 @@ def losses_of_prompts(
     )
     plan, compact = plan_for(model), positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
-    reason = obstacle_to(plan, compact=compact, longest=longest)
+    most_rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
+    reason = obstacle_to(plan, compact=compact, longest=longest, rows=most_rows)
     if reason is not None or plan.route != "packed":
         raise UnsupportedModelError(
             f"softprompt: several prompts on one batch need the packed route: {reason or plan.reason}"

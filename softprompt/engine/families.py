@@ -31,7 +31,8 @@ _POSITION_TABLES = {
 }
 # Attention whose mask is a buffer indexed by the place in the row; too short a probe would not show it.
 _MASKS_BY_PLACE = ("gpt_neo",)
-_PLAIN_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+# Layers without a cache of their own (DummyLayer) read the keys and values of an earlier layer.
+_PLAIN_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def packing_obstacle(model: CausalLM) -> str | None:
                 f"{config.model_type} masks tokens by their place in the row, which packing changes, "
                 f"and {unanswered}"
             )
-    if getattr(config, "attn_temperature_tuning", False):
+    if getattr(config, "attn_temperature_tuning", False) and row_limit(model) is None:
         return f"{config.model_type} scales its attention by the place in the row, which packing changes"
     if getattr(model, "_is_stateful", False):
         return f"{config.model_type} keeps a recurrent state, which would leak from one text into the next"
@@ -202,6 +203,19 @@ def head_facts(model: CausalLM) -> HeadFacts:
         scale = 1.0 / float(divide)
     softcap = getattr(config, "final_logit_softcapping", None)
     return HeadFacts(scale, float(softcap) if softcap else None)
+
+
+def row_limit(model: CausalLM) -> int | None:
+    """Rows up to which Llama-4's attention has one scale for every place in the row; None for other models.
+
+    The scale grows with each multiple of `floor_scale`. A sixteenth of it is left for the rows that recorded
+    steps add.
+    """
+    config = config_of(model)
+    floor = getattr(config, "floor_scale", None)
+    if not getattr(config, "attn_temperature_tuning", False) or not isinstance(floor, int | float):
+        return None
+    return int(floor) * 15 // 16
 
 
 def rotary_switch(model: CausalLM) -> int | None:

@@ -96,7 +96,8 @@ def forward(
     plan = plan_for(model)
     compact = positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
-    obstacle = obstacle_to(plan, compact=compact, longest=longest)
+    rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
+    obstacle = obstacle_to(plan, compact=compact, longest=longest, rows=rows)
     if obstacle is not None:
         if on_unsupported == "error" or compact or len(set(batch.prompt_lengths)) > 1:
             raise UnsupportedModelError(obstacle)
@@ -133,13 +134,14 @@ def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0) -> str | None:
+def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0, rows: int = 0) -> str | None:
     """Why a call cannot take the plan's fast route, as a sentence, or None.
 
     Args:
         plan: of the model.
         compact: whether pads are left out of the positions.
         longest: prompt and padded text of the call, in tokens.
+        rows: all prompts and padded texts of the call, in tokens.
     """
     if plan.route == "stock":
         return f"the model's own forward is used: {plan.reason}"
@@ -149,6 +151,11 @@ def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0) -> str | None:
         return (
             f"the model's rotary embedding changes beyond {plan.rotary_switch} positions, and in a padded "
             f"batch of {longest} pads count for that"
+        )
+    if plan.row_limit is not None and rows > plan.row_limit:
+        return (
+            f"the model scales its attention by the place in the row, from {plan.row_limit} rows on, and the "
+            f"prompts and texts of this batch may take {rows}"
         )
     return None
 

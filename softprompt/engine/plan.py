@@ -48,6 +48,7 @@ class Plan:
     logits_dtype: torch.dtype = torch.float32  # of the model's own forward, without autocast
     vocab_size: int = 0  # width of its logits
     rotary_switch: int | None = None  # see `families.rotary_switch`
+    row_limit: int | None = None  # see `families.row_limit`
 
     def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> HiddenRows:
         """The hidden rows of a batch on this route.
@@ -134,6 +135,7 @@ def make_plan(model: CausalLM) -> Plan:
                 logits_dtype=output.logits.dtype,
                 vocab_size=output.logits.shape[-1],
                 rotary_switch=families.rotary_switch(model),
+                row_limit=families.row_limit(model) if plan.route == "packed" else None,
             )
     except _StockFailedError as error:
         return Plan("stock", str(error))

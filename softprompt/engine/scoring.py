@@ -91,7 +91,9 @@ def score(
     _check_length(batch, longest_candidate, limit, compact=compact)
     longest = max(batch.prompt_lengths) + batch.shape[1] + longest_candidate
     packed = plan.route == "packed"
-    reason = obstacle_to(plan, compact=compact, longest=longest) if packed else plan.reason
+    branches = batch.shape[0] * sum(map(len, continuations))
+    rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1] + branches
+    reason = obstacle_to(plan, compact=compact, longest=longest, rows=rows) if packed else plan.reason
     if reason is None:
         return _packed(model, plan, batch, continuations, compact, backend)
     if getattr(model.config, "is_encoder_decoder", False) or len(set(batch.prompt_lengths)) > 1:
