@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
-from peft import PeftType
-from torch import Tensor
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
 
 from softprompt.engine import Plan, families
 from softprompt.engine.batch import check_texts
 from softprompt.engine.forward import obstacle_to, prompt_width
 from softprompt.layout import raise_out_of_range
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+# Reentrant: a model may assist itself, or be asked again by a logits processor.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def taking_turns(method: Method) -> Method:
+    """A method of a PEFT model in which one thread at a time is, for all methods and each base model.
+
+    Packed calls choose the attention of the base model, and both kinds of `generate` its inputs: a call in
+    another thread, fast or not, would compute with them.
+    """
+
+    @functools.wraps(method)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _LOCKS.setdefault(self.get_base_model(), threading.RLock()):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, alone)
+
+
+@contextlib.contextmanager
+def own_inputs(base: nn.Module) -> Iterator[None]:
+    """The base model prepares its inputs itself in the block, and as before behind it.
+
+    PEFT's `generate` sets this method to one of its own. It puts the model's first one back, also inside of
+    another call that has set another; an interrupt leaves its own there.
+    """
+    name = "prepare_inputs_for_generation"
+    before = base.__dict__.get(name)
+    if isinstance(getattr(before, "__self__", None), PeftModel):
+        del base.__dict__[name]
+    try:
+        yield
+    finally:
+        base.__dict__.pop(name, None)
+        if before is not None:
+            base.__dict__[name] = before
 
 
 def adapters_of_rows(

@@ -18,7 +18,13 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 
-from softprompt.calls import adapters_of_rows, check_stock_input, reason_for_stock
+from softprompt.calls import (
+    adapters_of_rows,
+    check_stock_input,
+    own_inputs,
+    reason_for_stock,
+    taking_turns,
+)
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.forward import (
@@ -211,6 +217,7 @@ class _Patched(PeftModelForCausalLM):
 
     _softprompt: PatchState
 
+    @taking_turns
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -278,28 +285,30 @@ class _Patched(PeftModelForCausalLM):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
 
+    @taking_turns
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """PEFT's generate, with each prompt computed once and kept for later calls.
 
         Beside the arguments of transformers' generate `adapter_names` gives each row its adapter.
         """
-        if self._adapters_disabled:
-            if adapter_names is not None:
-                raise ValueError("adapter_names was given inside of disable_adapter()")
-            return super().generate(*args, **kwargs)
         base = self.get_base_model()
-        if not hasattr(base, "model"):  # as PEFT does
-            base.generation_config = self.generation_config
-        plan, options = plan_for(base), self._softprompt.options
-        compact = options.positions == "compact"
-        call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
-        reason = stock_reason(self, plan, call)
-        if reason is not None:
-            _fall_back(self, reason, adapter_names, "generate")
-            return super().generate(*args, **kwargs)
-        self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
-        call.arguments.pop("task_ids", None)  # of other types of adapters
-        return _generate(self, plan, call)
+        with own_inputs(base):
+            if self._adapters_disabled:
+                if adapter_names is not None:
+                    raise ValueError("adapter_names was given inside of disable_adapter()")
+                return super().generate(*args, **kwargs)
+            if not hasattr(base, "model"):  # as PEFT does
+                base.generation_config = self.generation_config
+            plan, options = plan_for(base), self._softprompt.options
+            compact = options.positions == "compact"
+            call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
+            reason = stock_reason(self, plan, call)
+            if reason is not None:
+                _fall_back(self, reason, adapter_names, "generate")
+                return super().generate(*args, **kwargs)
+            self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
+            call.arguments.pop("task_ids", None)  # of other types of adapters
+            return _generate(self, plan, call)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""
@@ -396,8 +405,8 @@ def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, met
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
     if reason not in state.said:
         state.said.add(reason)
-        # torch calls a forward through a function of its own.
-        level = 4 if method == "forward" else 3
+        # torch calls a forward through two functions of its own.
+        level = 6 if method == "forward" else 4
         warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
 
 
@@ -411,5 +420,5 @@ def _say_dropout(model: Any, base: nn.Module) -> None:
             f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: the "
             "packed row draws the prompt's masks once per step where PEFT draws them per row (same "
             "expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
-            stacklevel=5,
+            stacklevel=8,
         )

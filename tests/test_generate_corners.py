@@ -248,6 +248,8 @@ def test_caches_that_do_not_fit_the_call_are_an_error():
         tokens(fast, turn, past_key_values=cache, num_beams=2)
     with pytest.raises(ValueError, match="holds 15 tokens of the conversation"):
         tokens(fast, BATCH, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"got \[3, 18\] for input_ids of \[3, 21\]"):
+        tokens(fast, turn | {"attention_mask": turn["attention_mask"][:, :18]}, past_key_values=cache)
     mask = torch.ones_like(turn["attention_mask"])
     with pytest.raises(ValueError, match="differs from that of the call that began"):
         tokens(fast, turn | {"attention_mask": mask}, past_key_values=cache)

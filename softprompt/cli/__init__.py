@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, TaskError) as error:
         print(f"softprompt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"softprompt: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("softprompt: interrupted", file=sys.stderr)
         return 130

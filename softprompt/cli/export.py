@@ -75,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     saved = open_prompt(args.adapter, args.model)
+    if saved.config is not None and saved.config.modules_to_save:
+        raise UsageError(
+            f"{saved.source} holds trained modules of the model beside the prompt "
+            f"({', '.join(saved.config.modules_to_save)}): without them the prompt gives other answers"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "npy":
         export.save_npy(saved.prompt, output)

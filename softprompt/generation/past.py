@@ -102,7 +102,7 @@ def whole_mask(mask: Tensor, ids: Tensor, past: Past, cached: int) -> Tensor:
     given, begun = torch.ne(mask, 0), torch.ne(past.given_mask, 0)
     expected = cached - past.longest_prompt
     num_new = given.shape[1] - expected
-    if given.shape[0] != ids.shape[0] or not 1 <= num_new <= ids.shape[1]:
+    if given.shape[0] != ids.shape[0] or not 1 <= num_new <= ids.shape[1] <= given.shape[1]:
         raise ValueError(
             f"past_key_values holds {expected} tokens of the conversation: attention_mask must be "
             f"[{ids.shape[0]}, {expected} and the new tokens], and input_ids all tokens or the new ones; "

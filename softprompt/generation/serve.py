@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, StaticCache
 
 from softprompt.engine import Plan, families
@@ -30,9 +28,6 @@ from softprompt.generation.known import KnownPrompt, known_prompt
 from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask
 from softprompt.generation.steps import Columns, run
 from softprompt.layout import raise_out_of_range
-
-# A call sets methods of the model: threads that share one take turns. Reentrant: a model may assist itself.
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -56,17 +51,6 @@ def generate(
         IndexError: an id outside the vocabulary.
         ValueError: arguments that do not fit together; says what was given and what is expected.
     """
-    with _LOCKS.setdefault(model, threading.RLock()):
-        return _generate(model, plan, call, prompts, known)
-
-
-def _generate(
-    model: CausalLM,
-    plan: Plan,
-    call: GenerateCall,
-    prompts: Mapping[str, Tensor],
-    known: dict[str, KnownPrompt],
-) -> Any:
     raise_out_of_range(call.input_ids, None, families.vocab_size(model))
     for name, prompt in prompts.items():
         known[name] = known_prompt(model, known.get(name), prompt)

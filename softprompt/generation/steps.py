@@ -55,7 +55,10 @@ def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache
     )
     no_ids = columns.input_ids is None
     process = functools.partial(
-        _logits_processor, model._get_logits_processor, None if no_ids else columns.text_mask
+        _logits_processor,
+        model._get_logits_processor,
+        cache=cache,
+        text_mask=None if no_ids else columns.text_mask,
     )
     own = {"prepare_inputs_for_generation": prepare, "_get_logits_processor": process}
     with _methods(model, own):
@@ -145,9 +148,13 @@ def _prepare_inputs(
     return inputs
 
 
-def _logits_processor(stock: Callable[..., Any], text_mask: Tensor | None, **kwargs: Any) -> Any:
+def _logits_processor(
+    stock: Callable[..., Any], *, cache: Cache, text_mask: Tensor | None, **kwargs: Any
+) -> Any:
     """The model's own processors of logits, with the mask of the ids, where one of them looks for pads."""
     others = kwargs.get("model_kwargs") or {}
+    if others.get("past_key_values") is not cache:  # of another call, inside of this one
+        return stock(**kwargs)
     mask = others.get("attention_mask")
     if mask is not None and text_mask is not None:
         text_mask = text_mask.to(mask.device).repeat_interleave(mask.shape[0] // text_mask.shape[0], 0)

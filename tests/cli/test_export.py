@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def test_what_cannot_be_exported_is_one_line(run, trained, model_folder, tmp_pat
         (trained, *vllm): "--format vllm needs the text that stands behind the prompt: give --text",
         (trained, "--format", "peft", "--output", trained): "exists already: name another --output",
         (trained, "--format", "peft", "--output", tmp_path / "file"): "is a file: name a folder",
+        (trained, "--format", "npy", "--output", tmp_path / "file" / "n.npy"): f"{tmp_path / 'file'}: ",
         (tmp_path / "p.npy", "--format", "peft", "--output", tmp_path / "x"): "trained: give --model",
         (tmp_path / "p.npy", *vllm, "--text", "a", "--model", model_folder): (
             "is 7 numbers wide, the model's tokens 32: it belongs to another model; the model is "
@@ -183,3 +185,18 @@ def test_what_cannot_be_exported_is_one_line(run, trained, model_folder, tmp_pat
         assert message in err
         assert err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "p.npy"]
+
+
+def test_a_prompt_that_was_trained_with_modules_of_the_model_is_not_exported_without_them(
+    run, trained, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}))
+    for form, output in (("npy", "p.npy"), ("peft", "p")):
+        code, _, err = run(
+            "export", "--adapter", tmp_path / "adapter", "--format", form, "--output", tmp_path / output
+        )
+        assert code == 2
+        assert "holds trained modules of the model beside the prompt (lm_head)" in err
+        assert not (tmp_path / output).exists()

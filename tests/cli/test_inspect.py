@@ -129,6 +129,7 @@ def test_what_cannot_be_inspected_is_one_line(run, trained, model, tmp_path):
         ): "the initial prompt has 2 virtual tokens",
         ("--adapter", trained, "--neighbours", 9999): "neighbours must be from 1 to",
         ("--adapter", trained, "--output", tmp_path / "file"): "is a file: name a folder",
+        ("--adapter", trained, "--output", tmp_path / "file" / "seen"): "Not a directory",
         ("--adapter", trained, "--model", "./nowhere"): "the model ./nowhere is not a folder",
     }
     for arguments, message in cases.items():

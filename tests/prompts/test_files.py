@@ -79,6 +79,16 @@ def write(path, array, **options):
     return path
 
 
+def with_bytes(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def header(shape):
+    text = str({"descr": "<f4", "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 BAD_FILES = {
     "missing": (
         lambda folder: folder / "none.npy",
@@ -91,6 +101,18 @@ BAD_FILES = {
     "garbage": (
         lambda folder: folder / "garbage.npy",
         "garbage.npy is not a readable .npy file without pickled objects",
+    ),
+    "a broken archive": (
+        lambda folder: with_bytes(folder / "p.npy", b"PK\x03\x04 and no more"),
+        "p.npy is not a readable .npy file without pickled objects",
+    ),
+    "an open header": (
+        lambda folder: with_bytes(folder / "p.npy", b"\x93NUMPY\x01\x00\x0a\x00{'descr': ("),
+        "p.npy is not a readable .npy file without pickled objects",
+    ),
+    "more numbers than any memory": (
+        lambda folder: with_bytes(folder / "p.npy", header((10**12, 10**6))),
+        "p.npy is not a readable .npy file without pickled objects",
     ),
     "three dimensions": (
         lambda folder: write(folder / "p.npy", np.zeros((1, 2, 3))),
