@@ -27,7 +27,7 @@ struct Options {
 
 template <class Sum>
 struct Sums {
-  Sum maximum = std::numeric_limits<Sum>::lowest() / 2;
+  Sum maximum = std::numeric_limits<Sum>::lowest();
   double total = 0;
   double plain = 0;
 
