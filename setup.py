@@ -6,6 +6,7 @@ happens when that fails: `auto` warns and installs without them, `require` fails
 
 import os
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def sources(folder: str, *patterns: str) -> list[str]:
 def extensions() -> tuple[list, dict]:
     """The extension modules that can be tried here, and the command that builds them."""
     try:
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            raise ImportError("a free-threaded Python has no limited API")
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-    except ImportError as error:
+    except Exception as error:  # a torch that misses a library raises OSError
         without("its native ops", error)
         return [], {}
 

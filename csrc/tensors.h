@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <optional>
 
-// Raised by softprompt/ops/native.py where a module was built from sources with other arguments.
+// Of the arguments. softprompt/ops/library.py refuses a module whose number is not its own.
 #define SOFTPROMPT_INTERFACE 1
 
 namespace softprompt {

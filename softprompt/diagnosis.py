@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,14 +138,23 @@ def _fix_of(backend: str, device_type: str) -> str:
 
 
 def _build() -> list[Finding]:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++", "cl")), None)
+    named = shlex.split(os.environ.get("CXX", ""))  # a command, maybe with arguments
+    compiler = named[0] if named else next(filter(shutil.which, ("c++", "g++", "clang++", "cl")), None)
     found = [
         _tool("C++ compiler", compiler, "apt-get install g++, or xcode-select --install on a Mac"),
         _tool("ninja", "ninja", "pip install ninja"),
     ]
     if torch.version.cuda:
-        found.append(_tool("nvcc", "nvcc", f"install the CUDA toolkit {torch.version.cuda}"))
+        found.append(_tool("nvcc", _nvcc(), f"install the CUDA toolkit {torch.version.cuda}"))
     return found
+
+
+def _nvcc() -> str:
+    """Where torch's builds look for it: CUDA_HOME or CUDA_PATH, PATH, /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None and shutil.which("nvcc") is None:
+        home = "/usr/local/cuda"
+    return "nvcc" if home is None else str(Path(home, "bin", "nvcc"))
 
 
 def _tool(name: str, command: str | None, fix: str) -> Finding:

@@ -9,9 +9,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def backend_parameter(name):
-    """A parameter that is skipped, with the reason, where the back end cannot run here."""
+    """A parameter that is skipped, with the reason, where the back end cannot run here.
+
+    The compiled CUDA ops have no other tests than these: on a GPU they belong to `pytest -m gpu`.
+    """
     found = availability(name, DEVICE)
-    return pytest.param(name, marks=[] if found.usable else pytest.mark.skip(reason=found.reason))
+    marks = [] if found.usable else [pytest.mark.skip(reason=found.reason)]
+    if name == "native" and DEVICE == "cuda":
+        marks.append(pytest.mark.gpu)
+    return pytest.param(name, marks=marks)
 
 
 BACKENDS = [backend_parameter(name) for name in ("reference", "triton", "native")]

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../tensors.h"
@@ -27,7 +29,7 @@ struct Options {
 
 template <class Sum>
 struct Sums {
-  Sum maximum = std::numeric_limits<Sum>::lowest() / 2;
+  Sum maximum = std::numeric_limits<Sum>::lowest();
   double total = 0;
   double plain = 0;
 

@@ -17,10 +17,10 @@ inline float exp_of(float x) {
   value = value * rest + 5.0000001201e-1f;
   value = value * rest * rest + rest + 1.0f;
   uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, 4);
+  std::memcpy(&bits, &shifted, 4);
   bits = (bits << 23) + 0x3f800000u;
   float power;
-  __builtin_memcpy(&power, &bits, 4);
+  std::memcpy(&power, &bits, 4);
   return x < kLowest ? 0.0f : value * power;
 }
 
@@ -55,7 +55,7 @@ template <class Sum>
 inline Sum widen(c10::BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.x) << 16;
   float wide;
-  __builtin_memcpy(&wide, &bits, 4);
+  std::memcpy(&wide, &bits, 4);
   return wide;
 }
 
@@ -68,7 +68,7 @@ template <class Logit, class Sum>
 inline Logit narrow(Sum value) {
   if constexpr (std::is_same_v<Logit, c10::BFloat16>) {
     uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
+    std::memcpy(&bits, &value, 4);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const uint32_t result = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
     return c10::BFloat16(static_cast<unsigned short>(result), c10::BFloat16::from_bits());

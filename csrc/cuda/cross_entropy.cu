@@ -29,7 +29,7 @@ struct Problem {
 
 template <class Sum>
 struct Sums {
-  Sum maximum = std::numeric_limits<Sum>::lowest() / 2;
+  Sum maximum = std::numeric_limits<Sum>::lowest();
   Sum total = 0;  // of exponentials below the maximum
   Sum plain = 0;
 

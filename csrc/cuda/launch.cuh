@@ -8,8 +8,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <type_traits>
-
 #include "../tensors.h"
 
 namespace softprompt {
@@ -41,7 +39,7 @@ int64_t blocks_at_once(void (*kernel)(Parameters...), int threads) {
 // A kernel on the current stream of the device of `where`.
 template <class... Parameters>
 void launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, const Tensor& where, std::type_identity_t<Parameters>... arguments) {
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, const Tensor& where, typename Type<Parameters>::type... arguments) {
   kernel<<<grid, block, 0, stream_of(where)>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -8,6 +8,10 @@
 namespace softprompt {
 namespace {
 
+constexpr int kMostWarps = 32;            // of a block that is alone
+constexpr int kWarpsOfMany = 4;           // of a block among others
+constexpr int64_t kAloneEntries = 16384;  // that one multiprocessor reads in a few microseconds
+
 enum Flag : unsigned { kReal = 1, kPacked = 2, kLabelled = 4 };
 
 struct Problem {
@@ -144,7 +148,7 @@ __device__ void write_rest(const Problem& p, int64_t thread, int64_t threads, in
 // Moves: mask, labels and ids are read (mask and labels twice, the second time from L2), 24 bytes are written
 // per packed row and 8 per label row.
 template <bool kManyBlocks>
-__global__ void pack(Problem p) {
+__global__ void __launch_bounds__((kManyBlocks ? kWarpsOfMany : kMostWarps) * kWarp, 1) pack(Problem p) {
   const int lane = threadIdx.x % kWarp;
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, threads = int64_t{gridDim.x} * blockDim.x;
   const int64_t warp = thread / kWarp, warps = threads / kWarp;
@@ -181,10 +185,6 @@ __global__ void pack(Problem p) {
   }
   write_rest(p, thread, threads, packed, labelled);
 }
-
-constexpr int kMostWarps = 32;            // of a block that is alone
-constexpr int kWarpsOfMany = 4;           // of a block among others
-constexpr int64_t kAloneEntries = 16384;  // that one multiprocessor reads in a few microseconds
 
 void pack_layout(
     Tensor attention_mask,                // [B, L]

@@ -78,6 +78,8 @@ __device__ inline float mask_at(const View& view, int64_t row, int64_t column) {
       return floating_at<float>(view, row, column);
     case ScalarType::Bool:
       return at<uint8_t>(view, row, column);
+    case ScalarType::UInt64:
+      return static_cast<float>(at<uint64_t>(view, row, column));
     default:
       return static_cast<float>(integer_at(view, row, column));
   }

@@ -1,7 +1,7 @@
 """Tensor functions of the packed row. They know nothing of transformers or PEFT.
 
 One folder per op: `api.py` (the public function and the schema), `reference.py` (plain PyTorch, the oracle of
-the tests and the fallback), `triton.py` (the GPU kernels).
+the tests and the fallback), `triton.py` (the GPU kernels), `native.py` (what csrc/ implements).
 """
 
 from softprompt.ops.embed_prompt import embed_prompt

@@ -142,6 +142,7 @@ def check_indices(name: str, indices: torch.Tensor, size: int) -> None:
     """Raises IndexError for an entry of a CPU tensor outside 0 .. size - 1; on a GPU nothing is read."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
+    indices = indices.long()  # PyTorch has no minimum of the larger unsigned numbers
     smallest, largest = (int(value) for value in indices.aminmax())
     if smallest < 0 or largest >= size:
         place = int(((indices < 0) | (indices >= size)).nonzero()[0])

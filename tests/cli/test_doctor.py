@@ -88,3 +88,17 @@ def test_a_package_that_is_too_old_is_named_with_the_command_that_mends_it(capsy
     assert finding["state"] == "unusable"
     assert finding["detail"].startswith("0.1.0, expected >=")
     assert finding["fix"].startswith("pip install 'peft>=")
+
+
+def test_doctor_looks_for_compilers_where_the_build_does(capsys, tmp_path, monkeypatch):
+    for name in ("ccache", "nvcc"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{tmp_path}/bin/ccache g++")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    found = {finding["name"]: finding["detail"] for finding in diagnosis(capsys)["build"]}
+    assert found["C++ compiler"] == f"{tmp_path}/bin/ccache"
+    assert found["nvcc"] == f"{tmp_path}/bin/nvcc"

@@ -17,7 +17,6 @@
 #include <functional>
 #include <memory>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "../tensors.h"
@@ -25,7 +24,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static thread_local  // a block is on one thread of the CPU
 
 struct alignas(16) int4 {
@@ -240,7 +239,7 @@ int64_t blocks_at_once(void (*)(Parameters...), int) {
 
 template <class... Parameters>
 void launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, const Tensor&, std::type_identity_t<Parameters>... arguments) {
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, const Tensor&, typename Type<Parameters>::type... arguments) {
   const std::function<void()> call = [&] { kernel(arguments...); };
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) emulated::Block(grid, block, dim3(x, y), call, nullptr).run();

@@ -92,6 +92,17 @@ def test_logits_of_minus_infinity_are_tokens_that_cannot_come(backend):
 
 
 @pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_all_have_the_lowest_logit_are_as_likely_as_each_other(dtype, backend):
+    logits = torch.full((1, 5000), torch.finfo(dtype).min, dtype=dtype, device=DEVICE)
+    losses = torch.empty(1, device=DEVICE)
+    rows_of(backend)(logits, None, torch.tensor([7], device=DEVICE), losses, None, gradient=True, **OPTIONS)
+    torch.testing.assert_close(losses.cpu(), torch.tensor([5000.0]).log())
+    torch.testing.assert_close(logits[0, 7], torch.full_like(logits[0, 7], 1 / 5000 - 1))
+    torch.testing.assert_close(logits[0, :7], torch.full_like(logits[0, :7], 1 / 5000))
+
+
+@pytest.mark.parametrize("backend", NATIVE)
 def test_a_row_with_a_nan_has_a_nan_as_its_loss(backend):
     logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[0, 4321] = float("nan")

@@ -292,3 +292,25 @@ def test_the_kernel_compiles_for_three_gpu_generations_without_spilling(compile_
         assert record["cubin_bytes"] > 0
         assert record["local"] == 0
         assert record["registers"] <= 64  # more would leave too few warps to keep the memory busy
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_numbers_are_read_as_such(dtype, backend):
+    largest = torch.iinfo(dtype).max
+    mask = torch.tensor([[largest, 0, 1]], dtype=dtype)
+    numbers = torch.tensor([1], dtype=dtype)
+    batch = prepend_prompt(
+        torch.ones(5, 4, device=DEVICE),
+        torch.tensor([[1, 2, 3]], dtype=dtype).to(DEVICE),
+        torch.tensor([[2.0], [3.0]], device=DEVICE).expand(2, 4),
+        [1, 1],
+        attention_mask=mask.to(DEVICE),
+        prompt_of_row=numbers.to(DEVICE),
+        backend=backend,
+    )
+    assert batch.attention_mask.tolist() == [
+        [1.0, torch.tensor(largest, dtype=dtype).float().item(), 0.0, 1.0]
+    ]
+    assert batch.inputs_embeds[0, :, 0].tolist() == [3.0, 1.0, 1.0, 1.0]
+    assert batch.counts.tolist() == [0, 0, 0]
