@@ -57,7 +57,8 @@ def score(
         model: any transformers causal LM. It is run in the mode that it is in: call `model.eval()` before.
         prompts: one prompt [P, H], or K prompts of any lengths.
         candidates: C lists of token ids, none of them empty.
-        input_ids: [B, L] integers, without the prompt. A text may be empty.
+        input_ids: [B, L] integers, without the prompt. A text may be empty: its candidates follow the
+            prompt at once, whatever the padding side.
         attention_mask: [B, L], 0 = pad, any padding side. None: no pads.
         prompt_of_row: [B], the number of the prompt of each row. None: prompt 0 (only with one prompt).
         positions: "padded": a text has the positions of the padded batch and a candidate goes on from there,
