@@ -43,7 +43,8 @@ def create(base: Any, configs: Sequence[PromptTuningConfig], *, seeds: Sequence[
     model: Any = None
     with torch.random.fork_rng(devices=[]):
         for number, (config, seed) in enumerate(zip(configs, seeds, strict=True), start=1):
-            torch.manual_seed(seed)
+            # PEFT draws prompts on the CPU. torch.manual_seed would seed GPUs too, which are not put back.
+            torch.default_generator.manual_seed(seed)
             name = f"{PROMPT_NAME}-{number}"
             if model is None:
                 model = get_peft_model(base, config, adapter_name=name)
@@ -60,6 +61,7 @@ def losses(
     *,
     adapters: Sequence[str] | None = None,
     positions: str | None = None,
+    num_items_in_batch: int | Tensor | None = None,
 ) -> PromptLosses:
     """The mean loss of a batch behind the prompt of each adapter, in one forward.
 
@@ -74,17 +76,21 @@ def losses(
         adapters: names of K adapters, two or more. None: all.
         positions: "padded" or "compact", see `softprompt.patch`. None: what the model was patched with, else
             "padded".
+        num_items_in_batch: what each prompt's summed loss is divided by (gradient accumulation). None: the
+            labels of this batch.
 
     Returns:
         `total` [], to be differentiated, and `each` [K], the losses of the prompts.
 
     Raises:
         TypeError: not a PEFT model.
-        ValueError: fewer than two adapters, an unknown one, or no labels.
+        ValueError: fewer than two adapters, an unknown or a repeated one, or no labels.
         UnsupportedModelError: the model or an adapter is not served by the packed route.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"an ensemble is a PEFT model with several adapters, got {type(model).__name__}")
+    if isinstance(adapters, str):
+        raise ValueError(f"adapters must be a list of names, got {adapters!r}")
     names = list(model.peft_config) if adapters is None else list(adapters)
     if len(names) < 2:
         raise ValueError(f"an ensemble needs at least two prompts, got {len(names)}")
@@ -93,6 +99,8 @@ def losses(
         raise ValueError(
             f"unknown adapters {', '.join(unknown)}; the model has {', '.join(model.peft_config)}"
         )
+    if len(set(names)) < len(names):
+        raise ValueError(f"every adapter must be named once, got {', '.join(names)}")
     if labels is None:
         raise ValueError("an ensemble is trained on labels, got none")
     obstacle = adapter_obstacle(model, names)
@@ -108,6 +116,7 @@ def losses(
         attention_mask,
         labels,
         positions=positions,
+        num_items_in_batch=num_items_in_batch,
         cuda_graphs=state is None or state.options.cuda_graphs,
     )
 

@@ -80,6 +80,45 @@ def test_learning_curves_are_those_of_separate_runs(optimizer):
     assert last < 0.9 * first
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_gradients_accumulate_to_those_of_the_whole_batch(as_tensor):
+    model = created("llama", size=2)
+    parts = [make_batch((7, 3, 5), "left", "everywhere"), make_batch((2, 6, 1), "left", "everywhere")]
+    items = sum(int((part["labels"] != -100).sum()) for part in parts)
+    each, shares = 0, []
+    for part in parts:
+        shares.append(int((part["labels"] != -100).sum()) / items)
+        losses = ensemble.losses(
+            model, **part, num_items_in_batch=torch.tensor([items]) if as_tensor else items
+        )
+        losses.total.backward()
+        each = each + losses.each
+    got = [prompt_of(model, name).grad.clone() for name in model.peft_config]
+    model.zero_grad()
+    alone = [ensemble.losses(model, **part) for part in parts]
+    (shares[0] * alone[0].total + shares[1] * alone[1].total).backward()
+    assert_close(each, shares[0] * alone[0].each + shares[1] * alone[1].each, 1e-9, "losses")
+    for ours, name in zip(got, model.peft_config, strict=True):
+        assert_close(ours, prompt_of(model, name).grad, 1e-9, f"gradient of {name}")
+
+
+def test_a_batch_without_labels_says_so_and_moves_no_prompt():
+    model, batch = created("llama", size=2), make_batch((7, 3), "left", "answer")
+    with pytest.warns(UserWarning, match="every label of this batch is -100; the loss is 0"):
+        losses = ensemble.losses(model, **batch | {"labels": torch.full_like(batch["labels"], -100)})
+    losses.total.backward()
+    assert losses.each.tolist() == [0, 0]
+    assert not any(prompt_of(model, name).grad.any() for name in model.peft_config)
+
+
+def test_prompts_of_several_lengths_do_not_share_a_rotary_embedding_that_depends_on_them():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 12}
+    base = build("llama", rope_parameters=rope, max_position_embeddings=12)
+    model = ensemble.create(base, [prompt_config(base, length) for length in (2, 8)])
+    with pytest.raises(softprompt.UnsupportedModelError, match=r"changes beyond 12, for all prompts at once"):
+        ensemble.losses(model, **make_batch((7, 3), "left", "answer"), positions="compact")
+
+
 def test_the_patch_decides_the_positions():
     model = created("llama", size=2)
     batch = make_batch((7, 3, 5), "left", "answer")
@@ -109,16 +148,19 @@ def ensembles_replace(plan):
     return replace(plan, fused_head=False)
 
 
-def test_a_recorded_step_trains_all_prompts(tape, monkeypatch):
+@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(11)], ids=str)
+def test_a_recorded_step_trains_all_prompts(tape, num_items):
     model = created("llama", size=3)
     batch = make_batch((7, 3, 5), "left", "answer")
-    expected = ensemble.losses(model, **batch)
+    expected = ensemble.losses(model, **batch, num_items_in_batch=num_items)
     grads = torch.autograd.grad(expected.total, [prompt_of(model, name) for name in model.peft_config])
     from softprompt.engine import ensembles
 
     plan = ensembles.plan_for(model.get_base_model())
     for _ in range(3):
-        doubled = ensembles._recordable(model.get_base_model(), plan, _batch_of(model, batch), False, "auto")
+        doubled = ensembles._recordable(
+            model.get_base_model(), plan, _batch_of(model, batch), False, num_items, "auto"
+        )
     statistics = ensembles.graphs_of(model.get_base_model()).statistics
     assert statistics.replayed >= 1
     assert_close(doubled.each, expected.each, 1e-9, "losses")
@@ -142,12 +184,16 @@ def _batch_of(model, batch):
     )
 
 
-def test_a_prompt_is_that_of_its_seed_and_other_random_numbers_are_left_alone():
+def test_a_prompt_is_that_of_its_seed_and_other_random_numbers_are_left_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     base, other = build("bloom"), build("bloom")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
+    seeded.clear()
     model = ensemble.create(base, [prompt_config(base) for _ in range(3)], seeds=[7, 8, 9])
+    assert seeded == []  # numbers of a GPU would not be put back
     assert torch.equal(torch.rand(3), expected)
     for number, seed in enumerate([7, 8, 9], start=1):
         torch.manual_seed(seed)
@@ -192,6 +238,14 @@ def test_wrong_calls_say_what_was_expected():
     model, batch = created("bloom", size=2), make_batch()
     with pytest.raises(ValueError, match="unknown adapters other; the model has prompt-1, prompt-2"):
         ensemble.losses(model, **batch, adapters=["prompt-1", "other"])
+    with pytest.raises(ValueError, match="every adapter must be named once, got prompt-1, prompt-1"):
+        ensemble.losses(model, **batch, adapters=["prompt-1", "prompt-1"])
+    with pytest.raises(ValueError, match="adapters must be a list of names, got 'prompt-1'"):
+        ensemble.losses(model, **batch, adapters="prompt-1")
+    with pytest.raises(ValueError, match="input_ids must be a tensor, got NoneType"):
+        ensemble.losses(model, None, None, batch["labels"])
+    with pytest.raises(ValueError, match="num_items must not be negative, got -1"):
+        ensemble.losses(model, **batch, num_items_in_batch=-1)
     with pytest.raises(ValueError, match="an ensemble is trained on labels, got none"):
         ensemble.losses(model, batch["input_ids"])
     with pytest.raises(TypeError, match="a PEFT model with several adapters, got BloomForCausalLM"):

@@ -22,8 +22,10 @@ from softprompt.tasks.table import Table, check_labels_known, read_table, write_
 
 
 def check_outputs(args: argparse.Namespace, task: ClassificationTask, table: Table) -> None:
-    """Raise UsageError where a column or a file that scoring writes is there already."""
+    """Raise UsageError where a column or a file that scoring writes is there already, or would be twice."""
     for column in map(probability_column, task.labels):
+        if column == args.output_column:
+            raise UsageError(f"--output-column {column} is the column of a probability: give another name")
         if column in table.frame.columns:
             raise UsageError(f"{args.data} has a column {column!r} already: rename it")
     for path in (_metrics_file(args), _confusion_file(args)):
@@ -95,7 +97,10 @@ def score_table(
     columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}
     write_frame(table.frame.assign(**columns), args.output)
     print(f"{len(predicted)} rows scored in {time.perf_counter() - start:.1f} s: {args.output}")
-    if labels is not None:
+    if labels is None:
+        for path in (_metrics_file(args), _confusion_file(args)):
+            path.unlink(missing_ok=True)  # with --overwrite, of the table that was replaced
+    else:
         _measure(args, names, predicted, labels)
     return 0
 

@@ -18,11 +18,13 @@ from softprompt.engine.forward import (
     obstacle_to,
     packed_step,
     prompt_width,
+    warn_of_no_labels,
 )
 from softprompt.engine.head import losses_of_rows
 from softprompt.engine.packed import HiddenRows
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.ops.library import AUTO
+from softprompt.ops.linear_cross_entropy import check_num_items
 
 
 class PromptLosses(NamedTuple):
@@ -40,6 +42,7 @@ def losses_of_prompts(
     labels: Tensor,  # [B, L]
     *,
     positions: str = "padded",
+    num_items_in_batch: int | Tensor | None = None,
     backend: str = AUTO,
     cuda_graphs: bool = True,
 ) -> PromptLosses:
@@ -55,6 +58,7 @@ def losses_of_prompts(
         attention_mask: [B, L], 0 = pad. None: no pads.
         labels: [B, L], -100 = no label.
         positions: see `softprompt.forward`.
+        num_items_in_batch: what each prompt's summed loss is divided by. None: the labels of the batch.
         backend: "auto" or the name of a back end of the ops.
         cuda_graphs: on a GPU, record the step of all prompts as one graph and replay it.
 
@@ -64,6 +68,9 @@ def losses_of_prompts(
         ValueError: shapes, dtypes or options that do not fit.
     """
     check_option("positions", positions, POSITIONS)
+    check_num_items(num_items_in_batch)
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     count = len(prompts)
 
     def repeated(tensor: Tensor | None) -> Tensor | None:
@@ -86,27 +93,49 @@ def losses_of_prompts(
         raise UnsupportedModelError(
             f"softprompt: several prompts on one batch need the packed route: {reason or plan.reason}"
         )
+    if len(set(batch.prompt_lengths)) > 1 and longest > (plan.rotary_switch or longest):
+        raise UnsupportedModelError(
+            f"softprompt: prompts of several lengths cannot share a batch of up to {longest} positions: the "
+            f"model's rotary embedding changes beyond {plan.rotary_switch}, for all prompts at once"
+        )
     if cuda_graphs and batch.attention_mask.is_cuda:
-        return _recordable(model, plan, batch, compact, backend)
+        return _recordable(model, plan, batch, compact, num_items_in_batch, backend)
     rows = plan.run(model, batch, compact=compact, backend=backend)
-    each = _each(model, plan, rows, count, backend)
+    each = _each(model, plan, rows, count, num_items_in_batch, backend)
     return PromptLosses(each.sum(), each.detach())
 
 
-def _recordable(model: CausalLM, plan: Plan, batch: Batch, compact: bool, backend: str) -> PromptLosses:
+def _recordable(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    compact: bool,
+    num_items: int | Tensor | None,
+    backend: str,
+) -> PromptLosses:
     """As one loss, which a graph can hold: every prompt has the same number of labels."""
-    loss, rows = packed_step(model, plan, batch, compact, None, backend, graphs_of(model))
+    loss, rows = packed_step(model, plan, batch, compact, num_items, backend, graphs_of(model))
     if loss is None:
         raise ValueError("expected labels, got none")
     count = len(batch.prompts)
     with torch.no_grad():
-        each = _each(model, plan, rows, count, backend)
-    return PromptLosses(loss * count, each)
+        each = _each(model, plan, rows, count, num_items, backend)
+    # Without a number of items the one loss is the mean over the labels of all prompts.
+    return PromptLosses(loss * count if num_items is None else loss, each)
 
 
-def _each(model: CausalLM, plan: Plan, rows: HiddenRows, count: int, backend: str) -> Tensor:
-    """[K] mean losses; label rows stand in the order of the batch's rows, so prompt by prompt."""
+def _each(
+    model: CausalLM,
+    plan: Plan,
+    rows: HiddenRows,
+    count: int,
+    num_items: int | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """[K] losses; label rows stand in the order of the batch's rows, so prompt by prompt."""
     labels = rows.num_labels
+    if labels == 0:
+        warn_of_no_labels(stacklevel=5)
     losses = losses_of_rows(
         model,
         rows.hidden,
@@ -116,4 +145,5 @@ def _each(model: CausalLM, plan: Plan, rows: HiddenRows, count: int, backend: st
         output_class=rows.output_class,
         backend=backend,
     )
-    return losses.view(count, -1).sum(1) / max(labels // count, 1)
+    items = max(labels // count, 1) if num_items is None else num_items
+    return losses.view(count, -1).sum(1) / (items.to(losses.device) if isinstance(items, Tensor) else items)

@@ -195,12 +195,17 @@ def run_plan(
         rows = plan.run(model, batch, compact=compact, backend=backend)
         loss = None if batch.labels is None else loss_of_hidden(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
-        warnings.warn(
-            "softprompt: every label of this batch is -100; the loss is 0 and so is its gradient "
-            "(a mean over no labels would be NaN and destroy the prompt)",
-            stacklevel=2,
-        )
+        warn_of_no_labels(stacklevel=3)
     return loss, _lazy_logits(model, plan, rows)
+
+
+def warn_of_no_labels(stacklevel: int) -> None:
+    """Warns that a batch without labels has no loss."""
+    warnings.warn(
+        "softprompt: every label of this batch is -100; the loss is 0 and so is its gradient "
+        "(a mean over no labels would be NaN and destroy the prompt)",
+        stacklevel=stacklevel,
+    )
 
 
 def packed_step(

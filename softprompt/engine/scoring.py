@@ -6,6 +6,7 @@ once. A candidate is a branch of its text: it sees the prompt, the text and itse
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,7 +47,8 @@ def score(
 
     One forward over `ΣP + Σ len(text_b) + B * Σ (len(candidate_c) - 1)` tokens, where one candidate at a time
     takes C forwards over all of the prompt and the texts. Equal to that up to rounding. A model that cannot
-    be packed is run one candidate at a time, with a warning.
+    be packed is run one candidate at a time, with a warning; so is one whose rotary embedding depends on the
+    longest row, where that is long enough to change it.
 
     Whatever ends a candidate (the end-of-sequence token, as a rule) is part of it: without an end, "no" is
     never less likely than "no complaint", because the longer one begins with it.
@@ -55,7 +57,8 @@ def score(
         model: any transformers causal LM. It is run in the mode that it is in: call `model.eval()` before.
         prompts: one prompt [P, H], or K prompts of any lengths.
         candidates: C lists of token ids, none of them empty.
-        input_ids: [B, L] integers, without the prompt. A text may be empty.
+        input_ids: [B, L] integers, without the prompt. A text may be empty: its candidates follow the
+            prompt at once, whatever the padding side.
         attention_mask: [B, L], 0 = pad, any padding side. None: no pads.
         prompt_of_row: [B], the number of the prompt of each row. None: prompt 0 (only with one prompt).
         positions: "padded": a text has the positions of the padded batch and a candidate goes on from there,
@@ -68,8 +71,8 @@ def score(
 
     Raises:
         IndexError: an id outside the vocabulary.
-        ValueError: no candidates, an empty candidate, shapes that do not fit, or prompt, text and candidate
-            together longer than the model's positions.
+        ValueError: no candidates, an empty candidate, something else than token ids, shapes that do not fit,
+            or prompt, text and candidate together longer than the model's positions.
         UnsupportedModelError: an encoder-decoder, or prompts of several lengths on a model that cannot be
             packed.
     """
@@ -83,8 +86,7 @@ def score(
         labels=None,
         prompt_of_row=prompt_of_row,
     )
-    continuations = [[int(token) for token in candidate] for candidate in candidates]
-    _check_candidates(continuations, vocab_size(model))
+    continuations = _checked_candidates(candidates, vocab_size(model))
     longest_candidate = max(map(len, continuations))
     plan, compact = plan_for(model), positions == "compact"
     limit = position_limit(model, body_of(model)) if plan.position_limit is None else plan.position_limit
@@ -94,19 +96,24 @@ def score(
     branches = batch.shape[0] * sum(map(len, continuations))
     rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1] + branches
     reason = obstacle_to(plan, compact=compact, longest=longest, rows=rows) if packed else plan.reason
+    reason = reason or _rotary_obstacle(plan, batch, longest_candidate)
     if reason is None:
         return _packed(model, plan, batch, continuations, compact, backend)
     if getattr(model.config, "is_encoder_decoder", False) or len(set(batch.prompt_lengths)) > 1:
         raise UnsupportedModelError(f"softprompt: candidates cannot be scored: {reason}")
     warnings.warn(f"softprompt: candidates are scored one at a time: {reason}", stacklevel=2)
     raise_out_of_range(batch.input_ids, None, vocab_size(model))
-    return torch.stack([_alone(model, batch, candidate) for candidate in continuations], 1)
+    return _one_at_a_time(model, batch, continuations, alike=plan.rotary_switch is not None)
 
 
-def _check_candidates(candidates: list[list[int]], vocabulary: int) -> None:
-    if not candidates:
+def _checked_candidates(candidates: Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
+    try:
+        checked = [[operator.index(token) for token in candidate] for candidate in candidates]
+    except TypeError as error:
+        raise ValueError(f"candidates must be lists of token ids, got {candidates!r}") from error
+    if not checked:
         raise ValueError("expected at least one candidate, got none")
-    for number, candidate in enumerate(candidates):
+    for number, candidate in enumerate(checked):
         if not candidate:
             raise ValueError(f"candidate {number} has no tokens, expected at least one")
         for place, token in enumerate(candidate):
@@ -114,13 +121,31 @@ def _check_candidates(candidates: list[list[int]], vocabulary: int) -> None:
                 raise IndexError(
                     f"candidates[{number}][{place}] = {token} is outside the vocabulary 0 .. {vocabulary - 1}"
                 )
+    return checked
+
+
+def _rotary_obstacle(plan: Plan, batch: Batch, candidate: int) -> str | None:
+    """Why rows may not share a rotary embedding: the longest of them would change that of the others."""
+    if plan.rotary_switch is None:
+        return None
+    longest = max(batch.prompt_lengths) + _longest_text(batch) + candidate
+    if longest <= plan.rotary_switch:
+        return None
+    return (
+        f"the model's rotary embedding changes beyond {plan.rotary_switch} positions, and prompt, text and "
+        f"candidate take up to {longest}"
+    )
+
+
+def _longest_text(batch: Batch) -> int:
+    return int((batch.attention_mask != 0).sum(1).max())
 
 
 def _check_length(batch: Batch, candidate: int, limit: int | None, *, compact: bool) -> None:
     """Raises ValueError where a row does not fit the position table; a candidate's last token needs none."""
     if limit is None:
         return
-    text = int((batch.attention_mask != 0).sum(1).max()) if compact else batch.shape[1]
+    text = _longest_text(batch) if compact else batch.shape[1]
     longest = max(batch.prompt_lengths) + text + candidate - 1
     if longest > limit:
         raise ValueError(
@@ -221,18 +246,46 @@ def _log_probabilities(
 
 
 # ------------------------------------------------------------------------------------------ one at a time
-def _alone(model: CausalLM, batch: Batch, candidate: list[int]) -> Tensor:
-    """[B] log-probabilities of one candidate, in rows that are padded behind it."""
-    fed = torch.tensor(candidate, dtype=torch.int64, device=batch.attention_mask.device)
-    whole = _with_candidates(batch, fed)
-    # Texts to the front, pads to the end: so no padding side and no recurrent state matters.
-    order = (whole.attention_mask == 0).int().argsort(dim=1, stable=True)
-    ids = torch.as_tensor(whole.input_ids).gather(1, order)
-    mask = whole.attention_mask.gather(1, order)
-    logits = stock_forward(model, replace(whole, input_ids=ids, attention_mask=mask)).logits
+def _one_at_a_time(model: CausalLM, batch: Batch, candidates: list[list[int]], *, alike: bool) -> Tensor:
+    """[B, C]; where `alike`, rows of one length are run together and others are not, so without any pad."""
+    lengths = (batch.attention_mask != 0).sum(1)
+    groups = [torch.arange(len(lengths), device=lengths.device)]
+    if alike:
+        groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+    parts = []
+    for rows in groups:
+        part = _rows_of(batch, rows)
+        parts.append(torch.stack([_alone(model, part, c, feed_last=alike) for c in candidates], 1))
+    return torch.cat(parts)[torch.cat(groups).argsort()]
+
+
+def _rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch, with their texts to the front and no more pads behind them than must be.
+
+    So no padding side and no recurrent state matters.
+    """
+    mask = batch.attention_mask[rows]
+    order = (mask == 0).int().argsort(dim=1, stable=True)[:, : int((mask != 0).sum(1).max())]
+    return replace(
+        batch,
+        input_ids=torch.as_tensor(batch.input_ids)[rows].gather(1, order),
+        attention_mask=mask.gather(1, order),
+        prompt_of_row=None if batch.prompt_of_row is None else batch.prompt_of_row[rows],
+    )
+
+
+def _alone(model: CausalLM, batch: Batch, candidate: list[int], *, feed_last: bool) -> Tensor:
+    """[B] log-probabilities of one candidate, in rows that are padded behind it.
+
+    Its last token has only to be predicted: it is fed where the length of the row changes the numbers.
+    """
+    tokens = torch.tensor(candidate, dtype=torch.int64, device=batch.attention_mask.device)
+    whole = _with_candidates(batch, tokens if feed_last else tokens[:-1])
+    whole = _rows_of(whole, torch.arange(len(batch.attention_mask), device=tokens.device))
+    logits = stock_forward(model, whole).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     last = batch.prompt_lengths[0] + (batch.attention_mask != 0).sum(1) - 1
     columns = last[:, None] + torch.arange(len(candidate), device=last.device)
     rows = logits.take_along_dim(columns[:, :, None], 1)
-    wanted = rows.gather(2, fed.expand(len(last), -1)[:, :, None])[:, :, 0]
+    wanted = rows.gather(2, tokens.expand(len(last), -1)[:, :, None])[:, :, 0]
     return (wanted - rows.logsumexp(2)).sum(1)

@@ -26,7 +26,10 @@ class EnsembleTrainer(PromptTrainer):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.adapters = list(self.model.peft_config)
+        # Else Trainer would divide what is divided by the labels of all accumulated batches already.
+        self.model_accepts_loss_kwargs = True
         self._losses: list[Tensor] = []
+        self._logged_step = 0
 
     def compute_loss(
         self,
@@ -37,8 +40,14 @@ class EnsembleTrainer(PromptTrainer):
     ) -> Any:
         """Return the sum of the prompts' mean losses."""
         losses = ensemble.losses(
-            self.model, **inputs, adapters=self.adapters, positions=self.encoder.task.positions
+            self.model,
+            **inputs,
+            adapters=self.adapters,
+            positions=self.encoder.task.positions,
+            num_items_in_batch=num_items_in_batch,
         )
+        if not self._losses:
+            self._logged_step = self.state.global_step
         self._losses.append(losses.each)
         return (losses.total, {}) if return_outputs else losses.total
 
@@ -48,7 +57,8 @@ class EnsembleTrainer(PromptTrainer):
             if name in logs:
                 logs[name] /= len(self.adapters)
         if "loss" in logs and self._losses:
-            logs["prompt_losses"] = torch.stack(self._losses).mean(0).tolist()
+            steps = self.state.global_step - self._logged_step
+            logs["prompt_losses"] = (torch.stack(self._losses).sum(0) / steps).tolist()
             self._losses.clear()
         super().log(logs, *args, **kwargs)
 

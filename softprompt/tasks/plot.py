@@ -163,16 +163,18 @@ def draw_confusion(
     """Draw how many rows of each label were predicted as each label, shaded by their share of the label."""
     size = len(labels)
     side = 2.4 + min(0.55 * size, 12)
+    names = [_literal(label if len(label) <= 32 else f"{label[:31]}…") for label in labels]
+    slanted = size > 3 or max(map(len, names)) > 14
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+        figure = Figure(figsize=(side + 1.2, side))
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=title, xlabel="predicted", ylabel="label in the table")
+        axes.set(title=_literal(title), xlabel="predicted", ylabel="label in the table")
         axes.set_xticks(
-            range(size), labels, rotation=40 if size > 3 else 0, ha="right" if size > 3 else "center"
+            range(size), names, rotation=40 if slanted else 0, ha="right" if slanted else "center"
         )
-        axes.set_yticks(range(size), labels)
+        axes.set_yticks(range(size), names)
         if size <= 25:
             for row in range(size):
                 for column in range(size):
@@ -180,7 +182,7 @@ def draw_confusion(
                     axes.text(column, row, str(counts[row][column]), ha="center", va="center", color=colour)
         bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), shrink=0.8)
         bar.set_label("share of the label's rows")
-        _save(figure, path)
+        _save(figure, path, whole=True)
 
 
 def _bars(axes: Any, names: list[str], values: list[float], title: str, unit: str, number: str) -> None:
@@ -202,9 +204,10 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, *, whole: bool = False) -> None:
+    """Write a figure; `whole`: as large as its texts need, however long they are."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=150)
+    figure.savefig(partial, format="png", dpi=150, bbox_inches="tight" if whole else None)
     os.replace(partial, path)

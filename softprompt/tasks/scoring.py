@@ -131,5 +131,6 @@ def label_probabilities(
         content_free = None if content_free is None else content_free / tokens
     logs = log_likelihoods.log_softmax(-1)
     if content_free is not None:
-        logs = logs - content_free.softmax(-1).mean(-2, keepdim=True).log()
+        # The logarithm of the mean, without its factor 1 / n, which all labels have alike.
+        logs = logs - content_free.log_softmax(-1).logsumexp(-2, keepdim=True)
     return logs.softmax(-1)

@@ -221,6 +221,11 @@ def test_labels_that_training_did_not_know_are_measured_only_where_asked(predict
     [
         (("--calibrate",), ("Tweet text", "Note"), "--length-normalise and --label-column need --score"),
         (("--score",), ("Tweet text", "p(x)"), "has a column 'p(x)' already: rename it"),
+        (
+            ("--score", "--output-column", "p(y)"),
+            ("Tweet text", "Note"),
+            "p(y) is the column of a probability",
+        ),
         (("--score", "--label-column", "Kind"), ("Tweet text", "Note"), "has no column 'Kind'"),
     ],
 )
@@ -237,6 +242,13 @@ def test_measurements_are_not_replaced_without_overwrite(predict, tmp_path):
     code, _, err = predict("--score")
     assert code == 2
     assert "labelled.metrics.json exists already" in err
+
+
+def test_measurements_of_a_replaced_table_go_with_it(predict, adapter, tmp_path):
+    assert predict("--score", data=adapter.parent / "rows.csv")[0] == 0
+    assert predict("--score", "--overwrite")[0] == 0
+    assert len(pd.read_csv(tmp_path / "labelled.csv")) == 2
+    assert not list(tmp_path.glob("labelled.metrics.json")) + list(tmp_path.glob("labelled.confusion.png"))
 
 
 def test_rows_longer_than_the_model_are_one_line(predict, model_folder, tmp_path):

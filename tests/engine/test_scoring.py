@@ -107,6 +107,31 @@ def test_a_model_that_cannot_be_packed_is_run_one_candidate_at_a_time(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("positions", ["padded", "compact"])
+def test_a_long_row_does_not_change_the_rotary_embedding_of_the_others(positions):
+    factors = {"factor": 4.0, "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 13, **factors}
+    model = build("llama", rope_parameters=rope)
+    prompt, batch = prompt_for(model), make_batch((9, 3, 5), "left", None)
+    with pytest.warns(UserWarning, match="one at a time: the model's rotary embedding changes beyond 13"):
+        got = softprompt.score(model, prompt, CANDIDATES, **batch, positions=positions)
+    torch.testing.assert_close(got, one_at_a_time(model, [prompt] * 3, batch), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:softprompt")
+def test_one_candidate_at_a_time_takes_no_more_positions_than_all_at_once():
+    model = build("gpt_neo")
+    attention = model.transformer.h[1].attn.attention
+    attention.forward = type(attention).forward.__get__(attention)
+    assert plan_for(model).route == "padded"
+    prompt, batch = prompt_for(model), make_batch((POSITIONS - 6, 3), "left", None, width=POSITIONS - 6)
+    expected = softprompt.score(build("gpt_neo"), prompt, [[3, 4, 5]], **batch, positions="compact")
+    got = softprompt.score(model, prompt, [[3, 4, 5]], **batch)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_texts_are_computed_once(monkeypatch):
     model = build("llama")
     seen = []
@@ -144,6 +169,9 @@ def test_a_candidate_is_never_likelier_than_its_own_beginning():
     [
         ([], ValueError, "expected at least one candidate, got none"),
         ([[3], []], ValueError, "candidate 1 has no tokens, expected at least one"),
+        ([3, 4], ValueError, r"candidates must be lists of token ids, got \[3, 4\]"),
+        ([[3.7]], ValueError, r"candidates must be lists of token ids, got \[\[3.7\]\]"),
+        (["no"], ValueError, r"candidates must be lists of token ids, got \['no'\]"),
         ([[3], [4, VOCABULARY]], IndexError, rf"candidates\[1\]\[1\] = {VOCABULARY} is outside"),
     ],
 )

@@ -14,6 +14,7 @@ from softprompt.tasks.plot import (
     GREY,
     ORANGE,
     draw_comparison,
+    draw_confusion,
     draw_inspection,
     draw_training,
 )
@@ -68,3 +69,14 @@ def test_the_vectors_of_a_prompt_of_any_length_are_drawn(tmp_path, count, moved)
     assert pixels_of(path, GREEN) > 1000
     assert pixels_of(path, BLUE) > 10 * count
     assert (pixels_of(path, ORANGE) > 1000) is moved
+
+
+@pytest.mark.parametrize("labels", [("complaint", "no complaint"), ("a" * 200, "b"), (r"$\foo$", "$5 $6")])
+def test_a_confusion_has_room_for_any_labels(tmp_path, labels):
+    path = tmp_path / "confusion.png"
+    draw_confusion([[99, 1], [1, 99]], labels, path, title="Accuracy 99.0%, macro-F1 0.990")
+    image = imread(path)[..., :3]
+    for edge in (image[:3], image[-3:], image[:, :3], image[:, -3:]):
+        assert (edge == 1).all()  # nothing is cut off
+    assert 300 < image.shape[0] < 2000
+    assert 300 < image.shape[1] < 2000

@@ -118,6 +118,13 @@ def test_calibration_divides_by_what_the_model_prefers():
     torch.testing.assert_close(got[0, 0] / got[0, 1], torch.tensor(ratio, dtype=torch.float64))
 
 
+def test_calibration_stands_labels_that_nothing_prefers():
+    content_free = torch.tensor([[0.0, -2000.0], [0.0, -2000.0]], dtype=torch.float64)
+    logs = torch.tensor([[0.0, -2000.0 + math.log(3)]], dtype=torch.float64)
+    got = label_probabilities(logs, content_free=content_free)
+    torch.testing.assert_close(got, torch.tensor([[0.25, 0.75]], dtype=torch.float64))
+
+
 def test_macro_f1_is_the_mean_of_the_labels_that_occur():
     labels = ["a", "b", "c", "never"]
     expected = ["a", "a", "b", "c", "b", "a"]
