@@ -157,7 +157,10 @@ def _all_values(args: argparse.Namespace, over: dict[str, list[Any]]) -> list[ar
 
 def with_values(args: argparse.Namespace, run: "Run") -> argparse.Namespace:
     """Return the arguments with the values and the seed of one run in them."""
-    return argparse.Namespace(**{**vars(args), **run.values, "seed": run.seed})
+    values = {**vars(args), **run.values, "seed": run.seed}
+    if "init" in run.values and values["init"] != "saved":
+        values |= {"init_from": None, "init_other_base": False}
+    return argparse.Namespace(**values)
 
 
 def _write(
