@@ -164,8 +164,7 @@ class Sweep:
         trainer.train()
         seconds = (time.perf_counter() - start) / len(runs)
         for run, first in zip(runs, trainer.initial_prompts, strict=True):
-            self._keep(run, trainer, first, seconds)
-            progress.finished()
+            progress.finished(run, self._keep(run, trainer, first, seconds))
 
     def _model(
         self,
@@ -187,8 +186,8 @@ class Sweep:
                 set_prompt(model, start, run.name)
         return model if self.args.no_patch else patch(model, positions=self.encoder.task.positions)
 
-    def _keep(self, run: Run, trainer: SweepTrainer, first: Tensor, seconds: float) -> None:
-        """Measure a run and write its folder."""
+    def _keep(self, run: Run, trainer: SweepTrainer, first: Tensor, seconds: float) -> dict[str, Any]:
+        """Measure a run and write its folder; returns its record."""
         prompt = trainer.prompts()[run.name]
         losses = [float(loss) for loss in trainer.losses[run.name]]
         diverged = run.name in trainer.diverged or not bool(torch.isfinite(prompt).all())
@@ -216,6 +215,7 @@ class Sweep:
             write_npy(first, staged / INITIAL_PROMPT)
             (staged / RECORD).write_text(to_json(record), encoding="utf-8")
             publish_folder(staged, self.folder / run.name)
+        return record
 
 
 class SweepProgress(TrainerCallback):
@@ -244,9 +244,15 @@ class SweepProgress(TrainerCallback):
         """Take the bars away."""
         self._progress.stop()
 
-    def finished(self) -> None:
-        """Count one run."""
+    def finished(self, run: Run, record: dict[str, Any]) -> None:
+        """Count one run and print its scores."""
         self._progress.update(self._runs, advance=1)
+        settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in run.values.items())
+        scores = "diverged"
+        if not record["diverged"]:
+            scores = f"accuracy {record['eval_exact_match']:.1%}, loss {record['eval_loss']:.4f}"
+        text = f"{settings}, seed {run.seed}: {scores}"
+        self._progress.console.print(text, highlight=False, markup=False)
 
     def on_step_end(
         self,

@@ -85,8 +85,10 @@ def _draw_series(
     # Named settings stand side by side; numbers share their place on the axis.
     shift = 0.0 if numbers else (place - (count - 1) / 2) * min(0.22, 0.7 / count)
     places = [key if numbers else values.index(key) + shift for key in keys]
+    beside = 0.0 if numbers else min(0.13, 0.25 / count)
     for x, key in zip(places, keys, strict=True):
-        axes.plot([x] * len(found[key]), found[key], "o", color=colour, markersize=3.5, alpha=0.35, zorder=2)
+        runs = found[key]
+        axes.plot([x + beside] * len(runs), runs, "o", color=colour, markersize=3.5, alpha=0.4, zorder=2)
     if numbers:
         axes.fill_between(places, lowest, highest, color=colour, alpha=0.13, linewidth=0)
         axes.plot(
@@ -103,8 +105,8 @@ def _draw_series(
         fmt=marker,
         color=colour,
         markersize=7,
-        capsize=4,
-        linewidth=1.4,
+        capsize=3,
+        elinewidth=1.1,
         label=label,
         zorder=3,
     )
