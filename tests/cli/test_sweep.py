@@ -192,6 +192,17 @@ def test_a_run_whose_record_is_broken_is_done_again(sweep, trained_together, tmp
     assert trained_together == [2, 1]
 
 
+def test_what_a_killed_sweep_left_unfinished_is_no_run(sweep, trained_together, tmp_path):
+    left = tmp_path / "out" / "runs" / ".partial" / "run-0123456789ab"
+    left.mkdir(parents=True)
+    (left / "adapter_config.json").write_text("{")
+    assert sweep("--over", "learning-rate", 0.02, "--seeds", 2)[0] == 0
+    assert trained_together == [2]
+    assert sorted(path.name for path in left.parents[1].iterdir()) == sorted(
+        row["run"] for row, _ in runs_in(tmp_path / "out")
+    )
+
+
 def test_a_run_that_diverges_leaves_the_others_as_they_are(
     run, sweep, trained_together, usual, tmp_path, read_json
 ):
