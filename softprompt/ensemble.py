@@ -60,6 +60,7 @@ def losses(
     labels: Tensor | None = None,  # [B, L]
     *,
     adapters: Sequence[str] | None = None,
+    own_rows: bool = False,
     positions: str | None = None,
     num_items_in_batch: int | Tensor | None = None,
 ) -> PromptLosses:
@@ -74,6 +75,7 @@ def losses(
         attention_mask: [B, L], 0 = pad. None: no pads.
         labels: [B, L], -100 = no label.
         adapters: names of K adapters, two or more. None: all.
+        own_rows: every prompt has rows of its own, B / K of them: those of the first prompt come first.
         positions: "padded" or "compact", see `softprompt.patch`. None: what the model was patched with, else
             "padded".
         num_items_in_batch: what each prompt's summed loss is divided by (gradient accumulation). None: the
@@ -84,7 +86,8 @@ def losses(
 
     Raises:
         TypeError: not a PEFT model.
-        ValueError: fewer than two adapters, an unknown or a repeated one, or no labels.
+        ValueError: fewer than two adapters, an unknown or a repeated one, no labels, or rows that cannot be
+            dealt out evenly.
         UnsupportedModelError: the model or an adapter is not served by the packed route.
     """
     if not isinstance(model, PeftModel):
@@ -115,6 +118,7 @@ def losses(
         input_ids,
         attention_mask,
         labels,
+        own_rows=own_rows,
         positions=positions,
         num_items_in_batch=num_items_in_batch,
         cuda_graphs=state is None or state.options.cuda_graphs,

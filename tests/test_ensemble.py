@@ -52,6 +52,22 @@ def test_losses_and_gradients_are_those_of_each_prompt_alone(name, side):
         assert_close(prompt_of(model, adapter).grad, prompt_of(single).grad, 2e-5, f"gradient of {adapter}")
 
 
+@pytest.mark.parametrize("name", PACKED_NAMES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_with_rows_of_their_own_are_those_of_each_prompt_alone(name, side):
+    model = created(name, lengths=[4, 2, 4])
+    batches = [make_batch(lengths, side, "everywhere") for lengths in ((7, 3), (5, 7), (7, 6))]
+    joined = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    losses = ensemble.losses(model, **joined, own_rows=True)
+    losses.total.backward()
+    for number, adapter in enumerate(model.peft_config):
+        single = alone_of(model, adapter)
+        loss = single(**batches[number]).loss
+        loss.backward()
+        assert_close(losses.each[number], loss.detach(), 2e-6, f"loss of {adapter}")
+        assert_close(prompt_of(model, adapter).grad, prompt_of(single).grad, 2e-5, f"gradient of {adapter}")
+
+
 def adafactor(parameters, lr):
     return transformers.Adafactor(parameters, lr=lr, scale_parameter=False, relative_step=False)
 
@@ -246,6 +262,8 @@ def test_wrong_calls_say_what_was_expected():
         ensemble.losses(model, None, None, batch["labels"])
     with pytest.raises(ValueError, match="num_items must not be negative, got -1"):
         ensemble.losses(model, **batch, num_items_in_batch=-1)
+    with pytest.raises(ValueError, match="3 rows cannot be dealt out evenly to 2 prompts"):
+        ensemble.losses(model, **batch, own_rows=True)
     with pytest.raises(ValueError, match="an ensemble is trained on labels, got none"):
         ensemble.losses(model, batch["input_ids"])
     with pytest.raises(TypeError, match="a PEFT model with several adapters, got BloomForCausalLM"):

@@ -1,14 +1,14 @@
-"""The command line: `softprompt train`, `predict`, `inspect`, `export`, `demo`, `doctor`."""
+"""The command line: `softprompt train`, `sweep`, `predict`, `inspect`, `export`, `demo`, `doctor`."""
 
 import sys
 from collections.abc import Sequence
 
-from softprompt.cli import demo, doctor, export, inspect, predict, train
+from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
 from softprompt.cli.errors import UsageError
 from softprompt.cli.options import HelpFormatter, Parser
 from softprompt.tasks.errors import TaskError
 
-COMMANDS = (train, predict, inspect, export, demo, doctor)
+COMMANDS = (train, sweep, predict, inspect, export, demo, doctor)
 
 
 def build_parser() -> Parser:

@@ -76,51 +76,22 @@ def build_trainer(
     dtype = choose_dtype(bf16=args.bf16, fp16=args.fp16, device=device)
     train_table, validation_table = _split_validation(args, train_table)
     base = load_model(model_name, dtype)
-    task = ClassificationTask(
-        text_column=args.text_column,
-        label_column=args.label_column,
-        labels=train_table.known_labels(),
-        template=args.template,
-        max_length=args.max_length,
-        padding=args.padding,
-        end_token=args.end_token or ("eos" if args.model is None else "pad"),
-        positions=choose_positions(args, base),
-    )
+    task = task_of(args, train_table, base)
     settings = {name: getattr(args, name) for name in RESUME_SETTINGS}
     record: dict[str, Any] = {"model": model_name, "training": {**settings, "rows": fingerprint(train_table)}}
     if checkpoint is not None:
         check_same_run(load_task(checkpoint), (task, record["model"], record["training"]))
     encoder = Encoder(task, load_tokenizer(model_name))
     model = _build_model(args, base, model_name, encoder, train_table, checkpoint)
-    steps_per_epoch = math.ceil(len(train_table) / args.batch_size)
-    arguments = TrainingArguments(
-        output_dir=args.output,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        optim=OPTIMIZERS[args.optimizer],
-        lr_scheduler_type=args.schedule,
-        max_grad_norm=0.0,
-        # A bfloat16 model has nothing left to cast; a float16 one needs the Trainer's loss scaling.
-        fp16=args.fp16,
-        use_cpu=device == "cpu",
-        seed=args.seed,
+    arguments = training_arguments(
+        args,
+        device,
+        steps_per_epoch=math.ceil(len(train_table) / args.batch_size),
         eval_strategy="no" if eval_table is None and validation_table is None else "epoch",
         metric_for_best_model=None if validation_table is None else "validation_loss",
         greater_is_better=False,
         save_strategy="epoch",
-        logging_steps=max(1, steps_per_epoch // LOGS_PER_EPOCH),
-        logging_nan_inf_filter=False,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=device == "cuda",
-        disable_tqdm=True,
-        report_to="none",
     )
-    # On several GPUs, Trainer would copy the model to all of them and split every batch, tiny as it is.
-    arguments._n_gpu = min(1, arguments.n_gpu)
     stop = StopAtStepEnd()
     callbacks: list[TrainerCallback] = [progress, stop]
     if validation_table is not None:
@@ -138,6 +109,57 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, stop
+
+
+def task_of(args: argparse.Namespace, train_table: Table, base: Any) -> ClassificationTask:
+    """Return the task that the options and the training rows describe."""
+    return ClassificationTask(
+        text_column=args.text_column,
+        label_column=args.label_column,
+        labels=train_table.known_labels(),
+        template=args.template,
+        max_length=args.max_length,
+        padding=args.padding,
+        end_token=args.end_token or ("eos" if args.model is None else "pad"),
+        positions=choose_positions(args, base),
+    )
+
+
+def training_arguments(
+    args: argparse.Namespace,
+    device: str,
+    *,
+    steps_per_epoch: int,
+    **more: Any,
+) -> TrainingArguments:
+    """Return what a Trainer is told of the options of a run, and `more`."""
+    arguments = TrainingArguments(
+        output_dir=args.output,
+        num_train_epochs=args.epochs,
+        max_steps=args.steps or -1,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        optim=OPTIMIZERS[args.optimizer],
+        lr_scheduler_type=args.schedule,
+        max_grad_norm=0.0,
+        # A bfloat16 model has nothing left to cast; a float16 one needs the Trainer's loss scaling.
+        fp16=args.fp16,
+        use_cpu=device == "cpu",
+        seed=args.seed,
+        logging_steps=max(1, steps_per_epoch // LOGS_PER_EPOCH),
+        logging_nan_inf_filter=False,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        **more,
+    )
+    # On several GPUs, Trainer would copy the model to all of them and split every batch, tiny as it is.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _split_validation(args: argparse.Namespace, table: Table) -> tuple[Table, Table | None]:
@@ -178,31 +200,16 @@ def _build_model(
     train_table: Table,
     checkpoint: Path | None,
 ) -> Any:
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and args.num_virtual_tokens + args.max_length > positions:
-        raise UsageError(
-            f"--num-virtual-tokens {args.num_virtual_tokens} and --max-length {args.max_length} together "
-            f"exceed the {positions} positions of {model_name}: make one of them smaller"
-        )
-    for text in args.ensemble_texts or [args.init_text]:
-        if args.init == "text" and not encoder.tokenizer(text)["input_ids"]:
-            option = "--ensemble-texts" if args.ensemble_texts else "--init-text"
-            raise UsageError(f"{option} {text!r} has no tokens: give other words")
+    check_prompt_fits(args, base, model_name, encoder.tokenizer)
     kinds = _kinds(args)
+    for text in args.ensemble_texts or []:
+        if not encoder.tokenizer(text)["input_ids"]:
+            raise UsageError(f"--ensemble-texts {text!r} has no tokens: give other words")
     starts = _saved_starts(checkpoint) or [
         initial_prompt(args, base, encoder.tokenizer, train_table, number=number, count=len(kinds))
         for number in range(len(kinds))
     ]
-    configs = [
-        PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=args.num_virtual_tokens,
-            prompt_tuning_init=PEFT_INITS.get(kind, "RANDOM"),
-            prompt_tuning_init_text=text,
-            tokenizer_name_or_path=None if text is None else model_name,
-        )
-        for kind, text in kinds
-    ]
+    configs = [prompt_config(args, model_name, kind, text) for kind, text in kinds]
     set_seed(args.seed)
     if args.ensemble:
         _check_packed(base)
@@ -215,6 +222,31 @@ def _build_model(
             set_prompt(model, start, name)
     _check_different(args, model)
     return model if args.no_patch else patch(model, positions=encoder.task.positions)
+
+
+def check_prompt_fits(args: argparse.Namespace, base: Any, model_name: str, tokenizer: Any) -> None:
+    """Raise UsageError where prompt and text are longer than the model, or the words have no tokens."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and args.num_virtual_tokens + args.max_length > positions:
+        raise UsageError(
+            f"--num-virtual-tokens {args.num_virtual_tokens} and --max-length {args.max_length} together "
+            f"exceed the {positions} positions of {model_name}: make one of them smaller"
+        )
+    if args.init == "text" and not tokenizer(args.init_text)["input_ids"]:
+        raise UsageError(f"--init-text {args.init_text!r} has no tokens: give other words")
+
+
+def prompt_config(
+    args: argparse.Namespace, model_name: str, kind: str, text: str | None
+) -> PromptTuningConfig:
+    """Return PEFT's configuration of a prompt that starts at `kind`, with `text` at its words."""
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=args.num_virtual_tokens,
+        prompt_tuning_init=PEFT_INITS.get(kind, "RANDOM"),
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=None if text is None else model_name,
+    )
 
 
 def _kinds(args: argparse.Namespace) -> list[tuple[str, str | None]]:

@@ -24,6 +24,7 @@ RESUME_SETTINGS = (
     "init_text",
     "init_from",
     "epochs",
+    "steps",
     "batch_size",
     "learning_rate",
     "weight_decay",

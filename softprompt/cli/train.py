@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.initial import add_init_options, check_init_options
+from softprompt.cli.initial import check_init_options
 from softprompt.cli.options import (
     Parser,
     add_command,
     add_compute_options,
-    add_dataset_options,
     number,
     whole,
 )
+from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 from softprompt.tasks.folders import (
     holds_adapter,
     latest_checkpoint,
@@ -25,16 +25,6 @@ from softprompt.tasks.folders import (
 
 if TYPE_CHECKING:
     from softprompt.tasks.trainer import PromptTrainer
-
-RECIPES = {
-    "paper": {
-        "optimizer": "adafactor",
-        "learning_rate": 0.3,
-        "schedule": "constant",
-        "num_virtual_tokens": 100,
-        "weight_decay": 1e-5,
-    }
-}
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -49,70 +39,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "      --model bigscience/bloomz-560m --output complaints",
         run=run,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        metavar="TABLE",
-        help="training table: a .csv, .jsonl or .parquet file, a data set folder, or a data set name "
-        "(default: the shipped table)",
-    )
-    data.add_argument("--text-column", default="Tweet text", metavar="NAME", help="column with the texts")
-    data.add_argument(
-        "--label-column", default="Label", metavar="NAME", help="column with the labels to learn"
-    )
-    data.add_argument(
-        "--eval-data",
-        metavar="TABLE",
-        help="table to measure the accuracy on; without it, a share of the training table is kept for that",
-    )
-    data.add_argument(
-        "--eval-share",
-        type=number(0, 1),
-        default=0.2,
-        metavar="SHARE",
-        help="share of every label's rows to measure on if --eval-data is not given; 0 measures nothing",
-    )
-    add_dataset_options(data)
-    prompt = parser.add_argument_group("model and prompt")
-    prompt.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the frozen causal language model: a folder or a model name (default: the shipped tiny model)",
-    )
-    prompt.add_argument(
-        "--num-virtual-tokens", type=whole(1), default=8, metavar="P", help="length of the soft prompt"
-    )
-    add_init_options(prompt)
-    prompt.add_argument(
-        "--template",
-        default="{text_column} : {text} Label : ",
-        help="how a text is put before the model; the label is written behind it",
-    )
-    prompt.add_argument(
-        "--max-length",
-        type=whole(1),
-        default=64,
-        metavar="N",
-        help="longest row in tokens, label included; a longer text loses its end",
-    )
-    prompt.add_argument(
-        "--padding",
-        choices=("max_length", "longest"),
-        default="max_length",
-        help="fill every row up to --max-length, or only up to the longest row of its batch",
-    )
-    prompt.add_argument(
-        "--end-token",
-        choices=("pad", "eos"),
-        help="the token to learn after a label (default: pad; eos for the shipped tiny model)",
-    )
-    prompt.add_argument(
-        "--positions",
-        choices=("compact", "padded"),
-        help="whether pads count for the positions of a row: compact trains what a row is alone, and "
-        "predictions are made on rows without padding; padded is what PEFT does (default: compact; padded "
-        "with --no-patch, and for models that softprompt cannot run otherwise)",
-    )
+    add_data_options(parser)
+    prompt = add_model_options(parser)
     prompt.add_argument(
         "--ensemble",
         type=whole(1),
@@ -127,40 +55,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="words for each prompt of an ensemble to start from (default with --init text: --init-text for "
         "the first one, and random words of the vocabulary for the others)",
     )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--recipe",
-        choices=tuple(RECIPES),
-        help="settings that belong together; options given beside it count more. paper: Adafactor, constant "
-        "learning rate 0.3, 100 virtual tokens, weight decay 1e-5 (Lester et al. 2021)",
-    )
-    training.add_argument("--epochs", type=whole(1), default=10, metavar="N", help="passes over the table")
-    training.add_argument(
-        "--learning-rate",
-        type=number(0, open_start=True),
-        default=3e-2,
-        metavar="RATE",
-        help="first learning rate",
-    )
-    training.add_argument(
-        "--schedule",
-        choices=("linear", "constant"),
-        default="linear",
-        help="whether the learning rate falls linearly to 0 or stays as it is",
-    )
-    training.add_argument(
-        "--optimizer", choices=("adamw", "adafactor"), default="adamw", help="optimizer of the prompt"
-    )
-    training.add_argument(
-        "--weight-decay", type=number(0), default=0.01, metavar="RATE", help="weight decay of the optimizer"
-    )
-    training.add_argument(
-        "--seed",
-        type=whole(0),
-        default=42,
-        metavar="N",
-        help="seed of the split, the prompt and the row order",
-    )
+    training = add_training_options(parser)
     training.add_argument(
         "--validation-share",
         type=number(0, 1),
@@ -194,7 +89,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check what was asked, train, save, and print the summary."""
-    _apply_recipe(args)
+    apply_recipe(args)
     _check_ensemble(args)
     if args.patience is not None and args.validation_share == 0:
         raise UsageError("--patience needs rows to watch: give --validation-share")
@@ -230,13 +125,6 @@ def run(args: argparse.Namespace) -> int:
             trainer.evaluate()
     _save(trainer, output, seconds=time.perf_counter() - start)
     return 0
-
-
-def _apply_recipe(args: argparse.Namespace) -> None:
-    given = {argument.split("=")[0] for argument in args.argv}
-    for name, value in RECIPES.get(args.recipe, {}).items():
-        if "--" + name.replace("_", "-") not in given:
-            setattr(args, name, value)
 
 
 def _check_ensemble(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from softprompt.engine.forward import (
     prompt_width,
     warn_of_no_labels,
 )
-from softprompt.engine.head import losses_of_rows
+from softprompt.engine.head import IGNORE_INDEX, losses_of_rows
 from softprompt.engine.packed import HiddenRows
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.ops.library import AUTO
@@ -41,6 +41,7 @@ def losses_of_prompts(
     attention_mask: Tensor | None,  # [B, L]
     labels: Tensor,  # [B, L]
     *,
+    own_rows: bool = False,
     positions: str = "padded",
     num_items_in_batch: int | Tensor | None = None,
     backend: str = AUTO,
@@ -57,10 +58,11 @@ def losses_of_prompts(
         input_ids: [B, L].
         attention_mask: [B, L], 0 = pad. None: no pads.
         labels: [B, L], -100 = no label.
+        own_rows: every prompt has rows of its own, B / K of them: those of the first prompt come first.
         positions: see `softprompt.forward`.
         num_items_in_batch: what each prompt's summed loss is divided by. None: the labels of the batch.
         backend: "auto" or the name of a back end of the ops.
-        cuda_graphs: on a GPU, record the step of all prompts as one graph and replay it.
+        cuda_graphs: on a GPU, record the step of all prompts as one graph and replay it; not with `own_rows`.
 
     Raises:
         UnsupportedModelError: the model is not on the packed route; says why.
@@ -72,10 +74,14 @@ def losses_of_prompts(
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
     count = len(prompts)
+    if own_rows and len(input_ids) % count:
+        raise ValueError(f"{len(input_ids)} rows cannot be dealt out evenly to {count} prompts")
 
     def repeated(tensor: Tensor | None) -> Tensor | None:
-        return tensor.repeat(count, 1) if isinstance(tensor, Tensor) and tensor.ndim == 2 else tensor
+        repeats = isinstance(tensor, Tensor) and tensor.ndim == 2 and not own_rows
+        return tensor.repeat(count, 1) if repeats else tensor  # type: ignore[union-attr]
 
+    rows_each = len(input_ids) // count if own_rows else len(input_ids)
     batch = check_batch(
         prompts,
         prompt_width(model),
@@ -83,7 +89,7 @@ def losses_of_prompts(
         inputs_embeds=None,
         attention_mask=repeated(attention_mask),
         labels=repeated(labels),
-        prompt_of_row=[number for number in range(count) for _ in range(len(input_ids))],
+        prompt_of_row=[number for number in range(count) for _ in range(rows_each)],
     )
     plan, compact = plan_for(model), positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
@@ -98,10 +104,11 @@ def losses_of_prompts(
             f"softprompt: prompts of several lengths cannot share a batch of up to {longest} positions: the "
             f"model's rotary embedding changes beyond {plan.rotary_switch}, for all prompts at once"
         )
-    if cuda_graphs and batch.attention_mask.is_cuda:
+    # A graph holds one mean over all labels, which is the prompts' only where they have as many each.
+    if cuda_graphs and batch.attention_mask.is_cuda and not own_rows:
         return _recordable(model, plan, batch, compact, num_items_in_batch, backend)
     rows = plan.run(model, batch, compact=compact, backend=backend)
-    each = _each(model, plan, rows, count, num_items_in_batch, backend)
+    each = _each(model, plan, rows, batch, num_items_in_batch, backend)
     return PromptLosses(each.sum(), each.detach())
 
 
@@ -117,33 +124,39 @@ def _recordable(
     loss, rows = packed_step(model, plan, batch, compact, num_items, backend, graphs_of(model))
     if loss is None:
         raise ValueError("expected labels, got none")
-    count = len(batch.prompts)
     with torch.no_grad():
-        each = _each(model, plan, rows, count, num_items, backend)
+        each = _each(model, plan, rows, batch, num_items, backend)
     # Without a number of items the one loss is the mean over the labels of all prompts.
-    return PromptLosses(loss * count if num_items is None else loss, each)
+    return PromptLosses(loss * len(batch.prompts) if num_items is None else loss, each)
 
 
 def _each(
     model: CausalLM,
     plan: Plan,
     rows: HiddenRows,
-    count: int,
+    batch: Batch,
     num_items: int | Tensor | None,
     backend: str,
 ) -> Tensor:
     """[K] losses; label rows stand in the order of the batch's rows, so prompt by prompt."""
-    labels = rows.num_labels
-    if labels == 0:
+    total = rows.num_labels
+    if total == 0:
         warn_of_no_labels(stacklevel=5)
     losses = losses_of_rows(
         model,
         rows.hidden,
-        rows.label_rows[:labels],
-        rows.label_targets[:labels],
+        rows.label_rows[:total],
+        rows.label_targets[:total],
         fused=plan.fused_head,
         output_class=rows.output_class,
         backend=backend,
     )
-    items = max(labels // count, 1) if num_items is None else num_items
-    return losses.view(count, -1).sum(1) / (items.to(losses.device) if isinstance(items, Tensor) else items)
+    count, device = len(batch.prompts), losses.device
+    if batch.labels is None:
+        raise ValueError("expected labels, got none")
+    of_prompt = (batch.labels != IGNORE_INDEX).view(count, -1).sum(1).to(device)  # [K]
+    numbers = torch.arange(count, device=device).repeat_interleave(of_prompt, output_size=total)
+    sums = losses.new_zeros(count).index_add(0, numbers, losses)
+    if num_items is None:
+        return sums / of_prompt.clamp_min(1)
+    return sums / (num_items.to(device) if isinstance(num_items, Tensor) else num_items)

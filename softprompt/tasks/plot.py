@@ -66,7 +66,7 @@ def draw_training(history: Sequence[dict[str, Any]], path: str | Path) -> None:
         else:
             right.text(0.5, 0.5, "no evaluation rows", transform=right.transAxes, ha="center", color=GREY)
         left.legend()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str) -> None:
@@ -98,7 +98,7 @@ def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str)
         )
         _bars(axes["memory"], names, memory, f"Peak memory: {memory[0] / memory[1]:.1f} : 1", "MiB", "{:.2f}")
         _accuracy_bars(axes["accuracy"], plain, patched)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, title: str) -> None:
@@ -129,7 +129,7 @@ def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, titl
             axes[name].set(xlim=(-0.7, count - 0.3))
             axes[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes[right[-1]].set(xlabel="virtual token")
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_similarity(figure: Figure, axes: Any, found: Inspection, tokenizer: Any) -> None:
@@ -182,7 +182,7 @@ def draw_confusion(
                     axes.text(column, row, str(counts[row][column]), ha="center", va="center", color=colour)
         bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), shrink=0.8)
         bar.set_label("share of the label's rows")
-        _save(figure, path, whole=True)
+        save_figure(figure, path, whole=True)
 
 
 def _bars(axes: Any, names: list[str], values: list[float], title: str, unit: str, number: str) -> None:
@@ -204,8 +204,11 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _save(figure: Figure, path: str | Path, *, whole: bool = False) -> None:
-    """Write a figure; `whole`: as large as its texts need, however long they are."""
+def save_figure(figure: Figure, path: str | Path, *, whole: bool = False) -> None:
+    """Write a figure as a .png; no half-written file is ever left under the name.
+
+    With `whole` it is as large as its texts need, however long they are.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     FigureCanvasAgg(figure)

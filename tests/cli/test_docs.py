@@ -8,7 +8,13 @@ from softprompt.cli import COMMANDS, build_parser
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "train.md"
-PAGES = [PAGE, *(DOCS / f"{name}.md" for name in ("initialise", "inspect", "export", "score", "ensemble"))]
+PAGES = [
+    PAGE,
+    *(
+        DOCS / f"{name}.md"
+        for name in ("initialise", "inspect", "export", "score", "ensemble", "ablations", "quickstart")
+    ),
+]
 BLOCKS = [
     block
     for page in PAGES
@@ -33,10 +39,12 @@ FOREIGN = {"--enable-prompt-embeds"}
 
 
 @pytest.mark.parametrize(
-    "page, fewest", zip(PAGES, (21, 3, 3, 4, 4, 6), strict=True), ids=lambda value: str(value)[-8:]
+    "page, fewest",
+    list(zip(PAGES, (21, 3, 3, 4, 4, 6, 10, 4), strict=True)),
+    ids=lambda value: str(value)[-8:],
 )
 def test_the_options_that_a_page_names_exist(capsys, page, fewest):
-    for command in ("train", "predict", "inspect", "export", "demo"):
+    for command in ("train", "sweep", "predict", "inspect", "export", "demo"):
         with pytest.raises(SystemExit):
             build_parser().parse_args([command, "--help"])
     shown = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
