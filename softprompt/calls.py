@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import PeftType
 from torch import Tensor
 
+from softprompt.encoders import encoder_obstacle
 from softprompt.engine import Plan, families
 from softprompt.engine.batch import check_texts
 from softprompt.engine.forward import obstacle_to, prompt_width
@@ -42,18 +42,18 @@ def adapters_of_rows(
     return list(adapter_names)
 
 
-def adapter_obstacle(model: Any, names: Sequence[str]) -> str | None:
-    """Why these adapters of a PEFT model are not served, as a sentence, or None."""
+def adapter_obstacle(model: Any, names: Sequence[str], *, per_row: bool = False) -> str | None:
+    """Why these adapters of a PEFT model are not served, as a sentence, or None.
+
+    Args:
+        model: the PEFT model.
+        names: of the adapters.
+        per_row: whether the caller gives multitask adapters the task of each row.
+    """
     for name in dict.fromkeys(names):
-        config = model.peft_config[name]
-        if config.peft_type != PeftType.PROMPT_TUNING:
-            return f"adapter {name!r} is of type {PeftType(config.peft_type).value}; PROMPT_TUNING is served"
-        if config.num_transformer_submodules not in (None, 1):
-            return (
-                f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
-            )
-        if config.num_virtual_tokens == 0:
-            return f"adapter {name!r} has no virtual tokens"
+        obstacle = encoder_obstacle(name, model.peft_config[name], per_row=per_row)
+        if obstacle is not None:
+            return obstacle
     if families.has_hooks(model.get_base_model()):
         return "the language model itself has hooks or a replaced forward, which the packed route would skip"
     if model.word_embeddings is not model.get_base_model().get_input_embeddings():
@@ -101,7 +101,7 @@ def reason_for_stock(
         compact: whether pads are left out of the positions.
     """
     base = model.get_base_model()
-    obstacle = adapter_obstacle(model, names)
+    obstacle = adapter_obstacle(model, names, per_row=True)
     if obstacle is not None:
         return obstacle
     longest = text_length + max(model.peft_config[name].num_virtual_tokens for name in names)

@@ -19,6 +19,7 @@ from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 
 from softprompt.calls import adapters_of_rows, check_stock_input, reason_for_stock
+from softprompt.encoders import prompt_of, prompts_of_rows, tasks_of_rows
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.forward import (
@@ -71,12 +72,15 @@ def patch(
 ) -> Model:
     """Makes a PEFT prompt-tuning model compute its loss on the packed route, in place.
 
+    P-tuning (`PromptEncoderConfig`) and multitask prompt tuning (`MultitaskPromptTuningConfig`) are served
+    alike: the route needs the output of their encoders, and gives them its gradient.
+
     The same loop, Trainer, `generate` and adapter files work as before. Calls that the packed route does not
     serve (a request for attentions, hidden states or a cache) go to PEFT's own forward with one warning.
     Patching twice changes the options. A tiny self-check compares the route with the stock forward first.
 
     Args:
-        model: a `PeftModelForCausalLM` with prompt-tuning adapters.
+        model: a `PeftModelForCausalLM` with adapters of one of these types.
         positions: "padded": every token has the position that PEFT's padded batch gives it, on any padding
             side; "compact": pads do not exist, so that training on padded batches equals each row alone.
         on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
@@ -268,6 +272,7 @@ class _Patched(PeftModelForCausalLM):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             labels=labels,
+            task_ids=task_ids,
             num_items=kwargs.get("num_items_in_batch"),
         )
         if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
@@ -292,18 +297,22 @@ def _fast(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     labels: Tensor | None,
+    task_ids: Tensor | None,
     num_items: Any,
 ) -> tuple[Tensor | None, Tensor]:
     base, options = model.get_base_model(), model._softprompt.options
-    distinct = list(dict.fromkeys(names))
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
+    tokens = {name: _tokens_of(model, name) for name in dict.fromkeys(names)}
+    prompts, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
     batch: Batch = check_batch(
-        [_prompt_of(model, name) for name in distinct],
+        prompts,
         prompt_width(base),
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         labels=labels,
-        prompt_of_row=None if len(distinct) == 1 else [distinct.index(name) for name in names],
+        prompt_of_row=prompt_of_row,
     )
     if base.training:
         _say_dropout(model, base)
@@ -326,15 +335,14 @@ def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
 
 
 def _prompt_of(model: Any, name: str) -> Tensor:
-    """[P, H] of an adapter, through its own encoder."""
-    encoder = model.prompt_encoder[name]
-    prompt: Tensor = encoder(_tokens_of(model, name, encoder.embedding.weight.device))
-    return prompt
+    """[P, H] of an adapter that has one prompt for all rows, through its own encoder."""
+    return prompt_of(model, name, _tokens_of(model, name))
 
 
-def _tokens_of(model: Any, name: str, device: torch.device) -> Tensor:
+def _tokens_of(model: Any, name: str) -> Tensor:
     """[P] PEFT's virtual token ids on the encoder's device. PEFT keeps them on the CPU; copying waits."""
     tokens: Tensor = model.prompt_tokens[name]
+    device = model.prompt_encoder[name].embedding.weight.device
     if tokens.device == device:
         return tokens
     copies = model._softprompt.tokens

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
-from peft import PeftModelForCausalLM
+from peft import PeftModelForCausalLM, PeftType
 
 from softprompt.calls import adapter_obstacle
+from softprompt.encoders import has_tasks
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
@@ -74,7 +76,7 @@ def explain(model: CausalLM) -> Report:
     plan = plan_for(base)
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, PeftModelForCausalLM):
-        refusal = adapter_obstacle(model, [model.active_adapter])
+        refusal = adapter_obstacle(model, [model.active_adapter], per_row=True)
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = next(base.parameters()).device
     backend = state.options.backend if state is not None else AUTO
@@ -83,12 +85,24 @@ def explain(model: CausalLM) -> Report:
         patched=state is not None,
         route=route,
         reason=reason,
-        details=_details(base, plan, state) if route != "stock" else (),
+        details=(*_prompts(model), *_details(base, plan, state)) if route != "stock" else (),
         backends=_backends(route, plan, backend, device.type, base),
         rejected=plan.rejected if route != "stock" else (),
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
         advice=_advice(base, plan, route, device.type),
     )
+
+
+def _prompts(model: CausalLM) -> tuple[tuple[str, str], ...]:
+    """What stands in front of the texts of a PEFT model."""
+    if not isinstance(model, PeftModelForCausalLM):
+        return ()
+    name = str(model.active_adapter)
+    config: Any = model.peft_config[name]
+    text = f"{config.num_virtual_tokens} virtual tokens of {name!r} ({PeftType(config.peft_type).value})"
+    if has_tasks(model, name):
+        text += f", one prompt for each of {config.num_tasks} tasks (task_ids)"
+    return (("prompt", text),)
 
 
 def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tuple[str, str], ...]:
