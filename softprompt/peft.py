@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from softprompt.calls import adapters_of_rows, check_stock_input, reason_for_stock
 from softprompt.encoders import prompt_of, prompts_of_rows, tasks_of_rows
 from softprompt.engine import Plan, families, plan_for, run_plan
+from softprompt.engine.answers import LOGITS, starts_behind_pads, trimmed
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
@@ -31,6 +32,8 @@ from softprompt.engine.forward import (
     prompt_width,
 )
 from softprompt.engine.graphs import StepGraphs
+from softprompt.engine.placement import PLACEMENTS, after_bos, bos_token_id, place_in_generation
+from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,6 +49,15 @@ class PatchOptions:
     backend: str = AUTO
     cuda_graphs: bool = True
     compile: bool = False
+    placement: str = "prefix"
+    logits: str = "full"
+
+    @property
+    def without_stock(self) -> str | None:
+        """The option that PEFT's own forward does not know, None where it knows all."""
+        if self.positions == "compact":
+            return 'positions="compact"'
+        return None if self.placement == "prefix" else f'placement="{self.placement}"'
 
 
 @dataclass
@@ -69,6 +81,8 @@ def patch(
     backend: str = AUTO,
     cuda_graphs: bool = True,
     compile: bool = False,
+    placement: str = "prefix",
+    logits: str = "full",
 ) -> Model:
     """Makes a PEFT prompt-tuning model compute its loss on the packed route, in place.
 
@@ -90,29 +104,39 @@ def patch(
         cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
             and replay it afterwards. Steps that cannot be recorded run as without, with one warning.
         compile: run the decoder of training steps through `torch.compile`; pays on a GPU, after minutes.
+        placement: "prefix": the prompt stands in front of the text; "after_bos": behind the text's first
+            token, which has to be the model's BOS token in every row.
+        logits: "full": `out.logits` is [B, P + L, V], as PEFT gives it; "text": [B, L, V], column c is the
+            output at the text's column c and predicts label c + 1, as without a prompt; "labels": [B, L, V],
+            column c predicts label c.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: not a PEFT model.
-        ValueError: an unknown option value.
-        UnsupportedModelError: see `on_unsupported`; also for "compact" on a model that cannot be packed.
+        ValueError: an unknown option value; "after_bos" on a model without a BOS token.
+        UnsupportedModelError: see `on_unsupported`; also for "compact" on a model that cannot be packed, and
+            for "after_bos" on one that has no fast route.
     """
     check_option("positions", positions, POSITIONS)
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    check_option("placement", placement, PLACEMENTS)
+    check_option("logits", logits, LOGITS)
     if not isinstance(model, PeftModel):
         raise TypeError(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
             f"got {type(model).__name__}; softprompt.forward takes a plain model and prompts"
         )
-    options = PatchOptions(positions, on_unsupported, backend, cuda_graphs, compile)
+    options = PatchOptions(positions, on_unsupported, backend, cuda_graphs, compile, placement, logits)
     known: PatchState | None = model.__dict__.get(_STATE)
     state = PatchState(options, known.stock_class if known else type(model))
     state.refusal = _refusal(model)
     obstacle = state.refusal or obstacle_to(plan_for(model.get_base_model()), compact=positions == "compact")
+    if obstacle is None and placement == "after_bos":
+        bos_token_id(model.get_base_model())
     if obstacle is not None:
-        if on_unsupported == "error" or positions == "compact":
+        if on_unsupported == "error" or options.without_stock is not None:
             raise UnsupportedModelError(f"softprompt: {obstacle}")
         warnings.warn(f"softprompt: PEFT's own forward stays in use: {obstacle}", stacklevel=2)
         state.said.add(obstacle)
@@ -252,7 +276,7 @@ class _Patched(PeftModelForCausalLM):
             _fall_back(self, reason, adapter_names)
             if kwargs.get("past_key_values") is None:
                 check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
-            return super().forward(
+            output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
@@ -263,6 +287,8 @@ class _Patched(PeftModelForCausalLM):
                 task_ids=task_ids,
                 **kwargs,
             )
+            num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
+            return trimmed(output, self._softprompt.options.logits, num_virtual_tokens, text_length)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
         loss, logits = _fast(
             self,
@@ -278,6 +304,20 @@ class _Patched(PeftModelForCausalLM):
         if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's inputs of one step of generate, with the prompt where the patch puts it."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        options = self._softprompt.options
+        if options.placement == "prefix":
+            return inputs
+        return place_in_generation(
+            self.get_base_model(),
+            inputs,
+            args[0] if args else kwargs["input_ids"],
+            self.active_peft_config.num_virtual_tokens,
+            compact=options.positions == "compact",
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""
@@ -316,15 +356,26 @@ def _fast(
     )
     if base.training:
         _say_dropout(model, base)
-    return run_plan(
-        base,
-        plan,
-        batch,
-        compact=options.positions == "compact",
-        num_items=num_items,
-        backend=options.backend,
-        graphs=_graphs_of(model, base),
-    )
+    compact, columns = options.positions == "compact", batch.shape[1]
+    placed = after_bos(base, batch) if options.placement == "after_bos" else batch
+    if options.logits != "full" and labels is None and plan.route == "packed" and not compact:
+        placed = replace(placed, wanted=starts_behind_pads(placed.attention_mask))
+    try:
+        return run_plan(
+            base,
+            plan,
+            placed,
+            compact=compact,
+            num_items=num_items,
+            backend=options.backend,
+            graphs=_graphs_of(model, base),
+            logits=options.logits,
+            columns=columns,
+        )
+    except IndexError:
+        # Names the column that the user gave it in.
+        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
+        raise
 
 
 def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
@@ -357,9 +408,9 @@ def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None) -> 
     state: PatchState = model._softprompt
     if state.options.on_unsupported == "error":
         raise UnsupportedModelError(f"softprompt: {reason}")
-    if state.options.positions == "compact":
+    if state.options.without_stock is not None:
         raise UnsupportedModelError(
-            f'softprompt: positions="compact" has no stock forward to fall back to: {reason}'
+            f"softprompt: {state.options.without_stock} has no stock forward to fall back to: {reason}"
         )
     if adapter_names is not None:
         raise UnsupportedModelError(

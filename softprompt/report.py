@@ -85,7 +85,7 @@ def explain(model: CausalLM) -> Report:
         patched=state is not None,
         route=route,
         reason=reason,
-        details=(*_prompts(model), *_details(base, plan, state)) if route != "stock" else (),
+        details=(*_prompts(model, state), *_details(base, plan, state)) if route != "stock" else (),
         backends=_backends(route, plan, backend, device.type, base),
         rejected=plan.rejected if route != "stock" else (),
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
@@ -93,7 +93,7 @@ def explain(model: CausalLM) -> Report:
     )
 
 
-def _prompts(model: CausalLM) -> tuple[tuple[str, str], ...]:
+def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str], ...]:
     """What stands in front of the texts of a PEFT model."""
     if not isinstance(model, PeftModelForCausalLM):
         return ()
@@ -102,7 +102,13 @@ def _prompts(model: CausalLM) -> tuple[tuple[str, str], ...]:
     text = f"{config.num_virtual_tokens} virtual tokens of {name!r} ({PeftType(config.peft_type).value})"
     if has_tasks(model, name):
         text += f", one prompt for each of {config.num_tasks} tasks (task_ids)"
-    return (("prompt", text),)
+    options = None if state is None else state.options
+    if options is not None and options.placement == "after_bos":
+        text += ", behind the BOS token of each text"
+    rows = [("prompt", text)]
+    if options is not None and options.logits != "full":
+        rows.append(("logits", f"[B, L, V], without the prompt's ({options.logits!r})"))
+    return tuple(rows)
 
 
 def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tuple[str, str], ...]:
