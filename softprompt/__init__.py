@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt import multitask
     from softprompt.engine.forward import UnsupportedModelError, forward
     from softprompt.peft import patch, patched, unpatch
     from softprompt.prompts import export, init
@@ -19,6 +20,7 @@ __all__ = [
     "forward",
     "init",
     "inspect_prompt",
+    "multitask",
     "patch",
     "patched",
     "unpatch",
@@ -36,9 +38,12 @@ _HOMES = {
     "patched": "softprompt.peft",
     "unpatch": "softprompt.peft",
 }
+_MODULES = ("multitask",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"softprompt.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -82,7 +82,7 @@ def prompts_of_rows(
     names: Sequence[str],
     tasks: Sequence[int] | None,
     tokens: dict[str, Tensor],
-) -> tuple[list[Tensor], list[int] | None]:
+) -> tuple[dict[tuple[str, int | None], Tensor], list[int] | None]:
     """The distinct prompts of a call, and which of them each row sees.
 
     Args:
@@ -92,7 +92,8 @@ def prompts_of_rows(
         tokens: [P] PEFT's virtual token ids of each adapter, on the device of its encoder.
 
     Returns:
-        K prompts [P_k, H], and the number of each row's prompt: None where all rows see the only one.
+        K prompts [P_k, H] by adapter and task (None: the adapter has no tasks), and the number of each row's
+        prompt: None where all rows see the only one.
     """
     if tasks is not None and len(names) == 1:
         names = [names[0]] * len(tasks)
@@ -110,7 +111,7 @@ def prompts_of_rows(
         else:
             made[name, None] = prompt_of(model, name, tokens[name])
     numbers = {key: number for number, key in enumerate(made)}
-    return list(made.values()), None if len(made) == 1 else [numbers[key] for key in keys]
+    return made, None if len(made) == 1 else [numbers[key] for key in keys]
 
 
 def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:

@@ -341,41 +341,80 @@ def _fast(
     num_items: Any,
 ) -> tuple[Tensor | None, Tensor]:
     base, options = model.get_base_model(), model._softprompt.options
+    batch, _ = batch_of(
+        model,
+        names,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        inputs_embeds=inputs_embeds,
+        labels=labels,
+        task_ids=task_ids,
+    )
+    if base.training:
+        _say_dropout(model, base)
+    try:
+        return run_plan(
+            base,
+            plan,
+            placed(model, plan, batch),
+            compact=options.positions == "compact",
+            num_items=num_items,
+            backend=options.backend,
+            graphs=_graphs_of(model, base),
+            logits=options.logits,
+            columns=batch.shape[1],
+        )
+    except IndexError:
+        # Names the column that the user gave it in.
+        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
+        raise
+
+
+def batch_of(
+    model: Any,
+    names: Sequence[str],
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    labels: Tensor | None,
+    task_ids: Tensor | None,
+) -> tuple[Batch, list[str]]:
+    """A call of a patched model as a batch behind prompts, and the adapter of each of the K prompts.
+
+    Raises:
+        IndexError: a task that an adapter does not have.
+        ValueError: says what was given and what is expected.
+    """
     given = input_ids if inputs_embeds is None else inputs_embeds
     tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
     tokens = {name: _tokens_of(model, name) for name in dict.fromkeys(names)}
     prompts, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
-    batch: Batch = check_batch(
-        prompts,
-        prompt_width(base),
+    batch = check_batch(
+        list(prompts.values()),
+        prompt_width(model.get_base_model()),
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         labels=labels,
         prompt_of_row=prompt_of_row,
     )
-    if base.training:
-        _say_dropout(model, base)
-    compact, columns = options.positions == "compact", batch.shape[1]
-    placed = after_bos(base, batch) if options.placement == "after_bos" else batch
-    if options.logits != "full" and labels is None and plan.route == "packed" and not compact:
-        placed = replace(placed, wanted=starts_behind_pads(placed.attention_mask))
-    try:
-        return run_plan(
-            base,
-            plan,
-            placed,
-            compact=compact,
-            num_items=num_items,
-            backend=options.backend,
-            graphs=_graphs_of(model, base),
-            logits=options.logits,
-            columns=columns,
-        )
-    except IndexError:
-        # Names the column that the user gave it in.
-        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
-        raise
+    return batch, [name for name, _ in prompts]
+
+
+def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
+    """The batch with its prompts where the options of a patched model put them.
+
+    Raises:
+        ValueError: a text that has no such place.
+    """
+    options = model._softprompt.options
+    if options.placement == "after_bos":
+        batch = after_bos(model.get_base_model(), batch)
+    trims = options.logits != "full" and options.positions == "padded" and plan.route == "packed"
+    if trims and batch.labels is None:
+        batch = replace(batch, wanted=starts_behind_pads(batch.attention_mask))
+    return batch
 
 
 def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
