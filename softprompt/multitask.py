@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softprompt.batches import batch_of, placed
 from softprompt.calls import adapters_of_rows, reason_for_stock
 from softprompt.engine import families, plan_for
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.groups import means_of_groups
 from softprompt.layout import raise_out_of_range
-from softprompt.peft import batch_of, placed, state_of
+from softprompt.peft import state_of
 
 COLUMN = "adapter"
 

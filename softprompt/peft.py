@@ -11,28 +11,27 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 
+from softprompt.batches import batch_of, placed, tokens_of
 from softprompt.calls import adapters_of_rows, check_stock_input, reason_for_stock
-from softprompt.encoders import prompt_of, prompts_of_rows, tasks_of_rows
+from softprompt.encoders import prompt_of
 from softprompt.engine import Plan, families, plan_for, run_plan
-from softprompt.engine.answers import LOGITS, starts_behind_pads, trimmed
-from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.answers import LOGITS, trimmed
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
     POSITIONS,
     UnsupportedModelError,
     check_option,
     obstacle_to,
-    prompt_width,
 )
 from softprompt.engine.graphs import StepGraphs
-from softprompt.engine.placement import PLACEMENTS, after_bos, bos_token_id, place_in_generation
+from softprompt.engine.placement import PLACEMENTS, bos_token_id, place_in_generation
 from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
 
@@ -67,7 +66,7 @@ class PatchState:
     options: PatchOptions
     stock_class: type
     graphs: StepGraphs | None = None
-    tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `_tokens_of`
+    tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `tokens_of`
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
     said: set[str] = field(default_factory=set)  # notes that were given once
@@ -305,9 +304,12 @@ class _Patched(PeftModelForCausalLM):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's inputs of one step of generate, with the prompt where the patch puts it."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """PEFT's inputs of one step of generate, with the prompt where the patch puts it.
+
+        The signature is PEFT's: generate looks there for the arguments that it may take.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, task_ids=task_ids, **kwargs)
         options = self._softprompt.options
         if options.placement == "prefix":
             return inputs
@@ -370,53 +372,6 @@ def _fast(
         raise
 
 
-def batch_of(
-    model: Any,
-    names: Sequence[str],
-    *,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    inputs_embeds: Tensor | None,
-    labels: Tensor | None,
-    task_ids: Tensor | None,
-) -> tuple[Batch, list[str]]:
-    """A call of a patched model as a batch behind prompts, and the adapter of each of the K prompts.
-
-    Raises:
-        IndexError: a task that an adapter does not have.
-        ValueError: says what was given and what is expected.
-    """
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
-    tokens = {name: _tokens_of(model, name) for name in dict.fromkeys(names)}
-    prompts, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
-    batch = check_batch(
-        list(prompts.values()),
-        prompt_width(model.get_base_model()),
-        input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        labels=labels,
-        prompt_of_row=prompt_of_row,
-    )
-    return batch, [name for name, _ in prompts]
-
-
-def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
-    """The batch with its prompts where the options of a patched model put them.
-
-    Raises:
-        ValueError: a text that has no such place.
-    """
-    options = model._softprompt.options
-    if options.placement == "after_bos":
-        batch = after_bos(model.get_base_model(), batch)
-    trims = options.logits != "full" and options.positions == "padded" and plan.route == "packed"
-    if trims and batch.labels is None:
-        batch = replace(batch, wanted=starts_behind_pads(batch.attention_mask))
-    return batch
-
-
 def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
     state: PatchState = model._softprompt
     if state.graphs is None or not state.graphs.are_of(base):
@@ -426,21 +381,7 @@ def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
 
 def _prompt_of(model: Any, name: str) -> Tensor:
     """[P, H] of an adapter that has one prompt for all rows, through its own encoder."""
-    return prompt_of(model, name, _tokens_of(model, name))
-
-
-def _tokens_of(model: Any, name: str) -> Tensor:
-    """[P] PEFT's virtual token ids on the encoder's device. PEFT keeps them on the CPU; copying waits."""
-    tokens: Tensor = model.prompt_tokens[name]
-    device = model.prompt_encoder[name].embedding.weight.device
-    if tokens.device == device:
-        return tokens
-    copies = model._softprompt.tokens
-    known = copies.get(name)
-    if known is None or known[0] is not tokens or known[1] != tokens._version or known[2].device != device:
-        with torch.inference_mode(False):
-            known = copies[name] = (tokens, tokens._version, tokens.to(device))
-    return known[2]
+    return prompt_of(model, name, tokens_of(model, name))
 
 
 def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None) -> None:

@@ -71,5 +71,6 @@ def trimmed(output: Any, which: str, num_virtual_tokens: int, columns: int) -> A
     if isinstance(output, tuple):
         place = next((n for n, value in enumerate(output) if isinstance(value, Tensor) and value.ndim), None)
         return tuple(cut(value) if number == place else value for number, value in enumerate(output))
-    output.logits = cut(output.logits)
+    if getattr(output, "logits", None) is not None:
+        output.logits = cut(output.logits)
     return output
