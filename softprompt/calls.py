@@ -42,16 +42,20 @@ def adapters_of_rows(
     return list(adapter_names)
 
 
-def adapter_obstacle(model: Any, names: Sequence[str], *, per_row: bool = False) -> str | None:
+def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = False) -> str | None:
     """Why these adapters of a PEFT model are not served, as a sentence, or None.
 
     Args:
         model: the PEFT model.
         names: of the adapters.
-        per_row: whether the caller gives multitask adapters the task of each row.
+        as_forward: whether the caller does all that a patched forward does: gives multitask adapters the task
+            of each row, and puts the prompt where the patch wants it.
     """
+    state = getattr(model, "_softprompt", None)
+    if state is not None and state.options.placement != "prefix" and not as_forward:
+        return f'the model is patched with placement="{state.options.placement}", which only forward serves'
     for name in dict.fromkeys(names):
-        obstacle = encoder_obstacle(name, model.peft_config[name], per_row=per_row)
+        obstacle = encoder_obstacle(name, model.peft_config[name], per_row=as_forward)
         if obstacle is not None:
             return obstacle
     if families.has_hooks(model.get_base_model()):
@@ -101,7 +105,7 @@ def reason_for_stock(
         compact: whether pads are left out of the positions.
     """
     base = model.get_base_model()
-    obstacle = adapter_obstacle(model, names, per_row=True)
+    obstacle = adapter_obstacle(model, names, as_forward=True)
     if obstacle is not None:
         return obstacle
     longest = text_length + max(model.peft_config[name].num_virtual_tokens for name in names)

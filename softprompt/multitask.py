@@ -19,9 +19,9 @@ from softprompt.batches import batch_of, placed
 from softprompt.calls import adapters_of_rows, reason_for_stock
 from softprompt.engine import families, plan_for
 from softprompt.engine.forward import UnsupportedModelError
-from softprompt.engine.groups import means_of_groups
+from softprompt.engine.groups import losses_of_groups
 from softprompt.layout import raise_out_of_range
-from softprompt.peft import state_of
+from softprompt.peft import graphs_of, say_dropout, state_of
 
 COLUMN = "adapter"
 
@@ -164,11 +164,20 @@ def losses(
     )
     adapters = list(dict.fromkeys(keys))
     groups = [adapters.index(name) for name in keys]
+    if base.training:
+        say_dropout(model, base)
     try:
-        batch = placed(model, plan, given)
-        means = means_of_groups(base, plan, batch, groups, compact=compact, backend=state.options.backend)
+        found = losses_of_groups(
+            base,
+            plan,
+            placed(model, plan, given),
+            groups,
+            compact=compact,
+            backend=state.options.backend,
+            graphs=graphs_of(model, base),
+        )
     except IndexError:
+        # Names the column that the user gave it in.
         raise_out_of_range(given.input_ids, given.labels, families.vocab_size(base))
         raise
-    each = dict(zip(adapters, means.detach(), strict=True))
-    return AdapterLosses(means.sum(), each)
+    return AdapterLosses(found.total, dict(zip(adapters, found.each, strict=False)))

@@ -353,7 +353,7 @@ def _fast(
         task_ids=task_ids,
     )
     if base.training:
-        _say_dropout(model, base)
+        say_dropout(model, base)
     try:
         return run_plan(
             base,
@@ -362,7 +362,7 @@ def _fast(
             compact=options.positions == "compact",
             num_items=num_items,
             backend=options.backend,
-            graphs=_graphs_of(model, base),
+            graphs=graphs_of(model, base),
             logits=options.logits,
             columns=batch.shape[1],
         )
@@ -372,7 +372,8 @@ def _fast(
         raise
 
 
-def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
+def graphs_of(model: Any, base: nn.Module) -> StepGraphs:
+    """The recorded steps of a patched model."""
     state: PatchState = model._softprompt
     if state.graphs is None or not state.graphs.are_of(base):
         state.graphs = StepGraphs(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
@@ -402,7 +403,8 @@ def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None) -> 
         warnings.warn(f"softprompt: PEFT's own forward was used: {reason}", stacklevel=4)
 
 
-def _say_dropout(model: Any, base: nn.Module) -> None:
+def say_dropout(model: Any, base: nn.Module) -> None:
+    """One warning where a patched model in training mode has dropout."""
     if "dropout" in model._softprompt.said:
         return
     model._softprompt.said.add("dropout")

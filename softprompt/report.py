@@ -76,7 +76,7 @@ def explain(model: CausalLM) -> Report:
     plan = plan_for(base)
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, PeftModelForCausalLM):
-        refusal = adapter_obstacle(model, [model.active_adapter], per_row=True)
+        refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = next(base.parameters()).device
     backend = state.options.backend if state is not None else AUTO

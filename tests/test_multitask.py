@@ -53,6 +53,26 @@ def test_each_adapter_gets_the_loss_and_the_gradient_of_its_rows_alone(name, sid
         assert prompt_of(fast, "third").grad is None
 
 
+def test_recorded_steps_weigh_each_adapter_alike(tape):
+    fast = softprompt.patch(several(), on_unsupported="error")
+    eager = softprompt.patch(copy.deepcopy(fast), on_unsupported="error", cuda_graphs=False)
+    for seed in range(4):
+        batch = make_batch(BATCH_LENGTHS, "left", "everywhere", seed=seed)
+        names = NAMES if seed < 2 else ["default", "longer", "longer", "longer", "longer"]
+        results = []
+        for model in (fast, eager):
+            model.zero_grad(set_to_none=True)
+            found = multitask.losses(model, **batch, adapter_names=names)
+            found.total.backward()
+            results.append(found)
+        assert_close(results[0].total.detach(), results[1].total.detach(), 1e-12, "total")
+        for adapter, loss in results[1].each.items():
+            assert_close(results[0].each[adapter], loss, 1e-12, adapter)
+            assert_close(prompt_of(fast, adapter).grad, prompt_of(eager, adapter).grad, 1e-10, adapter)
+    assert fast._softprompt.graphs.statistics.replayed >= 2
+    assert eager._softprompt.graphs.statistics.replayed == 0
+
+
 @pytest.mark.parametrize("options", [{"positions": "compact"}, {"placement": "after_bos"}], ids=str)
 def test_options_of_the_patch_hold(options):
     fast = several()

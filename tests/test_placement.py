@@ -11,6 +11,7 @@ from peft import MultitaskPromptTuningConfig, get_peft_model
 from tiny_models import build, pair, prompt_config, prompted
 
 import softprompt
+from softprompt.calls import adapter_obstacle
 
 BOS, P = 1, 4
 NAMES = ["llama", "bloom", "gpt2", "opt", "gemma2", "mamba"]
@@ -290,6 +291,11 @@ def test_unpatch_and_disable_adapter_take_it_back():
     ids = batch["input_ids"][:, :3]
     assert torch.equal(fast.generate(input_ids=ids, **options), stock.generate(input_ids=ids, **options))
     assert torch.equal(step(fast, batch).loss, step(stock, batch).loss)
+
+
+def test_what_serves_no_placement_is_told_so():
+    obstacle = adapter_obstacle(models()[1], ["default"])
+    assert obstacle == 'the model is patched with placement="after_bos", which only forward serves'
 
 
 def test_explain_says_where_the_prompt_stands():

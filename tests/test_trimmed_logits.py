@@ -49,9 +49,11 @@ def test_text_logits_are_those_of_peft_behind_the_prompt(name, side, labelled):
 @pytest.mark.parametrize("name", ["llama", "bloom", "mamba"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_label_logits_give_the_loss_and_its_gradient(name, side, labelled):
+@pytest.mark.parametrize("holes", [False, True])
+def test_label_logits_give_the_loss_and_its_gradient(name, side, labelled, holes):
     stock, fast = models(name, logits="labels")
-    batch = make_batch(side=side, labels="everywhere")
+    batch = make_batch(side=side, labels="everywhere", holes=holes)
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
     expected = stock(**batch).loss
     expected.backward()
     logits = fast(**(batch if labelled else without_labels(batch))).logits

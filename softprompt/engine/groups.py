@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +13,23 @@ from torch.nn import functional
 from softprompt.engine import families
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
+from softprompt.engine.graphs import StepGraphs, room_of
 from softprompt.engine.head import own_logits
-from softprompt.engine.packed import HiddenRows
+from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
 from softprompt.engine.plan import Plan
+from softprompt.layout import PackedLayout
 from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 
 
-def means_of_groups(
+class GroupLosses(NamedTuple):
+    """What `losses_of_groups` found."""
+
+    total: Tensor  # [] the sum of the groups' means, to be differentiated
+    each: Tensor  # [K] the means of the G groups, detached, then zeros
+
+
+def losses_of_groups(
     model: CausalLM,
     plan: Plan,
     batch: Batch,
@@ -26,8 +37,9 @@ def means_of_groups(
     *,
     compact: bool = False,
     backend: str = AUTO,
-) -> Tensor:
-    """The mean loss of the labels of each group, from one forward over all rows.
+    graphs: StepGraphs | None = None,
+) -> GroupLosses:
+    """The mean loss over the labels of each group, from one forward over all rows.
 
     Args:
         model: the causal LM.
@@ -36,27 +48,75 @@ def means_of_groups(
         group_of_prompt: [K] the group of each prompt, from 0.
         compact: ignore pads in positions and windows (packed route only).
         backend: of the ops.
+        graphs: records training steps of the packed route and replays them.
 
     Returns:
-        [G] in fp32 (fp64 for fp64 models), differentiable; 0 for a group without labels.
+        Losses in fp32 (fp64 for fp64 models); the mean of a group without labels is 0.
     """
-    rows = plan.run(model, batch, compact=compact, backend=backend)
+    groups = torch.tensor(group_of_prompt, device=batch.attention_mask.device)
+    mode = None if graphs is None else graphs.mode_of(plan, batch)
+    if graphs is None or mode is None:
+        rows = plan.run(model, batch, compact=compact, backend=backend)
+    else:
+        layout = packed_layout(
+            model,
+            batch,
+            positions="compact" if compact else plan.positions,
+            position_limit=plan.position_limit,
+            backend=backend,
+            **room_of(batch)._asdict(),
+        )
+        exact = layout.resized(layout.prompt_tokens + (layout.num_tokens or 0), layout.num_labels)
+        weights = 1 / _counts(groups, _prompts_of_labels(exact, exact.label_rows)).clamp_min(1)
+        step = graphs.step(
+            plan, _weighted(batch, weights[groups]), layout, mode, num_items=1, backend=backend
+        )
+        if step is not None:
+            summed, rows = step
+            with torch.no_grad():
+                means = _means(model, plan, batch, rows, groups, backend)
+                correction = means.sum() - summed
+            return GroupLosses(summed + correction, means)
+        rows = rows_of_layout(model, batch, exact, seam=str(plan.seam), backend=backend)
+    means = _means(model, plan, batch, rows, groups, backend)
+    return GroupLosses(means.sum(), means.detach())
+
+
+def _weighted(batch: Batch, weights: Tensor) -> Batch:
+    """The batch whose prompts get `weights` [K] times the gradient. A recorded step knows one denominator."""
+    prompts = []
+    for prompt, weight in zip(batch.prompts, weights, strict=True):
+        still = prompt.detach()
+        prompts.append(still + (prompt - still) * weight.to(prompt.dtype))
+    return replace(batch, prompts=tuple(prompts))
+
+
+def _means(
+    model: CausalLM, plan: Plan, batch: Batch, rows: HiddenRows, groups: Tensor, backend: str
+) -> Tensor:
+    """[K] the means of the groups."""
     losses = _losses(model, plan, rows, backend)
-    groups = torch.tensor(group_of_prompt, device=losses.device)
-    group = groups[_prompt_of_labels(rows, batch)]
-    count = losses.new_zeros(max(group_of_prompt) + 1).index_add(0, group, torch.ones_like(losses))
-    return torch.zeros_like(count).index_add(0, group, losses) / count.clamp_min(1)
-
-
-def _prompt_of_labels(rows: HiddenRows, batch: Batch) -> Tensor:
-    """[M] the prompt that each label stands behind."""
-    label_rows = rows.label_rows[: rows.num_labels].long()
+    label_rows = rows.label_rows[: rows.num_labels]
     if rows.layout is None:
-        text = label_rows // rows.padded_shape[1]
-        return torch.zeros_like(text) if batch.prompt_of_row is None else batch.prompt_of_row.long()[text]
-    segment, count = rows.layout.segments[label_rows].long(), len(batch.prompts)
+        text = label_rows.long() // rows.padded_shape[1]
+        prompts = torch.zeros_like(text) if batch.prompt_of_row is None else batch.prompt_of_row.long()[text]
+    else:
+        prompts = _prompts_of_labels(rows.layout, label_rows)
+    counts = _counts(groups, prompts).to(losses.dtype)
+    return torch.zeros_like(counts).index_add(0, groups[prompts], losses) / counts.clamp_min(1)
+
+
+def _counts(groups: Tensor, prompts: Tensor) -> Tensor:
+    """[K] fp64, labels of each group: there are no more groups than prompts, and what is left stays 0."""
+    ones = torch.ones(prompts.shape, dtype=torch.float64, device=prompts.device)
+    return torch.zeros_like(groups, dtype=torch.float64).index_add(0, groups[prompts], ones)
+
+
+def _prompts_of_labels(layout: PackedLayout, label_rows: Tensor) -> Tensor:
+    """[M] the prompt that each label stands behind."""
+    segment, count = layout.segments[label_rows.long()].long(), len(layout.prompt_lengths)
     # The first label of a text is predicted by the prompt itself.
-    of_text = rows.layout.prompt_of_row.long()[(segment - count).clamp_min(0)]
+    of_text = layout.prompt_of_row.long()[(segment - count).clamp_min(0)]
     return torch.where(segment < count, segment, of_text)
 
 
