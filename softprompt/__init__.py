@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt import ensemble
+    from softprompt import ensemble, multitask
     from softprompt.engine.forward import UnsupportedModelError, forward
     from softprompt.engine.scoring import score
     from softprompt.peft import patch, patched, unpatch
@@ -22,6 +22,7 @@ __all__ = [
     "forward",
     "init",
     "inspect_prompt",
+    "multitask",
     "patch",
     "patched",
     "score",
@@ -41,7 +42,7 @@ _HOMES = {
     "score": "softprompt.engine.scoring",
     "unpatch": "softprompt.peft",
 }
-_MODULES = ("ensemble",)
+_MODULES = ("ensemble", "multitask")
 
 
 def __getattr__(name: str) -> Any:

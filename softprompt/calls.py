@@ -9,9 +9,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import Tensor, nn
 
+from softprompt import encoders
 from softprompt.engine import Plan, families
 from softprompt.engine.batch import check_texts
 from softprompt.engine.forward import obstacle_to, prompt_width
@@ -86,23 +87,26 @@ def adapters_of_rows(
 
 def prompt_of(model: Any, name: str) -> Tensor:
     """[P, H] of an adapter of a PEFT model, patched or not, through its own encoder."""
-    encoder = model.prompt_encoder[name]
-    prompt: Tensor = encoder(model.prompt_tokens[name].to(next(encoder.parameters()).device))
-    return prompt
+    tokens = model.prompt_tokens[name].to(next(model.prompt_encoder[name].parameters()).device)
+    return encoders.prompt_of(model, name, tokens)
 
 
-def adapter_obstacle(model: Any, names: Sequence[str]) -> str | None:
-    """Why these adapters of a PEFT model are not served, as a sentence, or None."""
+def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = False) -> str | None:
+    """Why these adapters of a PEFT model are not served, as a sentence, or None.
+
+    Args:
+        model: the PEFT model.
+        names: of the adapters.
+        as_forward: whether the caller does all that a patched forward does: gives multitask adapters the task
+            of each row, and puts the prompt where the patch wants it.
+    """
+    state = getattr(model, "_softprompt", None)
+    if state is not None and state.options.placement != "prefix" and not as_forward:
+        return f'the model is patched with placement="{state.options.placement}", which only forward serves'
     for name in dict.fromkeys(names):
-        config = model.peft_config[name]
-        if config.peft_type != PeftType.PROMPT_TUNING:
-            return f"adapter {name!r} is of type {PeftType(config.peft_type).value}; PROMPT_TUNING is served"
-        if config.num_transformer_submodules not in (None, 1):
-            return (
-                f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
-            )
-        if config.num_virtual_tokens == 0:
-            return f"adapter {name!r} has no virtual tokens"
+        obstacle = encoders.encoder_obstacle(name, model.peft_config[name], per_row=as_forward)
+        if obstacle is not None:
+            return obstacle
     if families.has_hooks(model.get_base_model()):
         return "the language model itself has hooks or a replaced forward, which the packed route would skip"
     if model.word_embeddings is not model.get_base_model().get_input_embeddings():
@@ -150,7 +154,7 @@ def reason_for_stock(
         compact: whether pads are left out of the positions.
     """
     base = model.get_base_model()
-    obstacle = adapter_obstacle(model, names)
+    obstacle = adapter_obstacle(model, names, as_forward=True)
     if obstacle is not None:
         return obstacle
     lengths = {name: model.peft_config[name].num_virtual_tokens for name in names}

@@ -131,6 +131,23 @@ class PackedLayout:
         rows = packed[source.clamp_min(0).reshape(-1)]
         return rows.masked_fill((source < 0).reshape(-1, 1), 0).view(num_rows, width, packed.shape[1])
 
+    def latest_rows(self) -> Tensor:
+        """[B, 1 + L] int64: the packed row of the prompt's end, then of each column. A column that was not
+        packed (a pad) has that of the last one before it.
+
+        Raises:
+            ValueError: the host does not know how many tokens there are.
+        """
+        if self.num_tokens is None:
+            raise ValueError("columns can only be found by a layout whose number of tokens is known")
+        num_rows, row_length = self.batch_shape
+        first, last = self.prompt_tokens, self.prompt_tokens + self.num_tokens
+        device = self.token_index.device
+        rows = torch.full((num_rows * row_length,), -1, dtype=torch.int64, device=device)
+        rows[self.token_index[first:last].long()] = torch.arange(first, last, device=device)
+        ends = self.cu_prompts.long()[self.prompt_of_row.long() + 1] - 1
+        return torch.cat([ends[:, None], rows.view(num_rows, row_length)], 1).cummax(1).values
+
 
 def round_up(count: int, bucket: int) -> int:
     """The smallest multiple of `bucket` that is not less than `count`."""

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 
+from softprompt.batches import batch_of, placed, tokens_of
 from softprompt.calls import (
     adapters_of_rows,
     check_stock_input,
@@ -25,18 +26,20 @@ from softprompt.calls import (
     reason_for_stock,
     taking_turns,
 )
+from softprompt.encoders import prompt_of
 from softprompt.engine import Plan, families, plan_for, run_plan
-from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.answers import LOGITS, trimmed
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
     POSITIONS,
     UnsupportedModelError,
     check_option,
     obstacle_to,
-    prompt_width,
 )
 from softprompt.engine.graphs import StepGraphs
+from softprompt.engine.placement import PLACEMENTS, bos_token_id, place_in_generation
 from softprompt.generation import GenerateCall, KnownPrompt, generate, read_call, stock_reason
+from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,6 +55,15 @@ class PatchOptions:
     backend: str = AUTO
     cuda_graphs: bool = True
     compile: bool = False
+    placement: str = "prefix"
+    logits: str = "full"
+
+    @property
+    def without_stock(self) -> str | None:
+        """The option that PEFT's own forward does not know, None where it knows all."""
+        if self.positions == "compact":
+            return 'positions="compact"'
+        return None if self.placement == "prefix" else f'placement="{self.placement}"'
 
 
 @dataclass
@@ -61,7 +73,7 @@ class PatchState:
     options: PatchOptions
     stock_class: type
     graphs: StepGraphs | None = None
-    tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `_tokens_of`
+    tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `tokens_of`
     prompts: dict[str, KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
@@ -76,15 +88,20 @@ def patch(
     backend: str = AUTO,
     cuda_graphs: bool = True,
     compile: bool = False,
+    placement: str = "prefix",
+    logits: str = "full",
 ) -> Model:
     """Makes a PEFT prompt-tuning model compute its loss on the packed route, in place.
+
+    P-tuning (`PromptEncoderConfig`) and multitask prompt tuning (`MultitaskPromptTuningConfig`) are served
+    alike: the route needs the output of their encoders, and gives them its gradient.
 
     The same loop, Trainer, `generate` and adapter files work as before. Calls that the packed route does not
     serve (a request for attentions, hidden states or a cache) go to PEFT's own forward with one warning.
     Patching twice changes the options. A tiny self-check compares the route with the stock forward first.
 
     Args:
-        model: a `PeftModelForCausalLM` with prompt-tuning adapters.
+        model: a `PeftModelForCausalLM` with adapters of one of these types.
         positions: "padded": every token has the position that PEFT's padded batch gives it, on any padding
             side; "compact": pads do not exist, so that training on padded batches equals each row alone.
         on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
@@ -94,29 +111,39 @@ def patch(
         cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
             and replay it afterwards. Steps that cannot be recorded run as without, with one warning.
         compile: run the decoder of training steps through `torch.compile`; pays on a GPU, after minutes.
+        placement: "prefix": the prompt stands in front of the text; "after_bos": behind the text's first
+            token, which has to be the model's BOS token in every row.
+        logits: "full": `out.logits` is [B, P + L, V], as PEFT gives it; "text": [B, L, V], column c is the
+            output at the text's column c and predicts label c + 1, as without a prompt; "labels": [B, L, V],
+            column c predicts label c.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: not a PEFT model.
-        ValueError: an unknown option value.
-        UnsupportedModelError: see `on_unsupported`; also for "compact" on a model that cannot be packed.
+        ValueError: an unknown option value; "after_bos" on a model without a BOS token.
+        UnsupportedModelError: see `on_unsupported`; also for "compact" on a model that cannot be packed, and
+            for "after_bos" on one that has no fast route.
     """
     check_option("positions", positions, POSITIONS)
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    check_option("placement", placement, PLACEMENTS)
+    check_option("logits", logits, LOGITS)
     if not isinstance(model, PeftModel):
         raise TypeError(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
             f"got {type(model).__name__}; softprompt.forward takes a plain model and prompts"
         )
-    options = PatchOptions(positions, on_unsupported, backend, cuda_graphs, compile)
+    options = PatchOptions(positions, on_unsupported, backend, cuda_graphs, compile, placement, logits)
     known: PatchState | None = model.__dict__.get(_STATE)
     state = PatchState(options, known.stock_class if known else type(model))
     state.refusal = _refusal(model)
     obstacle = state.refusal or obstacle_to(plan_for(model.get_base_model()), compact=positions == "compact")
+    if obstacle is None and placement == "after_bos":
+        bos_token_id(model.get_base_model())
     if obstacle is not None:
-        if on_unsupported == "error" or positions == "compact":
+        if on_unsupported == "error" or options.without_stock is not None:
             raise UnsupportedModelError(f"softprompt: {obstacle}")
         warnings.warn(f"softprompt: PEFT's own forward stays in use: {obstacle}", stacklevel=2)
         state.said.add(obstacle)
@@ -259,7 +286,7 @@ class _Patched(PeftModelForCausalLM):
             _fall_back(self, reason, adapter_names)
             if kwargs.get("past_key_values") is None:
                 check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
-            return super().forward(
+            output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
@@ -270,6 +297,8 @@ class _Patched(PeftModelForCausalLM):
                 task_ids=task_ids,
                 **kwargs,
             )
+            num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
+            return trimmed(output, self._softprompt.options.logits, num_virtual_tokens, shape[1])
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
         loss, logits = _fast(
             self,
@@ -279,6 +308,7 @@ class _Patched(PeftModelForCausalLM):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             labels=labels,
+            task_ids=task_ids,
             num_items=kwargs.get("num_items_in_batch"),
         )
         if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
@@ -297,6 +327,10 @@ class _Patched(PeftModelForCausalLM):
                 if adapter_names is not None:
                     raise ValueError("adapter_names was given inside of disable_adapter()")
                 return super().generate(*args, **kwargs)
+            if self._softprompt.options.placement != "prefix":
+                if adapter_names is not None:
+                    raise UnsupportedModelError("softprompt: adapter_names has no generate behind BOS")
+                return super().generate(*args, **kwargs)
             if not hasattr(base, "model"):  # as PEFT does
                 base.generation_config = self.generation_config
             plan, options = plan_for(base), self._softprompt.options
@@ -309,6 +343,23 @@ class _Patched(PeftModelForCausalLM):
             self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
             call.arguments.pop("task_ids", None)  # of other types of adapters
             return _generate(self, plan, call)
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """PEFT's inputs of one step of generate, with the prompt where the patch puts it.
+
+        The signature is PEFT's: generate looks there for the arguments that it may take.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, task_ids=task_ids, **kwargs)
+        options = self._softprompt.options
+        if options.placement == "prefix":
+            return inputs
+        return place_in_generation(
+            self.get_base_model(),
+            inputs,
+            args[0] if args else kwargs["input_ids"],
+            self.active_peft_config.num_virtual_tokens,
+            compact=options.positions == "compact",
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""
@@ -337,33 +388,41 @@ def _fast(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     labels: Tensor | None,
+    task_ids: Tensor | None,
     num_items: Any,
 ) -> tuple[Tensor | None, Tensor]:
     base, options = model.get_base_model(), model._softprompt.options
-    distinct = list(dict.fromkeys(names))
-    batch: Batch = check_batch(
-        [_prompt_of(model, name) for name in distinct],
-        prompt_width(base),
+    batch, _ = batch_of(
+        model,
+        names,
         input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
+        inputs_embeds=inputs_embeds,
         labels=labels,
-        prompt_of_row=None if len(distinct) == 1 else [distinct.index(name) for name in names],
+        task_ids=task_ids,
     )
     if base.training:
-        _say_dropout(model, base)
-    return run_plan(
-        base,
-        plan,
-        batch,
-        compact=options.positions == "compact",
-        num_items=num_items,
-        backend=options.backend,
-        graphs=_graphs_of(model, base),
-    )
+        say_dropout(model, base)
+    try:
+        return run_plan(
+            base,
+            plan,
+            placed(model, plan, batch),
+            compact=options.positions == "compact",
+            num_items=num_items,
+            backend=options.backend,
+            graphs=graphs_of(model, base),
+            logits=options.logits,
+            columns=batch.shape[1],
+        )
+    except IndexError:
+        # Names the column that the user gave it in.
+        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
+        raise
 
 
-def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
+def graphs_of(model: Any, base: nn.Module) -> StepGraphs:
+    """The recorded steps of a patched model."""
     state: PatchState = model._softprompt
     if state.graphs is None or not state.graphs.are_of(base):
         state.graphs = StepGraphs(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
@@ -371,32 +430,17 @@ def _graphs_of(model: Any, base: nn.Module) -> StepGraphs:
 
 
 def _prompt_of(model: Any, name: str) -> Tensor:
-    """[P, H] of an adapter, through its own encoder."""
-    encoder = model.prompt_encoder[name]
-    prompt: Tensor = encoder(_tokens_of(model, name, encoder.embedding.weight.device))
-    return prompt
-
-
-def _tokens_of(model: Any, name: str, device: torch.device) -> Tensor:
-    """[P] PEFT's virtual token ids on the encoder's device. PEFT keeps them on the CPU; copying waits."""
-    tokens: Tensor = model.prompt_tokens[name]
-    if tokens.device == device:
-        return tokens
-    copies = model._softprompt.tokens
-    known = copies.get(name)
-    if known is None or known[0] is not tokens or known[1] != tokens._version or known[2].device != device:
-        with torch.inference_mode(False):
-            known = copies[name] = (tokens, tokens._version, tokens.to(device))
-    return known[2]
+    """[P, H] of an adapter that has one prompt for all rows, through its own encoder."""
+    return prompt_of(model, name, tokens_of(model, name))
 
 
 def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, method: str = "forward") -> None:
     state: PatchState = model._softprompt
     if state.options.on_unsupported == "error":
         raise UnsupportedModelError(f"softprompt: {reason}")
-    if state.options.positions == "compact":
+    if state.options.without_stock is not None:
         raise UnsupportedModelError(
-            f'softprompt: positions="compact" has no stock {method} to fall back to: {reason}'
+            f"softprompt: {state.options.without_stock} has no stock {method} to fall back to: {reason}"
         )
     if adapter_names is not None:
         raise UnsupportedModelError(
@@ -410,7 +454,8 @@ def _fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, met
         warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
 
 
-def _say_dropout(model: Any, base: nn.Module) -> None:
+def say_dropout(model: Any, base: nn.Module) -> None:
+    """One warning where a patched model in training mode has dropout."""
     if "dropout" in model._softprompt.said:
         return
     model._softprompt.said.add("dropout")

@@ -6,9 +6,10 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModelForCausalLM
+from peft import PeftModelForCausalLM, PeftType
 
 from softprompt.calls import adapter_obstacle
+from softprompt.encoders import has_tasks
 from softprompt.engine import Plan, families, plan_for
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
@@ -76,11 +77,11 @@ def explain(model: CausalLM) -> Report:
     plan = plan_for(base)
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, PeftModelForCausalLM):
-        refusal = adapter_obstacle(model, [model.active_adapter])
+        refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = next(base.parameters()).device
     backend = state.options.backend if state is not None else AUTO
-    details = _details(base, plan, state) if route != "stock" else ()
+    details = (*_prompts(model, state), *_details(base, plan, state)) if route != "stock" else ()
     return Report(
         model=f"{type(base).__name__} ({next(base.parameters()).dtype}, {device})",
         patched=state is not None,
@@ -92,6 +93,24 @@ def explain(model: CausalLM) -> Report:
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
         advice=_advice(base, plan, route, device.type),
     )
+
+
+def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str], ...]:
+    """What stands in front of the texts of a PEFT model."""
+    if not isinstance(model, PeftModelForCausalLM):
+        return ()
+    name = str(model.active_adapter)
+    config: Any = model.peft_config[name]
+    text = f"{config.num_virtual_tokens} virtual tokens of {name!r} ({PeftType(config.peft_type).value})"
+    if has_tasks(model, name):
+        text += f", one prompt for each of {config.num_tasks} tasks (task_ids)"
+    options = None if state is None else state.options
+    if options is not None and options.placement == "after_bos":
+        text += ", behind the BOS token of each text"
+    rows = [("prompt", text)]
+    if options is not None and options.logits != "full":
+        rows.append(("logits", f"[B, L, V], without the prompt's ({options.logits!r})"))
+    return tuple(rows)
 
 
 def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tuple[str, str], ...]:
@@ -125,6 +144,7 @@ def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> li
     """How `generate` of a PEFT model is served."""
     if not isinstance(model, PeftModelForCausalLM):
         return []
+    refusal = refusal or adapter_obstacle(model, [model.active_adapter])
     return [("generate", f"PEFT's own: {refusal}" if refusal else describe(prefill_for(base, plan)))]
 
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from parity import assert_close, assert_same_step, make_batch, step
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, TaskType, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from tiny_models import build, pair, prompt_config, prompted
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -74,10 +74,6 @@ MODELS = {
     "prefix tuning": (
         of_type(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
         "type PREFIX_TUNING",
-    ),
-    "p-tuning": (
-        of_type(PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16)),
-        "type P_TUNING",
     ),
     "lora": (of_type(LoraConfig(task_type="CAUSAL_LM", r=2)), "type LORA"),
     "two submodules": (twice_the_submodules, "num_transformer_submodules=2"),

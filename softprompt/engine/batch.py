@@ -19,6 +19,7 @@ class Batch:
     inputs_embeds: Tensor | None  # [B, L, H]
     attention_mask: Tensor  # [B, L]
     labels: Tensor | None  # [B, L]
+    wanted: Tensor | None = None  # [B, L] in place of labels: what only logits predict
 
     @property
     def prompt_lengths(self) -> tuple[int, ...]:

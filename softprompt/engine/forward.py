@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families
+from softprompt.engine.answers import text_rows
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.graphs import StepGraphs, room_of
@@ -176,6 +177,8 @@ def run_plan(
     num_items: int | float | Tensor | None = None,
     backend: str = AUTO,
     graphs: StepGraphs | None = None,
+    logits: str = "full",
+    columns: int = 0,
 ) -> tuple[Tensor | None, LazyLogits]:
     """Loss (None without labels) and lazy logits of a batch on a plan's fast route.
 
@@ -187,6 +190,8 @@ def run_plan(
         num_items: see `loss_of_rows`.
         backend: of the ops.
         graphs: records training steps of the packed route and replays them.
+        logits: "full": [B, P + L, V]; else [B, columns, V], see `text_rows`.
+        columns: of the texts that the user gave.
     """
     check_num_items(num_items)
     if plan.route == "packed":
@@ -196,7 +201,7 @@ def run_plan(
         loss = None if batch.labels is None else loss_of_hidden(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
         warn_of_no_labels(stacklevel=3)
-    return loss, _lazy_logits(model, plan, rows)
+    return loss, _lazy_logits(model, plan, rows, logits, columns)
 
 
 def warn_of_no_labels(stacklevel: int) -> None:
@@ -261,14 +266,16 @@ def _rows_compiled_or_not(
     return rows_of_layout(model, batch, layout, seam=str(plan.seam), backend=backend)
 
 
-def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows) -> LazyLogits:
+def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
     device_type, dtype = rows.hidden.device.type, plan.logits_dtype
     if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
         dtype = torch.get_autocast_dtype(device_type)
 
     def values_of(hidden: Tensor) -> Tensor:
-        return own_logits(model, rows.padded(hidden), rows.output_class)
+        placed = rows.padded(hidden) if which == "full" else text_rows(rows, hidden, which, columns)
+        return own_logits(model, placed, rows.output_class)
 
     in_mode = in_this_mode(values_of, device_type)
-    shape = (*rows.padded_shape, plan.vocab_size)
+    num_rows, width = rows.padded_shape
+    shape = (num_rows, width if which == "full" else columns, plan.vocab_size)
     return with_gradient(rows.hidden, in_mode, lambda: in_mode(rows.hidden), shape, dtype)

@@ -105,7 +105,7 @@ def packed_layout(
     layout = build_layout(
         batch.attention_mask,
         batch.prompt_lengths,
-        labels=batch.labels,
+        labels=batch.wanted if batch.labels is None else batch.labels,
         input_ids=batch.input_ids,
         prompt_of_row=batch.prompt_of_row,
         vocab_size=model.get_input_embeddings().num_embeddings,

@@ -1,0 +1,78 @@
+"""From a call of a patched model to the batch that the engine runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.encoders import prompts_of_rows, tasks_of_rows
+from softprompt.engine import Plan
+from softprompt.engine.answers import starts_behind_pads
+from softprompt.engine.batch import Batch, check_batch
+from softprompt.engine.forward import prompt_width
+from softprompt.engine.placement import after_bos
+
+
+def batch_of(
+    model: Any,
+    names: Sequence[str],
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    labels: Tensor | None,
+    task_ids: Tensor | None,
+) -> tuple[Batch, list[str]]:
+    """A call of a patched model as a batch behind prompts, and the adapter of each of the K prompts.
+
+    Raises:
+        IndexError: a task that an adapter does not have.
+        ValueError: says what was given and what is expected.
+    """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
+    tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
+    prompts, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
+    batch = check_batch(
+        list(prompts.values()),
+        prompt_width(model.get_base_model()),
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        labels=labels,
+        prompt_of_row=prompt_of_row,
+    )
+    return batch, [name for name, _ in prompts]
+
+
+def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
+    """The batch with its prompts where the options of a patched model put them.
+
+    Raises:
+        ValueError: a text that has no such place.
+    """
+    options = model._softprompt.options
+    if options.placement == "after_bos":
+        batch = after_bos(model.get_base_model(), batch)
+    trims = options.logits != "full" and options.positions == "padded" and plan.route == "packed"
+    if trims and batch.labels is None:
+        batch = replace(batch, wanted=starts_behind_pads(batch.attention_mask))
+    return batch
+
+
+def tokens_of(model: Any, name: str) -> Tensor:
+    """[P] PEFT's virtual token ids on the encoder's device. PEFT keeps them on the CPU; copying waits."""
+    tokens: Tensor = model.prompt_tokens[name]
+    device = model.prompt_encoder[name].embedding.weight.device
+    if tokens.device == device:
+        return tokens
+    copies = model._softprompt.tokens
+    known = copies.get(name)
+    if known is None or known[0] is not tokens or known[1] != tokens._version or known[2].device != device:
+        with torch.inference_mode(False):
+            known = copies[name] = (tokens, tokens._version, tokens.to(device))
+    return known[2]

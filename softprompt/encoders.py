@@ -1,0 +1,141 @@
+"""What stands in front of each row of a call: the output of PEFT's prompt encoders, one prompt each.
+
+Prompt tuning, P-tuning and multitask prompt tuning differ in how they make [P, H] from their parameters. The
+packed route only needs that output, and autograd takes its gradient back into whatever made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftType
+from torch import Tensor
+
+SERVED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
+
+
+def encoder_obstacle(name: str, config: Any, *, per_row: bool) -> str | None:
+    """Why the prompt of an adapter is not served, as a sentence, or None.
+
+    Args:
+        name: of the adapter.
+        config: of the adapter.
+        per_row: whether the caller gives the adapter the task of each row.
+    """
+    if config.peft_type not in SERVED:
+        served = ", ".join(kind.value for kind in SERVED)
+        return f"adapter {name!r} is of type {PeftType(config.peft_type).value}; {served} are served"
+    if config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and not per_row:
+        return f"adapter {name!r} is of type MULTITASK_PROMPT_TUNING, whose prompt depends on the row's task"
+    if config.num_transformer_submodules not in (None, 1):
+        return f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
+    if config.num_virtual_tokens == 0:
+        return f"adapter {name!r} has no virtual tokens"
+    return None
+
+
+def has_tasks(model: Any, name: str) -> bool:
+    """Whether an adapter has one prompt for each of several tasks."""
+    return bool(model.peft_config[name].peft_type == PeftType.MULTITASK_PROMPT_TUNING)
+
+
+def tasks_of_rows(model: Any, names: Sequence[str], task_ids: Any, num_rows: int) -> list[int] | None:
+    """The task of each row for adapters that have tasks, None where no adapter of the call has.
+
+    Args:
+        model: the PEFT model.
+        names: adapter of each row, or one for all.
+        task_ids: of the call: [B] or [1] integers. On a GPU reading them makes the host wait.
+        num_rows: B.
+
+    Raises:
+        ValueError: no task for each row, or no integers.
+        IndexError: a task that an adapter does not have.
+    """
+    tasked = [name for name in dict.fromkeys(names) if has_tasks(model, name)]
+    if not tasked:
+        return None
+    expected = (
+        f"adapter {tasked[0]!r} is of type MULTITASK_PROMPT_TUNING and needs task_ids: "
+        f"the task of each of the {num_rows} rows"
+    )
+    if task_ids is None:
+        raise ValueError(f"{expected}; task_ids cannot be None")
+    given = torch.as_tensor(task_ids)
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(f"{expected}; got task_ids in {given.dtype}, expected integers")
+    if given.shape not in ((num_rows,), (1,), ()):
+        raise ValueError(f"{expected}; got task_ids of shape {list(given.shape)}")
+    numbers = given.expand(num_rows).tolist()
+    of_rows = names if len(names) == num_rows else [names[0]] * num_rows
+    for row, (name, task) in enumerate(zip(of_rows, numbers, strict=True)):
+        count = model.prompt_encoder[name].prefix_task_cols.shape[0] if name in tasked else 0
+        if count and not 0 <= task < count:
+            raise IndexError(f"task_ids[{row}] = {task} is outside the tasks 0 .. {count - 1} of {name!r}")
+    return numbers
+
+
+def prompts_of_rows(
+    model: Any,
+    names: Sequence[str],
+    tasks: Sequence[int] | None,
+    tokens: dict[str, Tensor],
+) -> tuple[dict[tuple[str, int | None], Tensor], list[int] | None]:
+    """The distinct prompts of a call, and which of them each row sees.
+
+    Args:
+        model: the PEFT model.
+        names: adapter of each row, or one for all.
+        tasks: of each row, see `tasks_of_rows`.
+        tokens: [P] PEFT's virtual token ids of each adapter, on the device of its encoder.
+
+    Returns:
+        K prompts [P_k, H] by adapter and task (None: the adapter has no tasks), and the number of each row's
+        prompt: None where all rows see the only one.
+    """
+    if tasks is not None and len(names) == 1:
+        names = [names[0]] * len(tasks)
+    keys = [
+        (name, tasks[row] if tasks is not None and has_tasks(model, name) else None)
+        for row, name in enumerate(names)
+    ]
+    tasks_of: dict[str, list[int]] = {}
+    for name, task in dict.fromkeys(keys):
+        tasks_of.setdefault(name, []).extend([] if task is None else [task])
+    made: dict[tuple[str, int | None], Tensor] = {}
+    for name, wanted in tasks_of.items():
+        if wanted:
+            made |= {(name, task): prompt for task, prompt in _of_tasks(model, name, wanted, tokens[name])}
+        else:
+            made[name, None] = prompt_of(model, name, tokens[name])
+    numbers = {key: number for number, key in enumerate(made)}
+    return made, None if len(made) == 1 else [numbers[key] for key in keys]
+
+
+def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
+    """[P, H] of an adapter with one prompt for all rows, as PEFT's `get_prompt` makes it.
+
+    Args:
+        model: the PEFT model.
+        name: of the adapter.
+        tokens: [P] PEFT's virtual token ids, on the device of the encoder.
+    """
+    encoder = model.prompt_encoder[name]
+    if model.peft_config[name].inference_mode:
+        # A loaded P-tuning adapter holds what its head made, and no head.
+        prompt: Tensor = encoder.embedding.weight
+    elif model.peft_config[name].peft_type == PeftType.PROMPT_TUNING:
+        prompt = encoder(tokens)
+    else:
+        prompt = encoder(tokens[None])[0]
+    return prompt
+
+
+def _of_tasks(model: Any, name: str, tasks: list[int], tokens: Tensor) -> list[tuple[int, Tensor]]:
+    """Each task with its [P, H]."""
+    prompts = model.prompt_encoder[name](
+        tokens.expand(len(tasks), -1), torch.tensor(tasks, device=tokens.device)
+    )
+    return list(zip(tasks, prompts, strict=True))
