@@ -26,8 +26,12 @@ OPS = (
     "is_nonzero",
 )
 METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
-# The loss looks at its targets where that is free, and only there (see the test on a device below).
-FREE_ON_THE_CPU = "ops/linear_cross_entropy/"
+# Ops look at their indices where that is free, and only there (see the test on a device below).
+FREE_ON_THE_CPU = (
+    "ops/linear_cross_entropy/",
+    "ops/library.py",
+    "ops/shared_prompt_attention/plans.py",
+)
 
 
 def reader():
@@ -47,7 +51,7 @@ class Events(list):
     def read(self, what):
         """Keeps who read."""
         file = reader()
-        if FREE_ON_THE_CPU not in file:
+        if not any(part in file for part in FREE_ON_THE_CPU):
             owner = "the model's own code" if "/transformers/" in file else "softprompt"
             self.append(f"{what} by {owner}")
 

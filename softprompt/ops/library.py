@@ -142,11 +142,11 @@ def check_indices(name: str, indices: torch.Tensor, size: int) -> None:
     """Raises IndexError for an entry of a CPU tensor outside 0 .. size - 1; on a GPU nothing is read."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
-    indices = indices.long()  # PyTorch has no minimum of the larger unsigned numbers
-    smallest, largest = (int(value) for value in indices.aminmax())
-    if smallest < 0 or largest >= size:
-        place = int(((indices < 0) | (indices >= size)).nonzero()[0])
-        raise IndexError(f"{name}[{place}] is {int(indices[place])}, expected 0 .. {size - 1}")
+    values = indices.numpy()  # the same memory; PyTorch has no minimum of the larger unsigned numbers
+    outside = (values < 0) | (values >= size)
+    if outside.any():
+        place = int(outside.argmax())
+        raise IndexError(f"{name}[{place}] is {values[place]}, expected 0 .. {size - 1}")
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:

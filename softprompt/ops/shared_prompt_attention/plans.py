@@ -111,13 +111,18 @@ def index_texts(layout: AttentionLayout) -> TextIndex:
 
 
 def _rows_of_prompt(prompt_of_row: Tensor, num_prompts: int) -> int | None:
-    """B / K where the texts of each prompt stand together, as many for each. On a GPU nobody looks."""
+    """B / K where the texts of each prompt stand together, as many for each, or None.
+
+    Of several prompts this is only known by looking, which is free on a CPU, and not while a graph is traced.
+    """
     batch_size = prompt_of_row.shape[0]
-    if prompt_of_row.device.type != "cpu" or batch_size % num_prompts != 0:
+    if num_prompts == 1:
+        return batch_size
+    if type(prompt_of_row) is not Tensor or prompt_of_row.device.type != "cpu" or batch_size % num_prompts:
         return None
     each = batch_size // num_prompts
-    expected = torch.arange(num_prompts).repeat_interleave(each)
-    return each if torch.equal(prompt_of_row, expected) else None
+    expected = [prompt for prompt in range(num_prompts) for _ in range(each)]
+    return each if prompt_of_row.tolist() == expected else None
 
 
 def bias_of_texts(
