@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.targets import is_own
 from benchmarks.variants import REFERENCE
@@ -19,7 +21,8 @@ from softprompt.tasks.plot import BLUE, GREY, ORANGE, STYLE
 if TYPE_CHECKING:
     from benchmarks.records import Measured
 
-_BAR, _FRAME = 0.34, 0.95  # inches
+_BAR, _FRAME = 0.34, 1.05  # inches
+_TITLE_WIDTH = 78  # letters
 _RED = "#b42318"
 
 
@@ -126,7 +129,7 @@ def _draw(
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (found, bars) in zip(axes, panels, strict=True):
             _panel(panel, found, bars, unit, found.case["floor_seconds"] if floor else None)
-            panel.set_title(_title(found.case))
+            panel.set_title(textwrap.fill(_title(found.case), _TITLE_WIDTH), fontsize=10)
         partial = path.with_name(f".{path.name}.partial")
         FigureCanvasAgg(figure)
         figure.savefig(partial, format="png", dpi=150)
@@ -170,7 +173,8 @@ def _panel(
         yticklabels=[bar.name for bar in bars],
         xlim=(0, 1.28 * max(bar.high for bar in bars)),
     )
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
     axes.invert_yaxis()
 
 

@@ -49,7 +49,7 @@ def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = Non
     more = None if docs is None else f"All variants, targets, kernels and conditions: [{docs.name}](%s)."
 
     def main(device: Device | None, page: Path) -> str:
-        return "\n\n".join([*_head(device, pictures, page), main_table(device)])
+        return "\n\n".join([*_head(device, pictures, page, kernels=False), main_table(device)])
 
     def full(device: Device | None, page: Path) -> str:
         parts = [*_head(device, pictures, page), "Targets:", goal_table(device), *step_tables(device)]
@@ -92,10 +92,14 @@ def _pictures(device: Device) -> list[Path]:
     return [path for path in drawn if path is not None]
 
 
-def _head(device: Device | None, pictures: dict[int, list[Path]], page: Path) -> list[str]:
+def _head(
+    device: Device | None, pictures: dict[int, list[Path]], page: Path, *, kernels: bool = True
+) -> list[str]:
+    """Title and pictures; that of the kernels is long, and stands where their table stands."""
     if device is None:
         return [f"### {NO_GPU}"]
-    links = [f"![{path.stem}]({_link(path, page)})" for path in pictures[id(device)]]
+    shown = [path for path in pictures[id(device)] if kernels or path.stem != "kernels"]
+    links = [f"![{path.stem}]({_link(path, page)})" for path in shown]
     return [f"### {device.title}", *links]
 
 
