@@ -80,7 +80,7 @@ SANITIZER_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -f
 sanitize-cpu: $(READY)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	for kind in cpu cuda; do \
-		$(BIN)/python tests/native/build.py $$kind $(SANITIZED) $(SANITIZER_FLAGS) && \
+		$(BIN)/python tests/native/native_build.py $$kind $(SANITIZED) $(SANITIZER_FLAGS) && \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		SOFTPROMPT_TEST_NATIVE=$(SANITIZED)/_native_$$kind.abi3.so \

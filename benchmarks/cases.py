@@ -197,6 +197,14 @@ CASES = {
     for case in (
         _ARTICLE,
         _PAPER,
+        replace(
+            _ARTICLE,
+            name="ensemble-cpu",
+            why="prompt ensembling: 8 rows with each of 5 prompts, against 5 runs of PEFT",
+            kind=ENSEMBLE,
+            num_prompts=5,
+            rounds=7,
+        ),
         replace(_ARTICLE, name="article-full", shape=BLOOM_560M, rounds=7),
         replace(_PAPER, name="paper-full", shape=BLOOM_560M, rounds=7),
         _GPU_ARTICLE,
@@ -252,7 +260,7 @@ CASES = {
 }
 
 SUITES = {
-    "cpu": ("article", "paper"),
+    "cpu": ("article", "paper", "ensemble-cpu"),
     "gpu": tuple(name for name, case in CASES.items() if case.device == "cuda"),
 }
 FULL_SUITES = SUITES | {"cpu": ("article-full", "paper-full")}

@@ -106,7 +106,7 @@ def _forward_backward(
             return loss.detach()
 
         return one
-    if variant.own:
+    if variant.own and not variant.in_turn:
         inputs = {name: tensor.repeat(len(names), 1) for name, tensor in batch.inputs.items()}
         of_rows = [name for name in names for _ in range(case.rows)]
 

@@ -29,6 +29,7 @@ class Variant:
     about: str
     build: Callable[[PreTrainedModel, PromptTuningConfig], Any]  # takes the base model, which variants share
     own: bool = False  # softprompt, not a peer
+    in_turn: bool = False  # of several prompts, one after the other, as PEFT has to
     loss: Callable[[Any, dict[str, Tensor]], Tensor] = _loss_of_model
     obstacle: Callable[[], str | None] = lambda: None  # why it cannot run here, asked before it is built
     doubt: Callable[[Any], str | None] = lambda model: None  # why a step was not what the name says
@@ -70,7 +71,24 @@ def _doubt_of_compiled_graph(model: Any) -> str | None:
 
 
 REFERENCE = Variant("peft", "PEFT as users run it", get_peft_model, kinds=("step", "ensemble", "generate"))
-VARIANTS = (REFERENCE, Variant("softprompt", "the same after softprompt.patch(model)", _patch(), own=True))
+VARIANTS = (
+    REFERENCE,
+    Variant(
+        "softprompt",
+        "the same after softprompt.patch(model)",
+        _patch(),
+        own=True,
+        kinds=("step", "ensemble"),
+    ),
+    Variant(
+        "softprompt in turn",
+        "a patched step for each prompt",
+        _patch(),
+        own=True,
+        in_turn=True,
+        kinds=("ensemble",),
+    ),
+)
 
 OURS = (
     Variant(
@@ -151,5 +169,5 @@ GPU_VARIANTS = (REFERENCE, *OURS[:2], *PEERS[:3], PEERS[4], OURS[2], PEERS[3])
 
 
 def variants_of(device: str) -> tuple[Variant, ...]:
-    """Who runs the cases of a suite: two on a CPU, all on a GPU."""
+    """Who runs the cases of a suite: PEFT and softprompt on a CPU, all on a GPU."""
     return VARIANTS if device == "cpu" else GPU_VARIANTS

@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(int(os.environ.get("SOFTPROMPT_TEST_THREADS", "1")))
-if "SOFTPROMPT_TEST_NATIVE" in os.environ:  # a module that tests/native/build.py built
+if "SOFTPROMPT_TEST_NATIVE" in os.environ:  # a module that tests/native/native_build.py built
     from softprompt.ops import library
 
     module = Path(os.environ["SOFTPROMPT_TEST_NATIVE"])

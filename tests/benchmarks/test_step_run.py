@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 import softprompt
 from benchmarks import contest, rehearsal
-from benchmarks.cases import CASES, SUITES, build_batch, toy
+from benchmarks.cases import CASES, build_batch, toy
 from benchmarks.gate import _by_rows
 from benchmarks.run import run
 from benchmarks.runner import make_runner
@@ -51,7 +51,7 @@ def measured():
     """Both CPU cases, with two wrong variants beside the right ones; the record and the lines of progress."""
     lines = []
     record = run(
-        [CASES[name] for name in SUITES["cpu"]],
+        [CASES[name] for name in ("article", "paper")],
         variants=(*VARIANTS, _spoiled("one-percent", 1.01), _spoiled("nan", float("nan"))),
         rounds=2,
         tiny=True,
@@ -232,10 +232,17 @@ def test_a_spent_budget_names_the_variants_that_it_cost(rehearsing, monkeypatch)
     assert found["peft"]["time"] is not None
 
 
+def test_an_ensemble_is_compared_with_its_prompts_one_after_the_other():
+    record = run([CASES["ensemble-cpu"]], variants=VARIANTS, rounds=1, tiny=True, say=lambda line: None)
+    found = _variants(record["cases"][0])
+    assert list(found) == ["peft", "softprompt", "softprompt in turn"]
+    assert all(variant["check"]["passed"] and variant["time"]["p50"] > 0 for variant in found.values())
+
+
 def test_the_record_is_saved_after_each_case():
     saved = []
     run(
-        [CASES[name] for name in SUITES["cpu"]],
+        [CASES[name] for name in ("article", "paper")],
         variants=(REFERENCE,),
         rounds=1,
         tiny=True,

@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import native_build
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-import build
-
-SOURCES = sorted((build.CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted((native_build.CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65_536  # of a multiprocessor; a block that needs more is not launched
 SPILLED_BYTES = 8  # of a thread: ptxas spills a register where one more block fits without it
@@ -39,7 +38,7 @@ def test_a_source_compiles_for_three_generations_without_a_warning_and_its_block
         [
             # The oldest C++ that a supported torch builds extensions as.
             *("nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr"),
-            *("-DUSE_CUDA", *build.DEFINITIONS[:2], *targets),
+            *("-DUSE_CUDA", *native_build.DEFINITIONS[:2], *targets),
             *("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror,-Wno-unknown-pragmas", "-Xptxas", "-v"),
             *(f"-I{path}" for path in include_paths()),
             *("-c", str(source), "-o", str(tmp_path / "object.o")),
@@ -60,7 +59,7 @@ def test_a_source_compiles_for_three_generations_without_a_warning_and_its_block
 def test_the_kernels_pass_the_tests_of_the_ops_on_emulated_blocks(tmp_path):
     if shutil.which("c++") is None or sys.platform != "linux":
         pytest.skip("the emulation needs a C++ compiler on Linux")
-    module = build.build("cuda", tmp_path)
+    module = native_build.build("cuda", tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "native and not host_reads", "tests/ops"],
         cwd=Path(__file__).parents[2],

@@ -1,6 +1,6 @@
 """Builds the native sources as a module of its own, for the tests:
 
-    python tests/native/build.py {cpu,cuda} FOLDER [compiler flags]
+    python tests/native/native_build.py {cpu,cuda} FOLDER [compiler flags]
 
 "cuda" is compiled as C++ with `launch.cuh` of this folder instead of that of csrc/cuda: the kernels then run
 on CPU tensors. The tests use the module instead of the installed one where SOFTPROMPT_TEST_NATIVE names it.
