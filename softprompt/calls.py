@@ -158,11 +158,14 @@ def reason_for_stock(
     if obstacle is not None:
         return obstacle
     lengths = {name: model.peft_config[name].num_virtual_tokens for name in names}
+    prompts = sum(lengths.values())
+    if extra.get("task_ids") is not None:  # each row may bring a prompt of its own
+        prompts = max(lengths.values()) * text_shape[0]
     obstacle = obstacle_to(
         plan,
         compact=compact,
         longest=text_shape[1] + max(lengths.values()),
-        rows=sum(lengths.values()) + text_shape[0] * text_shape[1],
+        rows=prompts + text_shape[0] * text_shape[1],
     )
     if obstacle is not None:
         return obstacle

@@ -38,7 +38,14 @@ from softprompt.engine.forward import (
 )
 from softprompt.engine.graphs import StepGraphs
 from softprompt.engine.placement import PLACEMENTS, bos_token_id, place_in_generation
-from softprompt.generation import GenerateCall, KnownPrompt, generate, read_call, stock_reason
+from softprompt.generation import (
+    GenerateCall,
+    KnownPrompt,
+    generate,
+    read_call,
+    refuse_what_goes_wrong,
+    stock_reason,
+)
 from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
 
@@ -330,6 +337,9 @@ class _Patched(PeftModelForCausalLM):
             if self._softprompt.options.placement != "prefix":
                 if adapter_names is not None:
                     raise UnsupportedModelError("softprompt: adapter_names has no generate behind BOS")
+                compact = self._softprompt.options.positions == "compact"
+                call = read_call(self, args, kwargs, None, compact=compact, backend=AUTO)
+                refuse_what_goes_wrong(call, 'placement="after_bos" puts it behind the first token')
                 return super().generate(*args, **kwargs)
             if not hasattr(base, "model"):  # as PEFT does
                 base.generation_config = self.generation_config

@@ -300,3 +300,18 @@ def test_what_serves_no_placement_is_told_so():
 
 def test_explain_says_where_the_prompt_stands():
     assert "behind the BOS token of each text" in str(softprompt.explain(models()[1]))
+
+
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+        ({"cache_implementation": "static"}, "a static cache"),
+    ],
+)
+def test_generate_refuses_what_would_give_wrong_tokens(options, what):
+    _, fast = models()
+    batch = begun(make_batch(side="right", labels=None))
+    with pytest.raises(softprompt.UnsupportedModelError, match=f"{what} needs a prompt .* behind the first"):
+        fast.generate(**batch, max_new_tokens=3, do_sample=False, **options)

@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{option} is what --over varies: leave the option out")
     if {"epochs", "steps"} <= {*over, *(["steps"] if args.steps else [])}:
         raise UsageError("--over epochs means nothing beside steps, which count more: give one of them")
+    if "init_text" in over and not {"text", "text-once"} & set(over.get("init", [args.init])):
+        raise UsageError("--over init-text varies the words of --init text, which no run starts from")
     apply_recipe(args)
     output = Path(args.output)
     if output.exists() and not output.is_dir():

@@ -1,6 +1,8 @@
 """The runs of `softprompt sweep`: told apart, trained together, and kept."""
 
 import argparse
+import hashlib
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -54,6 +56,31 @@ from softprompt.tasks.sweep_trainer import Member, SweepTrainer
 SAME = ["batch_size", "epochs", "steps", "optimizer", "schedule"]
 NOT_SWEPT = ("ensemble", "ensemble_texts", "validation_share", "patience")
 SHIPPED = "the shipped tiny model"
+MARKS = ("weights", "tokens", "start", "no_patch")
+
+
+def marks_of(args: argparse.Namespace, base: Any, encoder: Encoder, texts: Sequence[str]) -> dict[str, Any]:
+    """Marks of what names and options do not tell: files may change and keep their names.
+
+    The shipped model and a run without these options have none.
+    """
+    marks: dict[str, Any] = {}
+    if args.model is not None:
+        numbers = hashlib.sha256()
+        for name, tensor in sorted(base.state_dict().items()):
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
+            numbers.update(name.encode() + some.double().cpu().numpy().tobytes())
+        marks["weights"] = numbers.hexdigest()[:12]
+        ids = [encoder.prompt(text) for text in texts[:64]]
+        marks["tokens"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
+    if args.init_from:
+        start = Path(args.init_from)
+        files = sorted(path for path in start.rglob("*") if path.is_file()) if start.is_dir() else [start]
+        content = b"".join(path.read_bytes() for path in files if path.is_file())
+        marks["start"] = hashlib.sha256(content).hexdigest()[:12]
+    if args.no_patch:
+        marks["no_patch"] = True
+    return marks
 
 
 class Sweep:
@@ -84,6 +111,7 @@ class Sweep:
             "task": asdict(task),
             "rows": fingerprint(self.train_table),
             "eval_rows": fingerprint(self.eval_table),
+            **marks_of(args, self.base, self.encoder, self.train_table.texts),
         }
         self.runs = grid(over, range(args.seed, args.seed + args.seeds), settings)
 
@@ -99,7 +127,7 @@ class Sweep:
     def describe(self) -> dict[str, Any]:
         """Return what the table says of all runs."""
         args, settings = self.args, self.runs[0].settings
-        swept = {*self.runs[0].values, "seed", "model", "task", "rows", "eval_rows"}
+        swept = {*self.runs[0].values, "seed", "model", "task", "rows", "eval_rows", *MARKS}
         return {
             "title": f"{Path(settings['model']).name}, {len(self.eval_table)} evaluation rows",
             "model": args.model or SHIPPED,

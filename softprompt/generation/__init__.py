@@ -5,8 +5,8 @@ Each call gets a cache that begins with them, and transformers' own `generate` d
 user's ids, so lengths, processors and streamers are about those alone.
 """
 
-from softprompt.generation.call import GenerateCall, read_call, stock_reason
+from softprompt.generation.call import GenerateCall, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.generation.known import KnownPrompt
 from softprompt.generation.serve import generate
 
-__all__ = ["GenerateCall", "KnownPrompt", "generate", "read_call", "stock_reason"]
+__all__ = ["GenerateCall", "KnownPrompt", "generate", "read_call", "refuse_what_goes_wrong", "stock_reason"]

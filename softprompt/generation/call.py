@@ -226,6 +226,20 @@ def stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
     return reason
 
 
+def refuse_what_goes_wrong(call: GenerateCall, why: str) -> None:
+    """Raises UnsupportedModelError where PEFT's own generate, which gets the call, would give wrong tokens.
+
+    Args:
+        call: the call. One that goes on from a conversation is right: the prompt is in its cache.
+        why: the call goes to PEFT's generate, as a sentence.
+    """
+    wrong = _wrong_in_peft(call, conversations=False)
+    if wrong is not None:
+        raise UnsupportedModelError(
+            f"softprompt: {wrong} needs a prompt that is computed beforehand, but {why}"
+        )
+
+
 def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
     base, config = model.get_base_model(), call.config
     obstacle = adapter_obstacle(model, call.names)
@@ -278,7 +292,7 @@ def _unknown_arguments(base: CausalLM, call: GenerateCall) -> list[str]:
     )
 
 
-def _wrong_in_peft(call: GenerateCall) -> str | None:
+def _wrong_in_peft(call: GenerateCall, *, conversations: bool = True) -> str | None:
     """The part of a call that PEFT's own generate does not do or does wrongly, or None."""
     if _static(call):
         return "a static cache"
@@ -288,6 +302,6 @@ def _wrong_in_peft(call: GenerateCall) -> str | None:
         return "assisted decoding"
     if call.config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
-    if call.cache is not None and int(call.cache.get_seq_length()) > 0:
+    if conversations and call.cache is not None and int(call.cache.get_seq_length()) > 0:
         return "past_key_values that holds a conversation"
     return None

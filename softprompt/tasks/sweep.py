@@ -11,6 +11,7 @@ from typing import Any
 
 RECORD = "run.json"
 SCORES = ("eval_exact_match", "eval_loss", "train_loss")  # of which a setting has mean and spread
+KEPT = (*SCORES, "eval_perplexity", "steps", "trainable_parameters", "diverged")  # what the table shows
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and record.keys() >= set(KEPT) else None
 
 
 def table_of(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -65,8 +66,7 @@ def table_of(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> l
     rows = []
     for run in runs:
         record = records[run.name]
-        kept = (*SCORES, "eval_perplexity", "steps", "trainable_parameters", "diverged")
-        rows.append({**run.values, "seed": run.seed, **{k: record[k] for k in kept}, "run": run.name})
+        rows.append({**run.values, "seed": run.seed, **{k: record[k] for k in KEPT}, "run": run.name})
     return rows
 
 

@@ -318,3 +318,27 @@ def test_a_sweep_without_rows_to_measure_on_is_one_line(run, table, model_folder
     )
     assert code == 2
     assert "a sweep compares accuracies: give --eval-data" in err
+
+
+def test_files_that_changed_under_their_name_are_new_runs(sweep, tmp_path):
+    start = tmp_path / "start.npy"
+    names = []
+    for value in (0.1, 0.1, 0.4):
+        np.save(start, np.full((3, 32), value, dtype=np.float32))
+        code, _, error = sweep("--over", "learning-rate", 0.1, "--init", "saved", "--init-from", start)
+        assert code == 0, error
+        names.append([row["run"] for row, _ in runs_in(tmp_path / "out")])
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_sweep_over_words_that_no_run_starts_from_is_refused(sweep):
+    code, _, error = sweep("--over", "init-text", "one word", "other words", "--init", "vocab")
+    assert code == 2
+    assert "--over init-text varies the words of --init text, which no run starts from" in error
+
+
+def test_an_incomplete_record_is_not_a_finished_run(tmp_path):
+    from softprompt.tasks.sweep import RECORD, read_record
+
+    (tmp_path / RECORD).write_text('{"eval_loss": 1.0}')
+    assert read_record(tmp_path) is None
