@@ -1,5 +1,6 @@
 import importlib
 import math
+import os
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ def test_gradcheck_with_a_different_gradient_for_every_loss(backend, name, label
             hidden, weight, label_rows, targets, bias=bias, backend=backend, **options
         )
 
-    assert torch.autograd.gradcheck(losses, (hidden, weight, bias), fast_mode=backend != "reference")
+    # Interpreted and emulated kernels are too slow to perturb every entry.
+    slow = backend == "triton" or "SOFTPROMPT_TEST_NATIVE" in os.environ
+    assert torch.autograd.gradcheck(losses, (hidden, weight, bias), fast_mode=slow)
     (d_hidden,) = torch.autograd.grad(losses(hidden, weight, bias).pow(2).sum(), hidden)
     literal = linear_cross_entropy_ref(hidden, weight, label_rows, targets, bias=bias, **options)
     torch.testing.assert_close(d_hidden, torch.autograd.grad(literal.pow(2).sum(), hidden)[0])
