@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import softprompt
 from benchmarks import peers
 from benchmarks.cases import STEP, Case
-from softprompt.peft import state_of
+from softprompt.state import state_of
 
 
 def _loss_of_model(model: Any, inputs: dict[str, Tensor]) -> Tensor:

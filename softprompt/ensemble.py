@@ -17,7 +17,7 @@ from torch import Tensor
 from softprompt.calls import adapter_obstacle, prompt_of
 from softprompt.engine.ensembles import PromptLosses, losses_of_prompts
 from softprompt.engine.forward import UnsupportedModelError
-from softprompt.peft import state_of
+from softprompt.state import state_of
 
 COMBINATIONS = ("vote", "mean")
 PROMPT_NAME = "prompt"  # the adapters are prompt-1, prompt-2, ...

@@ -21,7 +21,8 @@ from softprompt.engine import families, plan_for
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.groups import losses_of_groups
 from softprompt.layout import raise_out_of_range
-from softprompt.peft import graphs_of, say_dropout, state_of
+from softprompt.notices import say_dropout
+from softprompt.state import graphs_of, state_of
 
 COLUMN = "adapter"
 

@@ -16,7 +16,7 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
-from softprompt.peft import PatchState, state_of
+from softprompt.state import PatchState, state_of
 
 _OPS_OF_ROUTE = {
     "packed": ("pack_layout", "embed_prompt", "shared_prompt_attention", "linear_cross_entropy"),

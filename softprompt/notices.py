@@ -1,0 +1,48 @@
+"""What a patched model says once: calls that PEFT serves, and dropout."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from softprompt.engine import families
+from softprompt.engine.forward import UnsupportedModelError
+from softprompt.state import PatchState
+
+
+def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, method: str = "forward") -> None:
+    state: PatchState = model._softprompt
+    if state.options.on_unsupported == "error":
+        raise UnsupportedModelError(f"softprompt: {reason}")
+    if state.options.without_stock is not None:
+        raise UnsupportedModelError(
+            f"softprompt: {state.options.without_stock} has no stock {method} to fall back to: {reason}"
+        )
+    if adapter_names is not None:
+        raise UnsupportedModelError(
+            f"softprompt: adapter_names has no stock {method} to fall back to: {reason}"
+        )
+    state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
+    if reason not in state.said:
+        state.said.add(reason)
+        # torch calls a forward through two functions of its own.
+        level = 6 if method == "forward" else 4
+        warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
+
+
+def say_dropout(model: Any, base: nn.Module) -> None:
+    """One warning where a patched model in training mode has dropout."""
+    if "dropout" in model._softprompt.said:
+        return
+    model._softprompt.said.add("dropout")
+    active = families.dropout_of(base)
+    if active:
+        warnings.warn(
+            f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: the "
+            "packed row draws the prompt's masks once per step where PEFT draws them per row (same "
+            "expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
+            stacklevel=8,
+        )

@@ -1,0 +1,243 @@
+"""The class of a patched model: PEFT's forward and generate, on the fast route where it serves the call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModelForCausalLM
+from torch import Tensor, nn
+
+from softprompt.batches import batch_of, placed, tokens_of
+from softprompt.calls import (
+    adapters_of_rows,
+    check_stock_input,
+    own_inputs,
+    reason_for_stock,
+    taking_turns,
+)
+from softprompt.encoders import prompt_of
+from softprompt.engine import Plan, families, plan_for, run_plan
+from softprompt.engine.answers import trimmed
+from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.placement import place_in_generation
+from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
+from softprompt.layout import raise_out_of_range
+from softprompt.notices import fall_back, say_dropout
+from softprompt.ops.library import AUTO
+from softprompt.state import STATE, PatchState, graphs_of
+
+
+@functools.cache
+def patched_class(stock: type) -> type:
+    """The subclass of a PEFT class that the patch gives an instance."""
+    return type(
+        stock.__name__,
+        (_Patched, stock),
+        {"__module__": stock.__module__, "__qualname__": stock.__qualname__},
+    )
+
+
+def is_own_method(model: nn.Module, name: str, value: Any) -> bool:
+    """Whether a value of an instance is its class's own method, bound (PEFT's contexts leave such copies)."""
+    return (
+        inspect.ismethod(value) and value.__self__ is model and value.__func__ is getattr(type(model), name)
+    )
+
+
+def _rebuild(stock: type) -> Any:
+    cls: Any = patched_class(stock)
+    return cls.__new__(cls)
+
+
+class _Patched(PeftModelForCausalLM):
+    """What `patch` puts in front of the class of a model."""
+
+    _softprompt: PatchState
+
+    @taking_turns
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """PEFT's forward, on the packed route where that serves the call.
+
+        Beside PEFT's arguments `adapter_names` gives each row of the batch its adapter.
+        """
+        names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
+        plan = plan_for(self.get_base_model())
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        shape = (0, 0)
+        if isinstance(given, Tensor) and given.ndim > 1:
+            shape = (given.shape[0], given.shape[1])
+        reason = reason_for_stock(
+            self,
+            plan,
+            names,
+            labels,
+            shape,
+            {
+                "output_attentions": output_attentions,
+                "output_hidden_states": output_hidden_states,
+                "task_ids": task_ids,
+                **kwargs,
+            },
+            compact=self._softprompt.options.positions == "compact",
+        )
+        if reason is not None:
+            fall_back(self, reason, adapter_names)
+            if kwargs.get("past_key_values") is None:
+                check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+                task_ids=task_ids,
+                **kwargs,
+            )
+            num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
+            return trimmed(output, self._softprompt.options.logits, num_virtual_tokens, shape[1])
+        self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
+        loss, logits = _fast(
+            self,
+            plan,
+            names,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            task_ids=task_ids,
+            num_items=kwargs.get("num_items_in_batch"),
+        )
+        if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
+            return (logits,) if loss is None else (loss, logits)
+        return plan.output_class(loss=loss, logits=logits)
+
+    @taking_turns
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """PEFT's generate, with each prompt computed once and kept for later calls.
+
+        Beside the arguments of transformers' generate `adapter_names` gives each row its adapter.
+        """
+        base = self.get_base_model()
+        with own_inputs(base):
+            if self._adapters_disabled:
+                if adapter_names is not None:
+                    raise ValueError("adapter_names was given inside of disable_adapter()")
+                return super().generate(*args, **kwargs)
+            if self._softprompt.options.placement != "prefix":
+                if adapter_names is not None:
+                    raise UnsupportedModelError("softprompt: adapter_names has no generate behind BOS")
+                compact = self._softprompt.options.positions == "compact"
+                call = read_call(self, args, kwargs, None, compact=compact, backend=AUTO)
+                refuse_what_goes_wrong(call, 'placement="after_bos" puts it behind the first token')
+                return super().generate(*args, **kwargs)
+            if not hasattr(base, "model"):  # as PEFT does
+                base.generation_config = self.generation_config
+            plan, options = plan_for(base), self._softprompt.options
+            compact = options.positions == "compact"
+            call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
+            reason = stock_reason(self, plan, call)
+            if reason is not None:
+                fall_back(self, reason, adapter_names, "generate")
+                return super().generate(*args, **kwargs)
+            self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
+            call.arguments.pop("task_ids", None)  # of other types of adapters
+            return _generate(self, plan, call)
+
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """PEFT's inputs of one step of generate, with the prompt where the patch puts it.
+
+        The signature is PEFT's: generate looks there for the arguments that it may take.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, task_ids=task_ids, **kwargs)
+        options = self._softprompt.options
+        if options.placement == "prefix":
+            return inputs
+        return place_in_generation(
+            self.get_base_model(),
+            inputs,
+            args[0] if args else kwargs["input_ids"],
+            self.active_peft_config.num_virtual_tokens,
+            compact=options.positions == "compact",
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and files name the stock class, and leave out what only counts for this instance."""
+        state = {
+            name: value for name, value in self.__dict__.items() if not is_own_method(self, name, value)
+        } | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
+        return _rebuild, (self._softprompt.stock_class,), state
+
+
+def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:
+    known = model._softprompt.prompts
+    for name in set(known) - set(model.peft_config):
+        del known[name]
+    with torch.no_grad():
+        prompts = {name: _prompt_of(model, name) for name in dict.fromkeys(call.names)}
+    return generate(model.get_base_model(), plan, call, prompts, known)
+
+
+@torch.compiler.disable
+def _fast(
+    model: Any,
+    plan: Plan,
+    names: list[str],
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    labels: Tensor | None,
+    task_ids: Tensor | None,
+    num_items: Any,
+) -> tuple[Tensor | None, Tensor]:
+    base, options = model.get_base_model(), model._softprompt.options
+    batch, _ = batch_of(
+        model,
+        names,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        inputs_embeds=inputs_embeds,
+        labels=labels,
+        task_ids=task_ids,
+    )
+    if base.training:
+        say_dropout(model, base)
+    try:
+        return run_plan(
+            base,
+            plan,
+            placed(model, plan, batch),
+            compact=options.positions == "compact",
+            num_items=num_items,
+            backend=options.backend,
+            graphs=graphs_of(model, base),
+            logits=options.logits,
+            columns=batch.shape[1],
+        )
+    except IndexError:
+        # Names the column that the user gave it in.
+        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
+        raise
+
+
+def _prompt_of(model: Any, name: str) -> Tensor:
+    """[P, H] of an adapter that has one prompt for all rows, through its own encoder."""
+    return prompt_of(model, name, tokens_of(model, name))

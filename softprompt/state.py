@@ -1,0 +1,61 @@
+"""What a patched model carries beside its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from softprompt.engine.graphs import StepGraphs
+from softprompt.generation import KnownPrompt
+from softprompt.ops.library import AUTO
+
+STATE = "_softprompt"
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """What `patch` was asked for."""
+
+    positions: str = "padded"
+    on_unsupported: str = "fallback"
+    backend: str = AUTO
+    cuda_graphs: bool = True
+    compile: bool = False
+    placement: str = "prefix"
+    logits: str = "full"
+
+    @property
+    def without_stock(self) -> str | None:
+        """The option that PEFT's own forward does not know, None where it knows all."""
+        if self.positions == "compact":
+            return 'positions="compact"'
+        return None if self.placement == "prefix" else f'placement="{self.placement}"'
+
+
+@dataclass
+class PatchState:
+    """What a patched instance carries beside its class: options, what it keeps, and the fallbacks met."""
+
+    options: PatchOptions
+    stock_class: type
+    graphs: StepGraphs | None = None
+    tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `tokens_of`
+    prompts: dict[str, KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
+    refusal: str | None = None  # why the class was left alone
+    fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
+    said: set[str] = field(default_factory=set)  # notes that were given once
+
+
+def state_of(model: nn.Module) -> PatchState | None:
+    """The patch state of a model, None where it is not patched."""
+    return model.__dict__.get(STATE)
+
+
+def graphs_of(model: Any, base: nn.Module) -> StepGraphs:
+    """The recorded steps of a patched model."""
+    state: PatchState = model._softprompt
+    if state.graphs is None or not state.graphs.are_of(base):
+        state.graphs = StepGraphs(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
+    return state.graphs
