@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models compat gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -17,6 +17,7 @@ help:
 	@echo "make sanitize    on a GPU: the kernel tests under compute-sanitizer"
 	@echo "make sanitize-cpu   the tests of the native ops under address and undefined-behaviour sanitizers"
 	@echo "make models      the tests of all architectures, and the table of docs/models.md"
+	@echo "make compat      the tests of all architectures with the oldest and the newest torch, transformers, peft"
 	@echo "make installs       installations into fresh environments: no compiler, no torch, editable, ..."
 	@echo "make gpu-rehearsal  the same as make gpu at toy sizes on the CPU"
 
@@ -103,6 +104,10 @@ models: $(READY)
 	mkdir -p build && rm -f $(SOFTPROMPT_RECORD_MODELS)
 	$(BIN)/python -m pytest -q -n 2 tests/models
 	$(BIN)/python tests/models/page.py $(SOFTPROMPT_RECORD_MODELS) docs/models.md
+
+# Each environment downloads its own torch: minutes and gigabytes. ENVIRONMENTS="oldest newest" chooses.
+compat: $(READY)
+	$(BIN)/python tests/compat/run.py $(ENVIRONMENTS)
 
 # What `make gpu` does, at toy sizes on the CPU: Triton's interpreter, and steps recorded by running them again.
 gpu-rehearsal: export TRITON_INTERPRET = 1
