@@ -15,8 +15,8 @@ from softprompt.engine import plan_for
 from softprompt.notices import fall_back
 
 ONE_GRAPH = (
-    "torch.compile(fullgraph=True) or torch.export wants one graph, and a packed step runs outside of a graph "
-    "(without fullgraph=True it does)"
+    "torch.compile(fullgraph=True) or torch.export wants one graph, and a packed step runs outside "
+    "of graphs (where fullgraph=True is left out, it does)"
 )
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
