@@ -19,6 +19,7 @@ ONE_GRAPH = (
     "of graphs (where fullgraph=True is left out, it does)"
 )
 
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def stock_is_traced(model: Any, labelled: bool, asked: str, mixed: bool) -> bool:
     """Whether a traced call is PEFT's own forward, noted as every call that PEFT serves.

@@ -83,7 +83,7 @@ class Rows(Dataset):
         return {name: value[index] for name, value in self.data.items()}
 
 
-def trained(model, folder, resume=None, **options):
+def trained(model, folder, resume=None):
     """A Trainer after three steps, and its losses."""
     arguments = TrainingArguments(
         output_dir=str(folder),
