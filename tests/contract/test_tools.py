@@ -1,4 +1,4 @@
-"""Statements 23 and 24 of the contract: PEFT's own methods, copies, and Hugging Face's Trainer."""
+"""Statements 16, 23 and 24 of the contract: PEFT's own methods, copies, and Hugging Face's Trainer."""
 
 import contextlib
 import copy
@@ -83,7 +83,7 @@ class Rows(Dataset):
         return {name: value[index] for name, value in self.data.items()}
 
 
-def trained(model, folder, resume=None):
+def trained(model, folder, resume=None, **options):
     """A Trainer after three steps, and its losses."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -99,6 +99,7 @@ def trained(model, folder, resume=None):
         save_steps=1,
         load_best_model_at_end=True,
         seed=1,
+        **options,
     )
     trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train(resume_from_checkpoint=resume)
@@ -124,6 +125,15 @@ def test_24_the_trainer_trains_evaluates_saves_resumes_and_loads_the_best(tmp_pa
     names = [{path.relative_to(f).as_posix() for path in f.rglob("*")} for f in (folder, got_folder)]
     assert names[0] == names[1]
     assert "checkpoint-3/adapter_model.safetensors" in names[1]
+
+
+def test_16_the_trainer_with_torch_compile_trains_as_peft_does(tmp_path):
+    stock, fast = models()
+    torch._dynamo.reset()
+    _, expected = trained(stock, tmp_path / "stock")
+    _, got = trained(fast, tmp_path / "fast", torch_compile=True, torch_compile_backend="aot_eager")
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert not softprompt.explain(fast).fallbacks
 
 
 def test_24_libraries_recognise_the_model():

@@ -86,7 +86,7 @@ def table(stock: Record, patched: Record | None) -> list[str]:
     lines += [f"not collected: {name}: {why}" for name, why in stock["not_collected"].items()]
     lines += [f"fails without the patch, too: {case}: {why}" for case, why in stock["reasons"].items()]
     if patched is not None:
-        lines += [f"patched models: {count} x {what}" for what, count in sorted(patched["models"].items())]
+        lines += [f"models: {count} x {what}" for what, count in sorted(patched["models"].items())]
         lines += [f"calls: {count} x {what}" for what, count in sorted(patched["calls"].items())]
     return lines
 

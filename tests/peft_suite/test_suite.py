@@ -55,7 +55,7 @@ def test_cases_on_prompts_are_run_with_and_without_the_patch(tmp_path):
     assert "| tests/test_models.py | 3 | 2 | 0 | 1 | 1 | 0 | 2 |" in done.stdout
     assert "passes without the patch only: tests/test_models.py::test_class" in done.stdout
     assert "fails without the patch, too: tests/test_models.py::test_of_an_unknown_model" in done.stdout
-    assert "patched models: 2 x packed: PeftModelForCausalLM" in done.stdout
+    assert "models: 2 x packed: PeftModelForCausalLM" in done.stdout
     assert "calls: 1 x fast forward" in done.stdout
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["test_models.py", "test_other.py", "tests"]
 
