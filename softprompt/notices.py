@@ -28,8 +28,8 @@ def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, meth
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
     if reason not in state.said:
         state.said.add(reason)
-        # torch calls a forward through two functions of its own.
-        level = 6 if method == "forward" else 4
+        # torch calls a forward through two functions of its own, and keeps a compiler out through a third.
+        level = 8 if method == "forward" else 4
         warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
 
 
@@ -44,5 +44,5 @@ def say_dropout(model: Any, base: nn.Module) -> None:
             f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: the "
             "packed row draws the prompt's masks once per step where PEFT draws them per row (same "
             "expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
-            stacklevel=8,
+            stacklevel=9,
         )

@@ -19,6 +19,7 @@ from softprompt.calls import (
     reason_for_stock,
     taking_turns,
 )
+from softprompt.compiling import asked_for, stock_is_traced
 from softprompt.encoders import prompt_of
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.answers import trimmed
@@ -58,7 +59,6 @@ class _Patched(PeftModelForCausalLM):
 
     _softprompt: PatchState
 
-    @taking_turns
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -76,58 +76,72 @@ class _Patched(PeftModelForCausalLM):
 
         Beside PEFT's arguments `adapter_names` gives each row of the batch its adapter.
         """
+        texts = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        extra = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "task_ids": task_ids,
+            **kwargs,
+        }
+        if torch.compiler.is_compiling() and stock_is_traced(
+            self, labels is not None, asked_for(extra), adapter_names is not None
+        ):
+            return self._stock_forward(texts, extra, return_dict)
+        return self._own_forward(texts, extra, return_dict, adapter_names)
+
+    @torch.compiler.disable
+    @taking_turns
+    def _own_forward(
+        self,
+        texts: dict[str, Tensor | None],
+        extra: dict[str, Any],
+        return_dict: bool | None,
+        adapter_names: Sequence[str] | None,
+    ) -> Any:
+        input_ids, inputs_embeds = texts["input_ids"], texts["inputs_embeds"]
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         plan = plan_for(self.get_base_model())
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = (0, 0)
         if isinstance(given, Tensor) and given.ndim > 1:
             shape = (given.shape[0], given.shape[1])
-        reason = reason_for_stock(
-            self,
-            plan,
-            names,
-            labels,
-            shape,
-            {
-                "output_attentions": output_attentions,
-                "output_hidden_states": output_hidden_states,
-                "task_ids": task_ids,
-                **kwargs,
-            },
-            compact=self._softprompt.options.positions == "compact",
-        )
+        compact = self._softprompt.options.positions == "compact"
+        reason = reason_for_stock(self, plan, names, texts["labels"], shape, extra, compact=compact)
         if reason is not None:
             fall_back(self, reason, adapter_names)
-            if kwargs.get("past_key_values") is None:
-                check_stock_input(self.get_base_model(), input_ids, inputs_embeds, attention_mask, labels)
-            output = super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=return_dict,
-                task_ids=task_ids,
-                **kwargs,
-            )
-            num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
-            return trimmed(output, self._softprompt.options.logits, num_virtual_tokens, shape[1])
-        self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
+            if extra.get("past_key_values") is None:
+                check_stock_input(self.get_base_model(), **texts)
+            return self._stock_forward(texts, extra, return_dict)
+        self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=extra)
         loss, logits = _fast(
             self,
             plan,
             names,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            task_ids=task_ids,
-            num_items=kwargs.get("num_items_in_batch"),
+            **texts,
+            task_ids=extra["task_ids"],
+            num_items=extra.get("num_items_in_batch"),
         )
         if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
+
+    def _stock_forward(
+        self, texts: dict[str, Tensor | None], extra: dict[str, Any], return_dict: bool | None
+    ) -> Any:
+        """PEFT's own, with the logits that the patch asks for."""
+        output = super().forward(**texts, return_dict=return_dict, **extra)
+        which = self._softprompt.options.logits
+        if which == "full":
+            return output
+        given = texts["input_ids"] if texts["inputs_embeds"] is None else texts["inputs_embeds"]
+        num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
+        columns = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0
+        return trimmed(output, which, num_virtual_tokens, columns)
 
     @taking_turns
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -195,7 +209,6 @@ def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:
     return generate(model.get_base_model(), plan, call, prompts, known)
 
 
-@torch.compiler.disable
 def _fast(
     model: Any,
     plan: Plan,

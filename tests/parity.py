@@ -1,5 +1,6 @@
 """Batches, and the comparison of two models on them."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -107,3 +108,25 @@ def _row_length(batch):
 def prompt_of(model, adapter="default"):
     """The prompt's parameter."""
     return model.prompt_encoder[adapter].embedding.weight
+
+
+@dataclass
+class Outcome:
+    """What a call did: its value or its error, and what it said."""
+
+    value: object
+    error: tuple[type, str] | None
+    warnings: list[str]
+
+
+def outcome(action, *args, **kwargs):
+    """The outcome of a call; warnings of this package and of torch itself do not count."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value, error = None, None
+        try:
+            value = action(*args, **kwargs)
+        except Exception as raised:
+            error = (type(raised), str(raised))
+    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    return Outcome(value, error, [text for text in said if not text.startswith(("softprompt", "Converting"))])

@@ -156,27 +156,6 @@ def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it(
 
 
 # -------------------------------------------------------------------------------------------------- the patch
-def test_disabled_adapters_give_the_bare_model():
-    fast = patched(speaker("llama"))
-    base = fast.get_base_model()
-    expected = base.generate(**BATCH, max_new_tokens=NEW)
-    prompted = tokens(fast)
-    with fast.disable_adapter():
-        assert torch.equal(tokens(fast), expected)
-    assert torch.equal(tokens(fast), prompted)
-    assert not torch.equal(prompted, expected)
-
-
-def test_nothing_is_left_on_the_base_model_also_after_an_exception():
-    fast = patched(speaker("llama"))
-    base = fast.get_base_model()
-    before = dict(vars(base))
-    tokens(fast)
-    with pytest.raises(ZeroDivisionError):
-        tokens(fast, logits_processor=[lambda ids, scores: 1 / 0])
-    assert dict(vars(base)) == before
-
-
 def test_an_unpatched_model_generates_as_before():
     stock, fast = pair(speaker("llama"))
     tokens(patched(fast))

@@ -19,12 +19,6 @@ def models():
     return stock, softprompt.patch(fast, on_unsupported="error")
 
 
-@pytest.mark.parametrize("count", [3, 17, torch.tensor(11)], ids=["3", "17", "tensor"])
-def test_num_items_in_batch_divides_the_summed_loss(models, count):
-    stock, fast = models
-    assert_same_step(fast, stock, BATCH, num_items_in_batch=count)
-
-
 def test_accumulated_gradients_equal_those_of_one_large_batch(models):
     stock, fast = models
     parts = [make_batch((7, 3), seed=1), make_batch((4, 6), seed=2, width=8)]
@@ -72,14 +66,6 @@ def test_the_configuration_may_ask_for_tuples(models):
     loss = fast(**BATCH).loss
     fast.get_base_model().config.return_dict = False
     assert torch.equal(fast(**BATCH)[0], loss)
-
-
-def test_input_embeddings_take_the_place_of_ids(models):
-    stock, fast = models
-    embeds = torch.randn(*BATCH["input_ids"].shape, 48, dtype=torch.float64)
-    batch = {"inputs_embeds": embeds, "attention_mask": BATCH["attention_mask"], "labels": BATCH["labels"]}
-    assert_same_step(fast, stock, batch)
-    assert_same_step(fast, stock, {**BATCH, "inputs_embeds": embeds})
 
 
 def test_input_embeddings_get_the_gradient_of_peft(models):
@@ -187,23 +173,6 @@ def test_adapter_names_on_the_padded_route_need_one_length():
         fast(**batch, adapter_names=["other", "longer", "other"])
 
 
-def shaped_noise(module, args, output):
-    """Like NEFTune, it depends on the shape of the padded batch."""
-    noise = torch.sin(torch.arange(output.numel(), dtype=output.dtype)).view(output.shape)
-    return output + noise / (output.shape[0] * output.shape[1]) ** 0.5
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma", "mamba"])
-def test_a_hook_on_the_embedding_sees_the_padded_batch(name):
-    stock, fast = pair(prompted(name))
-    softprompt.patch(fast, on_unsupported="error")
-    quiet = step(fast, BATCH).loss
-    for model in (stock, fast):
-        model.get_base_model().get_input_embeddings().register_forward_hook(shaped_noise)
-    assert_same_step(fast, stock, BATCH)
-    assert (step(fast, BATCH).loss - quiet).abs() > 1e-3
-
-
 @pytest.mark.parametrize("part", ["model", "model.norm", "model.layers.1.mlp"])
 def test_a_hook_inside_the_model_acts_once(part):
     stock, fast = pair(prompted("llama"))
@@ -271,20 +240,6 @@ def test_a_changed_head_is_seen(models, part):
         new = nn.Linear(48, old.weight.shape[0], bias=part == "bias").double().requires_grad_(False)
         model.get_base_model().set_output_embeddings(new)
     assert_same_step(fast, stock, BATCH)
-
-
-@pytest.mark.parametrize("ignored", ["position_ids", "token_type_ids"])
-def test_arguments_that_peft_ignores_are_ignored_with_its_words(models, ignored):
-    stock = models[0]
-    said = []
-    for model in models:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            loss = model(**BATCH, **{ignored: torch.zeros_like(BATCH["input_ids"])}).loss
-        said.append({str(warning.message) for warning in caught})
-        assert_close(loss, stock(**BATCH).loss, 2e-6, "loss")
-    assert said[0] == said[1]
-    assert any("not supported for parameter efficient tuning" in message for message in said[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "gpt2"])

@@ -1,0 +1,70 @@
+"""What a patched model does where `torch.compile` or `torch.export` traces its forward.
+
+A packed step reads the layout of its batch, so its size is not known while it is traced: it runs outside of
+the graph, which breaks there. Where no break is allowed PEFT's forward is traced, which is one graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from softprompt.calls import reason_for_stock
+from softprompt.engine import plan_for
+from softprompt.notices import fall_back
+
+ONE_GRAPH = (
+    "torch.compile(fullgraph=True) or torch.export wants one graph, and a packed step runs outside "
+    "of graphs (where fullgraph=True is left out, it does)"
+)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def stock_is_traced(model: Any, labelled: bool, asked: str, mixed: bool) -> bool:
+    """Whether a traced call is PEFT's own forward, noted as every call that PEFT serves.
+
+    It runs once for each graph, while that is traced, and takes nothing but the model and constants.
+
+    Args:
+        model: the patched model.
+        labelled: whether the call has labels.
+        asked: names of the other arguments that ask for something, with a comma between them.
+        mixed: whether the call names an adapter for each row.
+
+    Raises:
+        UnsupportedModelError: PEFT's forward cannot serve the call, or the patch does not allow it.
+    """
+    reason: str | None = ONE_GRAPH
+    if not _one_graph():
+        reason = reason_for_stock(
+            model,
+            plan_for(model.get_base_model()),
+            [model.active_adapter],
+            torch.zeros(0) if labelled else None,
+            (0, 0),
+            {name.removeprefix("no "): not name.startswith("no ") for name in asked.split(",") if name},
+            compact=model._softprompt.options.positions == "compact",
+        )
+    if reason is None:
+        return False
+    fall_back(model, reason, ["of each row"] if mixed else None)
+    return True
+
+
+def asked_for(arguments: dict[str, Any]) -> str:
+    """The arguments of a call that are not None, as `stock_is_traced` takes them; "no " marks a False."""
+    return ",".join(
+        f"no {name}" if value is False else name for name, value in arguments.items() if value is not None
+    )
+
+
+def _one_graph() -> bool:
+    """Whether what is being traced now may not break; True where that cannot be told."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer: Any = InstructionTranslator.current_tx()
+        return bool(tracer.one_graph or tracer.error_on_graph_break)
+    except (ImportError, AttributeError):
+        return True
