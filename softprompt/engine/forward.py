@@ -165,7 +165,10 @@ def prompt_width(model: CausalLM) -> int:
     """H of the embeddings that stand beside the prompt."""
     embedding = model.get_input_embeddings()
     width = getattr(embedding, "embedding_dim", None)
-    return int(width) if width is not None else int(embedding.weight.shape[1])
+    if width is None:
+        weight = getattr(embedding, "weight", None)
+        width = weight.shape[1] if isinstance(weight, Tensor) else families.config_of(model).hidden_size
+    return int(width)
 
 
 def run_plan(
@@ -268,7 +271,8 @@ def _rows_compiled_or_not(
 
 def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
     device_type, dtype = rows.hidden.device.type, plan.logits_dtype
-    if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
+    casts = plan.autocast_logits and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if casts and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
 
     def values_of(hidden: Tensor) -> Tensor:
