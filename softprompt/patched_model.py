@@ -19,7 +19,7 @@ from softprompt.calls import (
     reason_for_stock,
     taking_turns,
 )
-from softprompt.encoders import prompt_of
+from softprompt.encoders import prompt_of, with_tensor_of_tasks
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.answers import trimmed
 from softprompt.engine.forward import UnsupportedModelError
@@ -68,7 +68,7 @@ class _Patched(PeftModelForCausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
+        task_ids: Tensor | Sequence[int] | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -108,8 +108,7 @@ class _Patched(PeftModelForCausalLM):
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=return_dict,
-                task_ids=task_ids,
-                **kwargs,
+                **with_tensor_of_tasks(self, {"task_ids": task_ids, **kwargs}),
             )
             num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
             return trimmed(output, self._softprompt.options.logits, num_virtual_tokens, shape[1])
@@ -136,6 +135,7 @@ class _Patched(PeftModelForCausalLM):
         Beside the arguments of transformers' generate `adapter_names` gives each row its adapter.
         """
         base = self.get_base_model()
+        kwargs = with_tensor_of_tasks(self, kwargs)
         with own_inputs(base):
             if self._adapters_disabled:
                 if adapter_names is not None:
@@ -205,7 +205,7 @@ def _fast(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     labels: Tensor | None,
-    task_ids: Tensor | None,
+    task_ids: Tensor | Sequence[int] | None,
     num_items: Any,
 ) -> tuple[Tensor | None, Tensor]:
     base, options = model.get_base_model(), model._softprompt.options
