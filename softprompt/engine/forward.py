@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families
@@ -119,14 +119,18 @@ def forward(
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, StepGraphs] = weakref.WeakKeyDictionary()
+_GRAPHS = "_softprompt_graphs"
 
 
 def graphs_of(model: CausalLM) -> StepGraphs:
-    """The recorded steps of the functional form."""
-    if model not in _GRAPHS:
-        _GRAPHS[model] = StepGraphs(model)
-    return _GRAPHS[model]
+    """The recorded steps of the functional form.
+
+    The model holds them: they look at its hooks, which may hold the model, and would keep it alive.
+    """
+    known = model.__dict__.get(_GRAPHS)
+    if known is None or not known.are_of(model):
+        known = model.__dict__[_GRAPHS] = StepGraphs(model)
+    return cast(StepGraphs, known)
 
 
 def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
