@@ -80,26 +80,26 @@ class Linear8bitLt(nn.Linear):
         outlier = torch.zeros(x.shape[-1], dtype=torch.bool)
         if self.state.threshold > 0:
             outlier = (x.detach().abs() >= self.state.threshold).flatten(0, -2).any(0)
-        return functional.linear(_rounded(x.masked_fill(outlier, 0), -1) + x * outlier, weight, self.bias)
+        inliers = x.masked_fill(outlier, 0)
+        rounded = _rounded(inliers, inliers.detach().abs().amax(-1, keepdim=True))
+        return functional.linear(rounded + x * outlier, weight, self.bias)
 
 
-def _rounded(x, dim):
-    """Rounds to 255 levels, with the gradient of no rounding."""
-    still = x.detach()
-    largest = still.abs().amax() if dim is None else still.abs().amax(dim, keepdim=True)
-    scale = largest.clamp_min(1e-12) / 127
+def _rounded(x, largest):
+    """Rounds to 255 levels up to `largest`, with the gradient of no rounding."""
+    still, scale = x.detach(), largest.clamp_min(1e-12) / 127
     return x + ((still / scale).round() * scale - still)
 
 
 class RoundedInput(nn.Linear):
-    """A linear layer whose input is rounded with one scale for each token (dim=-1) or for all (dim=None)."""
+    """A linear layer whose input is rounded with one scale for all of its tokens."""
 
-    def __init__(self, linear, dim):
+    def __init__(self, linear):
         super().__init__(1, 1, bias=False, device="meta")
-        self.weight, self.bias, self.dim = linear.weight, linear.bias, dim
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x):
-        return functional.linear(_rounded(x, self.dim), self.weight, self.bias)
+        return functional.linear(_rounded(x, x.detach().abs().amax()), self.weight, self.bias)
 
 
 class QuantLinear(nn.Module):

@@ -17,6 +17,8 @@ import softprompt
 from softprompt.prompts import export
 
 BATCH = make_batch(side="left", labels="everywhere")
+# Where layers round their input to 8 bits, what is off by one ulp may be rounded the other way.
+ROUNDED = 5e-3
 
 
 def pickled(model):
@@ -118,10 +120,17 @@ def test_weights_that_are_quantised_behind_the_patch_are_looked_at_again():
     assert facts(fast)[1].startswith(OWN)
 
 
+def test_a_decoder_that_is_quantised_behind_the_patch_is_looked_at_again():
+    model = softprompt.patch(prompted(build("llama", torch.float32)))
+    assert facts(model)[0] == "packed"
+    torchao("int8-dynamic-per-tensor", head=False)(model.get_base_model())
+    assert facts(model)[0] == "padded"
+
+
 def test_layers_that_are_exchanged_behind_the_patch_are_looked_at_again():
     stock, fast = patched_pair(prompted(build("llama", torch.float32)))
     for model in (stock, fast):
-        replace_linears(model.get_base_model(), lambda linear: RoundedInput(linear, None))
+        replace_linears(model.get_base_model(), RoundedInput)
     assert_same_step(fast, stock, BATCH)
     assert facts(fast)[0] == "padded"
 
@@ -142,6 +151,14 @@ def test_rounded_activations_without_a_gradient_stay_on_the_forward_of_peft(kind
     assert torch.equal(fast(**BATCH).loss, stock(**BATCH).loss)
 
 
+def test_rounded_activations_behind_a_dense_head_give_the_gradient_of_peft():
+    """It lacks what goes through the rounded layers."""
+    base = torchao("int8-dynamic", head=False)(build("llama", torch.float32))
+    stock, fast = patched_pair(prompted(base))
+    assert facts(fast)[0] == "packed"
+    assert_same_step(fast, stock, BATCH, ROUNDED)
+
+
 @pytest.mark.parametrize("granularity, route", [("PerRow", "packed"), ("PerTensor", "padded")])
 def test_training_with_rounded_activations_is_packed_where_each_token_has_its_scale(granularity, route):
     quantization = pytest.importorskip("torchao.quantization")
@@ -153,7 +170,7 @@ def test_training_with_rounded_activations_is_packed_where_each_token_has_its_sc
     quantization.quantize_(base.model, config)
     stock, fast = patched_pair(prompted(base.requires_grad_(False)))
     assert facts(fast)[0] == route
-    assert_same_step(fast, stock, BATCH)
+    assert_same_step(fast, stock, BATCH, ROUNDED)
 
 
 # -------------------------------------------------------------------------- bitsandbytes, GPTQ, AWQ and HQQ
@@ -169,7 +186,7 @@ def test_layers_that_keep_their_weights_packed_are_exact_on_the_packed_route(nam
     route, text, _ = facts(fast)
     assert route == "packed"
     assert text.startswith(OWN + f"the head is a {LAYERS[kind].__name__}" if head else FUSED)
-    assert_same_step(fast, stock, BATCH)
+    assert_same_step(fast, stock, BATCH, *([ROUNDED] if kind == "8bit" else []))
 
 
 def test_a_tied_head_stays_fused_over_quantised_layers():
@@ -185,7 +202,7 @@ def test_outliers_of_the_whole_batch_keep_the_rows_padded():
     report = softprompt.explain(fast)
     assert report.route == "padded"
     assert "llm_int8_threshold=2.0; with 0.0 each token is on its own" in report.reason
-    assert_same_step(fast, stock, BATCH)
+    assert_same_step(fast, stock, BATCH, ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +212,7 @@ def test_outliers_of_the_whole_batch_keep_the_rows_padded():
             lambda linear: Linear8bitLt(linear, 2.0),
             "label rows cannot go through the head without the others",
         ),
-        (lambda linear: RoundedInput(linear, None), "no faster route gives the numbers"),
+        (RoundedInput, "no faster route gives the numbers"),
     ],
     ids=["known", "found out"],
 )
@@ -208,12 +225,11 @@ def test_a_head_that_looks_at_all_rows_keeps_the_forward_of_peft(make, reason):
     assert torch.equal(fast(**BATCH).loss, stock(**BATCH).loss)
 
 
-def test_one_scale_for_each_token_is_packed_and_one_for_all_is_not():
-    for dim, route in ((-1, "packed"), (None, "padded")):
-        base = replace_linears(build("llama", torch.float32), lambda m, dim=dim: RoundedInput(m, dim))
-        stock, fast = patched_pair(prompted(base))
-        assert facts(fast)[0] == route
-        assert_same_step(fast, stock, BATCH)
+def test_one_scale_for_all_tokens_is_found_out():
+    base = replace_linears(build("llama", torch.float32), RoundedInput)
+    stock, fast = patched_pair(prompted(base))
+    assert facts(fast)[0] == "padded"
+    assert_same_step(fast, stock, BATCH, ROUNDED)
 
 
 class CastOutputToFloat(nn.Sequential):

@@ -21,7 +21,6 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
-from softprompt.engine.structure import structure_of
 from softprompt.ops.library import AUTO
 
 # Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
@@ -99,8 +98,7 @@ def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
     return (
         getattr(model.config, "_attn_implementation", None),
         None if weight is None else (weight.dtype, weight.device.type),
-        structure_of(model)[0],
-        precision.kinds_of_weights(model),
+        precision.make_of(model),
         None if not isinstance(embedding, nn.Module) else families.embedding_obstacle(embedding),
         None if head is None else families.head_obstacle(model),
         id(getattr(model, "_loss_function", None)),

@@ -38,7 +38,7 @@ class Watch:
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._identities = self._now_identities()
         self._places = self._now_places()
-        # The settings that modules keep for dropout, router noise and checkpointing: (place of the module, name).
+        # The settings of dropout, router noise and checkpointing: (place of the module, attribute).
         self._settings = [
             (place, name)
             for place, state in enumerate(states)
