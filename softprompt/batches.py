@@ -25,7 +25,7 @@ def batch_of(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     labels: Tensor | None,
-    task_ids: Tensor | None,
+    task_ids: Tensor | Sequence[int] | None,
 ) -> tuple[Batch, list[str]]:
     """A call of a patched model as a batch behind prompts, and the adapter of each of the K prompts.
 

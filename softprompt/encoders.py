@@ -6,7 +6,7 @@ packed route only needs that output, and autograd takes its gradient back into w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -63,7 +63,10 @@ def tasks_of_rows(model: Any, names: Sequence[str], task_ids: Any, num_rows: int
     )
     if task_ids is None:
         raise ValueError(f"{expected}; task_ids cannot be None")
-    given = torch.as_tensor(task_ids)
+    try:
+        given = torch.as_tensor(task_ids)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}; got task_ids={task_ids!r}, expected integers") from error
     if given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(f"{expected}; got task_ids in {given.dtype}, expected integers")
     if given.shape not in ((num_rows,), (1,), ()):
@@ -75,6 +78,18 @@ def tasks_of_rows(model: Any, names: Sequence[str], task_ids: Any, num_rows: int
         if count and not 0 <= task < count:
             raise IndexError(f"task_ids[{row}] = {task} is outside the tasks 0 .. {count - 1} of {name!r}")
     return numbers
+
+
+def with_tensor_of_tasks(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call for PEFT's own methods, which take the tasks of the rows as a tensor only."""
+    tasks, name = arguments.get("task_ids"), model.active_adapter
+    if tasks is None or isinstance(tasks, Tensor) or not has_tasks(model, name):
+        return arguments
+    numbers = tasks_of_rows(model, [name], tasks, len(tasks) if isinstance(tasks, Sized) else 1)
+    return {
+        **arguments,
+        "task_ids": torch.tensor(numbers, device=model.prompt_encoder[name].embedding.weight.device),
+    }
 
 
 def prompts_of_rows(

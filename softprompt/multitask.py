@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from softprompt.batches import batch_of, placed
 from softprompt.calls import adapters_of_rows, reason_for_stock, taking_turns
 from softprompt.engine import families, plan_for
-from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.forward import UnsupportedModelError, warn_of_no_labels
 from softprompt.engine.groups import losses_of_groups
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import say_dropout
@@ -121,7 +121,7 @@ def losses(
     *,
     adapter_names: Sequence[str],
     inputs_embeds: Tensor | None = None,  # [B, L, H]
-    task_ids: Tensor | None = None,  # [B]
+    task_ids: Tensor | Sequence[int] | None = None,  # [B]
 ) -> AdapterLosses:
     """The mean loss of each adapter over the labels of its own rows, in one forward over all rows.
 
@@ -140,13 +140,18 @@ def losses(
         task_ids: [B] tasks of multitask adapters. An adapter's mean goes over all of its tasks.
 
     Raises:
-        ValueError: a model that is not patched, no labels, or what a forward of the model would refuse.
+        ValueError: a model that is not patched, a call inside of `disable_adapter()`, no labels, or what a
+            forward of the model would refuse.
         IndexError: an id, a label or a task out of range.
         UnsupportedModelError: a model or an adapter that has no fast route.
     """
     state = state_of(model)
     if state is None or state.refusal is not None:
         raise ValueError("multitask.losses takes a model that softprompt.patch has patched")
+    if getattr(model, "_adapters_disabled", False):
+        raise ValueError(
+            "multitask.losses was called inside of disable_adapter(), where no adapter has a loss"
+        )
     if labels is None:
         raise ValueError("multitask.losses needs labels, got none")
     names = adapters_of_rows(model, adapter_names, input_ids, inputs_embeds)
@@ -182,4 +187,6 @@ def losses(
         # Names the column that the user gave it in.
         raise_out_of_range(given.input_ids, given.labels, families.vocab_size(base))
         raise
+    if found.num_labels == 0:
+        warn_of_no_labels(stacklevel=4)
     return AdapterLosses(found.total, dict(zip(adapters, found.each, strict=False)))

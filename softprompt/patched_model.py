@@ -20,7 +20,7 @@ from softprompt.calls import (
     taking_turns,
 )
 from softprompt.compiling import asked_for, stock_is_traced
-from softprompt.encoders import prompt_of
+from softprompt.encoders import prompt_of, with_tensor_of_tasks
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.answers import trimmed
 from softprompt.engine.forward import UnsupportedModelError
@@ -68,7 +68,7 @@ class _Patched(PeftModelForCausalLM):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        task_ids: Tensor | None = None,
+        task_ids: Tensor | Sequence[int] | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -134,7 +134,7 @@ class _Patched(PeftModelForCausalLM):
         self, texts: dict[str, Tensor | None], extra: dict[str, Any], return_dict: bool | None
     ) -> Any:
         """PEFT's own, with the logits that the patch asks for."""
-        output = super().forward(**texts, return_dict=return_dict, **extra)
+        output = super().forward(**texts, return_dict=return_dict, **with_tensor_of_tasks(self, extra))
         which = self._softprompt.options.logits
         if which == "full":
             return output
@@ -150,6 +150,7 @@ class _Patched(PeftModelForCausalLM):
         Beside the arguments of transformers' generate `adapter_names` gives each row its adapter.
         """
         base = self.get_base_model()
+        kwargs = with_tensor_of_tasks(self, kwargs)
         with own_inputs(base):
             if self._adapters_disabled:
                 if adapter_names is not None:
@@ -218,7 +219,7 @@ def _fast(
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
     labels: Tensor | None,
-    task_ids: Tensor | None,
+    task_ids: Tensor | Sequence[int] | None,
     num_items: Any,
 ) -> tuple[Tensor | None, Tensor]:
     base, options = model.get_base_model(), model._softprompt.options

@@ -122,11 +122,11 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
         ("embedding", "read from its table" if obstacle is None else f"called as a module: {obstacle}"),
         (
             "head",
-            "label rows, fused cross-entropy" if plan.fused_head else "label rows, the model's own head",
+            "fused: the loss reads its weight on label rows"
+            if plan.fused_head
+            else f"the model's own head on label rows: {plan.head_reason}",
         ),
     ]
-    if plan.head_reason:
-        rows.append(("head, why", plan.head_reason))
     if plan.route == "packed" and state is not None:
         rows += _recording(state)
     if plan.loss_error is not None and plan.grad_error is not None:

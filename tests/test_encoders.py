@@ -193,6 +193,7 @@ def test_dropout_in_the_encoder_is_drawn_as_peft_draws_it():
         (torch.tensor([0, 1]), ValueError, r"3 rows; got task_ids of shape \[2\]"),
         (torch.tensor([[0, 1, 2]]), ValueError, r"shape \[1, 3\]"),
         (torch.tensor([0.0, 1.0, 2.0]), ValueError, "torch.float32, expected integers"),
+        (["a", "b", "c"], ValueError, r"got task_ids=\['a', 'b', 'c'\], expected integers"),
         (torch.tensor([0, 3, 1]), IndexError, r"task_ids\[1\] = 3 is outside the tasks 0 .. 2 of 'default'"),
         (torch.tensor([0, 1, -1]), IndexError, r"task_ids\[2\] = -1 is outside"),
     ],
@@ -201,6 +202,19 @@ def test_wrong_tasks_are_refused(task_ids, error, words):
     fast = softprompt.patch(encoded("multitask"), on_unsupported="error")
     with pytest.raises(error, match=words):
         fast(**make_batch(labels="everywhere"), task_ids=task_ids)
+
+
+@pytest.mark.parametrize("tasks", [[0, 2, 1], (0, 2, 1), [1], 1], ids=str)
+def test_tasks_may_be_a_list_wherever_peft_serves_the_call(tasks):
+    stock, fast = pair(encoded("multitask"))
+    softprompt.patch(fast)
+    batch = make_batch(labels="everywhere")
+    expected = stock(**batch, task_ids=torch.tensor(tasks)).loss.detach()
+    for arguments in ({}, {"output_hidden_states": True}):
+        assert_close(fast(**batch, task_ids=tasks, **arguments).loss.detach(), expected, 2e-6, "loss")
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    wanted = stock.generate(**texts, task_ids=torch.tensor(tasks), max_new_tokens=3, do_sample=False)
+    assert torch.equal(fast.generate(**texts, task_ids=tasks, max_new_tokens=3, do_sample=False), wanted)
 
 
 def test_tasks_are_ignored_by_adapters_without_tasks():

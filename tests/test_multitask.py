@@ -315,9 +315,30 @@ def test_bad_rows_are_refused(action, words):
         action()
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_batch_without_labels_gives_a_warning_and_no_gradient(recorded, request):
+    if recorded:
+        request.getfixturevalue("tape")
+    fast = softprompt.patch(several(), on_unsupported="error")
+    batch = make_batch(labels="everywhere")
+    names = ["longer", "default", "longer"]
+    for _ in range(3):
+        multitask.losses(fast, **batch, adapter_names=names)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="every label of this batch is -100") as caught:
+            found = multitask.losses(fast, **batch, adapter_names=names)
+        assert caught[0].filename == __file__
+        found.total.backward()
+        assert float(found.total.detach()) == 0
+        assert prompt_of(fast, "default").grad.norm() == 0
+
+
 def test_bad_calls_are_refused():
     fast = softprompt.patch(several())
     batch = make_batch()
+    with fast.disable_adapter(), pytest.raises(ValueError, match=r"inside of disable_adapter\(\)"):
+        multitask.losses(fast, **batch, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match="one adapter for each of the 3 rows"):
         multitask.losses(fast, **batch, adapter_names=["default"])
     with pytest.raises(ValueError, match="unknown adapters other"):

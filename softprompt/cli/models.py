@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from softprompt.cli.errors import UsageError
+from softprompt.prompts.vocabulary import width_of
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
@@ -92,10 +93,7 @@ def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
                 peft_model.load_adapter(str(folder), name)
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(f"cannot load the adapter {folder}: {error}") from error
-        width, model_width = (
-            peft_model.peft_config[name].token_dim,
-            base.get_input_embeddings().weight.shape[1],
-        )
+        width, model_width = peft_model.peft_config[name].token_dim, width_of(base)
         if width != model_width:
             raise UsageError(
                 f"the adapter {folder} does not fit the model {model}: its virtual tokens are {width} "

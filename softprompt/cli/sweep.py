@@ -12,6 +12,9 @@ from softprompt.cli.options import Parser, add_command, add_compute_options, who
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from softprompt.cli.sweep_runs import Sweep
     from softprompt.tasks.sweep import Run
 
 FIELDS = (
@@ -63,7 +66,8 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         type=whole(1),
         default=8,
         metavar="N",
-        help="runs to train in one batch at most: more are faster and take more memory; 1 trains one by one",
+        help="runs to train in one batch at most: more are faster and take more memory; 1 trains one by "
+        "one, as --fp16 always does: its loss scale would be one for all of them",
     )
     add_data_options(parser)
     add_model_options(parser)
@@ -94,20 +98,36 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file: name a folder")
+    _check_fields(output, list(over))
     for values in _all_values(args, over):
         check_init_options(values)
     require_extra()
 
     from softprompt.cli.models import quiet_libraries
     from softprompt.cli.sweep_runs import Sweep
-    from softprompt.tasks.sweep import summary_of, table_of
+    from softprompt.tasks.folders import held
 
     quiet_libraries()
-    start = time.perf_counter()
     sweep = Sweep(args, over)
+    starts = sweep.starts(sweep.missing())
+    with held(output, "another sweep"):
+        _check_fields(output, list(over))  # again: another sweep may have ended in the meantime
+        return _train(args, over, sweep, starts, output)
+
+
+def _train(
+    args: argparse.Namespace,
+    over: dict[str, list[Any]],
+    sweep: "Sweep",
+    starts: "dict[str, Tensor | None]",
+    output: Path,
+) -> int:
+    from softprompt.tasks.sweep import summary_of, table_of
+
+    start = time.perf_counter()
     missing = sweep.missing()
     try:
-        sweep.train(missing)
+        sweep.train(missing, starts)
     except KeyboardInterrupt:
         done = len(sweep.runs) - len(sweep.missing())
         print(
@@ -123,6 +143,19 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"{len(rows)} runs, {len(rows) - len(missing)} of them done before, in {seconds:.1f} s")
     return 0
+
+
+def _check_fields(output: Path, over: list[str]) -> None:
+    """Raise UsageError where the folder has the table of a sweep over other fields."""
+    from softprompt.tasks.sweep import fields_of
+
+    known = fields_of(output / "sweep.json")
+    if known is not None and set(known) != set(over):
+        there, wanted = (", ".join(name.replace("_", "-") for name in names) for names in (known, over))
+        raise UsageError(
+            f"{output} has the table of a sweep over {there}, which one over {wanted} would replace: "
+            "name another folder with --output"
+        )
 
 
 def parse_over(given: list[list[str]]) -> dict[str, list[Any]]:

@@ -139,22 +139,30 @@ class Sweep:
             "positions": self.encoder.task.positions,
         }
 
-    def train(self, runs: Sequence[Run]) -> None:
-        """Train runs, as many together as possible, and keep each in a folder of its name.
+    def starts(self, runs: Sequence[Run]) -> dict[str, Tensor | None]:
+        """Return the prompt that each run starts from, None where PEFT draws it.
 
         Raises:
-            UsageError: one of them cannot be started; then none is.
+            UsageError: a run cannot be started.
         """
+        return {run.name: self._start(run) for run in runs}
+
+    def batches(self, runs: Sequence[Run]) -> list[list[Run]]:
+        """Return the runs that are trained together."""
         task = self.encoder.task
-        starts = {run.name: self._start(run) for run in runs}
         packed = plan_for(self.base).route == "packed" and not self.args.no_patch
+        # In fp16 a run with too large a gradient would make every other skip the step, too.
+        together = self.args.together if packed and not self.args.fp16 else 1
         # Where pads count, a row's positions depend on the longest row of its batch.
         one_order = task.positions == "padded" and task.padding == "longest"
         same = [*SAME, "seed"] if one_order else SAME
-        batches = batches_of_runs(runs, same, together=self.args.together if packed else 1)
+        return batches_of_runs(runs, same, together=together)
+
+    def train(self, runs: Sequence[Run], starts: dict[str, Tensor | None]) -> None:
+        """Train runs from their `starts`, batch by batch, and keep each in a folder of its name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with SweepProgress(len(runs)) as progress:
-            for batch in batches:
+            for batch in self.batches(runs):
                 self._train_together(batch, starts, progress)
 
     def _start(self, run: Run) -> Tensor | None:

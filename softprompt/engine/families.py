@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from softprompt.engine import hooks
+from softprompt.engine import hooks, precision
 from softprompt.engine.structure import structure_of
 
 # A transformers causal LM. Its classes are not typed, and its parts are found by name.
@@ -135,7 +135,7 @@ def packing_obstacle(model: CausalLM) -> str | None:
             f"{config.model_type} has layers with state other than keys and values ({', '.join(foreign)}), "
             "which would leak from one text into the next"
         )
-    return None
+    return precision.whole_batch_obstacle(body_of(model))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -149,22 +149,28 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain_weight(weight: Any) -> bool:
-    return (
-        type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta" and weight.is_floating_point()
-    )
+def is_tied(model: CausalLM) -> bool:
+    """Whether the head has the embedding's table."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = getattr(embedding, "weight", None)
+    return table is not None and getattr(head, "weight", None) is table
+
+
+def _class_of(module: nn.Module) -> str:
+    """The class, with its package where PyTorch has a class of that name too (PEFT's Linear)."""
+    name, package = type(module).__name__, type(module).__module__.split(".")[0]
+    return f"{package}'s {name}" if hasattr(nn, name) and package != "torch" else f"a {name}"
 
 
 def embedding_obstacle(embedding: nn.Module) -> str | None:
     """Why the embedding has to be called as a module and its table cannot be read, or None."""
     if type(embedding) is not nn.Embedding:
-        return f"the embedding is a {type(embedding).__name__}"
+        return f"the embedding is {_class_of(embedding)}"
     if has_hooks(embedding):
         return "the embedding has hooks"
-    if not _is_plain_weight(embedding.weight):
-        return (
-            f"the embedding's table is a {type(embedding.weight).__name__} ({embedding.weight.device.type})"
-        )
+    obstacle = precision.weight_obstacle("the embedding's table", embedding.weight)
+    if obstacle is not None:
+        return obstacle
     if embedding.weight.requires_grad:
         return "the embedding's table is trainable"
     if embedding.max_norm is not None:
@@ -180,11 +186,12 @@ def head_obstacle(model: CausalLM) -> str | None:
     if head is None:
         return "the model names no output embeddings"
     if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}"
+        return f"the head is {_class_of(head)}"
     if has_hooks(head):
         return "the head has hooks"
-    if not _is_plain_weight(head.weight):
-        return f"the head's weight is a {type(head.weight).__name__} ({head.weight.device.type})"
+    obstacle = precision.weight_obstacle("the head's weight", head.weight)
+    if obstacle is not None:
+        return obstacle
     if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
         return f"the model has a loss function of its own ({getattr(model.loss_function, '__name__', '?')})"
     return None

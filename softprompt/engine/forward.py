@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families
@@ -119,14 +119,18 @@ def forward(
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, StepGraphs] = weakref.WeakKeyDictionary()
+_GRAPHS = "_softprompt_graphs"
 
 
 def graphs_of(model: CausalLM) -> StepGraphs:
-    """The recorded steps of the functional form."""
-    if model not in _GRAPHS:
-        _GRAPHS[model] = StepGraphs(model)
-    return _GRAPHS[model]
+    """The recorded steps of the functional form.
+
+    The model holds them: they look at its hooks, which may hold the model, and would keep it alive.
+    """
+    known = model.__dict__.get(_GRAPHS)
+    if known is None or not known.are_of(model):
+        known = model.__dict__[_GRAPHS] = StepGraphs(model)
+    return cast(StepGraphs, known)
 
 
 def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -165,7 +169,10 @@ def prompt_width(model: CausalLM) -> int:
     """H of the embeddings that stand beside the prompt."""
     embedding = model.get_input_embeddings()
     width = getattr(embedding, "embedding_dim", None)
-    return int(width) if width is not None else int(embedding.weight.shape[1])
+    if width is None:
+        weight = getattr(embedding, "weight", None)
+        width = weight.shape[1] if isinstance(weight, Tensor) else families.config_of(model).hidden_size
+    return int(width)
 
 
 def run_plan(
@@ -268,7 +275,8 @@ def _rows_compiled_or_not(
 
 def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
     device_type, dtype = rows.hidden.device.type, plan.logits_dtype
-    if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
+    casts = plan.autocast_logits and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if casts and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
 
     def values_of(hidden: Tensor) -> Tensor:

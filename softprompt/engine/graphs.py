@@ -96,6 +96,10 @@ class StepGraphs:
         self.compile_obstacle: str | None = None
         self.statistics = Statistics()
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in copies and files of the model: they count for this instance alone."""
+        return type(None), ()
+
     def are_of(self, model: CausalLM) -> bool:
         """Whether they were recorded of this very model."""
         return self._model() is model

@@ -27,6 +27,7 @@ class GroupLosses(NamedTuple):
 
     total: Tensor  # [] the sum of the groups' means, to be differentiated
     each: Tensor  # [K] the means of the G groups, detached, then zeros
+    num_labels: int  # of all groups
 
 
 def losses_of_groups(
@@ -76,10 +77,10 @@ def losses_of_groups(
             with torch.no_grad():
                 means = _means(model, plan, batch, rows, groups, backend)
                 correction = means.sum() - summed
-            return GroupLosses(summed + correction, means)
+            return GroupLosses(summed + correction, means, rows.num_labels)
         rows = rows_of_layout(model, batch, exact, seam=str(plan.seam), backend=backend)
     means = _means(model, plan, batch, rows, groups, backend)
-    return GroupLosses(means.sum(), means.detach())
+    return GroupLosses(means.sum(), means.detach(), rows.num_labels)
 
 
 def _weighted(batch: Batch, weights: Tensor) -> Batch:

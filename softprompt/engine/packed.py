@@ -108,7 +108,7 @@ def packed_layout(
         labels=batch.wanted if batch.labels is None else batch.labels,
         input_ids=batch.input_ids,
         prompt_of_row=batch.prompt_of_row,
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=families.vocab_size(model),
         positions=positions,
         backend=backend,
         **room,

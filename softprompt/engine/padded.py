@@ -41,7 +41,7 @@ def padded_rows(
             f"{families.config_of(model).model_type} takes the padded route, where all prompts of a batch "
             f"must have one length; got {list(batch.prompt_lengths)}"
         )
-    embedding = model.get_input_embeddings()
+    embedding, vocabulary = model.get_input_embeddings(), families.vocab_size(model)
     num_rows, row_length = batch.shape
     length = batch.prompt_lengths[0]
     readable = batch.input_ids is not None and families.embedding_obstacle(embedding) is None
@@ -60,9 +60,9 @@ def padded_rows(
         num_labels, *out_of_range = prepended.counts.tolist()
     else:
         # Before the embedding is called: on a GPU a wrong id would end the process.
-        num_labels, *out_of_range = _counts(batch, embedding.num_embeddings).tolist()
+        num_labels, *out_of_range = _counts(batch, vocabulary).tolist()
     if any(out_of_range):
-        raise_out_of_range(batch.input_ids, batch.labels, embedding.num_embeddings)
+        raise_out_of_range(batch.input_ids, batch.labels, vocabulary)
     if not readable:
         embeds, mask, labels = _prepend(embedding, batch)
     targets = torch.full_like(labels, IGNORE_INDEX)

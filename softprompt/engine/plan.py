@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, hooks
+from softprompt.engine import families, hooks, precision
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -46,6 +46,7 @@ class Plan:
     rejected: tuple[str, ...] = ()  # candidates that came before, and what was wrong with each
     output_class: type = CausalLMOutputWithPast  # of the model's own forward
     logits_dtype: torch.dtype = torch.float32  # of the model's own forward, without autocast
+    autocast_logits: bool = True  # under autocast the logits have its dtype
     vocab_size: int = 0  # width of its logits
     rotary_switch: int | None = None  # see `families.rotary_switch`
     row_limit: int | None = None  # see `families.row_limit`
@@ -77,8 +78,8 @@ _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKey
 
 
 def plan_for(model: CausalLM) -> Plan:
-    """The plan of a causal LM: made on first use, and again after its attention, dtype, head or hooks have
-    changed.
+    """The plan of a causal LM: made on first use, and again after its attention, modules, kinds of weights,
+    dtype, head or hooks have changed.
     """
     with IN_USE:
         key = _fingerprint(model)
@@ -97,8 +98,9 @@ def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
     return (
         getattr(model.config, "_attn_implementation", None),
         None if weight is None else (weight.dtype, weight.device.type),
-        None if embedding is None else (id(embedding), families.has_hooks(embedding)),
-        None if head is None else (id(head), families.has_hooks(head)),
+        precision.make_of(model),
+        None if not isinstance(embedding, nn.Module) else families.embedding_obstacle(embedding),
+        None if head is None else families.head_obstacle(model),
         id(getattr(model, "_loss_function", None)),
         bool(getattr(model.config, "output_router_logits", False)),
         _unanswered(model),
@@ -133,6 +135,7 @@ def make_plan(model: CausalLM) -> Plan:
                 plan,
                 output_class=type(output),
                 logits_dtype=output.logits.dtype,
+                autocast_logits=_follows_autocast(model, batch),
                 vocab_size=output.logits.shape[-1],
                 rotary_switch=families.rotary_switch(model),
                 row_limit=families.row_limit(model) if plan.route == "packed" else None,
@@ -160,6 +163,15 @@ def _structural_obstacle(model: CausalLM) -> str | None:
         return "some weights are on the meta device, so the self-check cannot run"
     if getattr(model.config, "output_router_logits", False):
         return "output_router_logits adds a loss over all tokens, pads and repeated prompts included"
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "max_norm", None) is not None and families.is_tied(model):
+        return (
+            "the embedding renormalises the rows of its table that it reads (max_norm), and the head shares "
+            "the table, so pads change the logits"
+        )
+    mixing = precision.whole_batch_obstacle(model.get_output_embeddings())
+    if mixing is not None:
+        return f"label rows cannot go through the head without the others: {mixing}"
     return None
 
 
@@ -218,7 +230,7 @@ def _first_that_holds(
 
 
 def _tolerances(model: CausalLM) -> tuple[float, float]:
-    return _TOLERANCES.get(_dtype(model), _TOLERANCE_16_BIT)
+    return _TOLERANCES.get(precision.coarsest_dtype(model), _TOLERANCE_16_BIT)
 
 
 def tolerance(model: CausalLM) -> float:
@@ -232,22 +244,15 @@ def _praise(plan: Plan, packing_obstacle: str | None) -> str:
     return f"attention-only decoder; {describe_seam(str(plan.seam))}"
 
 
-def _dtype(model: CausalLM) -> torch.dtype:
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.dtype
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
 def probe_batch(model: CausalLM) -> Batch:
     """Two left-padded rows with a label on each first token, the hardest case, behind a prompt of real
     embeddings.
     """
     embedding = model.get_input_embeddings()
-    vocab_size = int(getattr(embedding, "num_embeddings", families.config_of(model).vocab_size))
+    vocabulary = families.vocab_size(model)
     device = next(model.parameters()).device if not hasattr(embedding, "weight") else embedding.weight.device
     numbers = torch.arange(3, 19, device=device)
-    ids = (numbers * numbers * 31 + numbers * 7) % vocab_size
+    ids = (numbers * numbers * 31 + numbers * 7) % vocabulary
     input_ids = ids[:12].view(2, 6)
     attention_mask = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], device=device)
     labels = torch.where(attention_mask.bool(), input_ids, -100)
@@ -263,6 +268,8 @@ def _stock_step(model: CausalLM, batch: Batch) -> tuple[Any, tuple[Tensor, Tenso
     try:
         output = stock_forward(model, batch)
         loss = output.loss
+        if not loss.requires_grad:
+            raise RuntimeError("the loss has no gradient, as layers with rounded activations give none")
         (grad,) = torch.autograd.grad(loss, batch.prompts[0])
     except Exception as error:
         raise _StockFailedError(
@@ -271,6 +278,20 @@ def _stock_step(model: CausalLM, batch: Batch) -> tuple[Any, tuple[Tensor, Tenso
     if not (torch.isfinite(loss) and torch.isfinite(grad).all()):
         raise _StockFailedError("the model's own loss or prompt gradient is not finite")
     return output, (loss.detach(), grad)
+
+
+def _follows_autocast(model: CausalLM, batch: Batch) -> bool:
+    """Whether logits come in autocast's dtype. A linear layer does that; other heads may cast them."""
+    if families.head_obstacle(model) is None:
+        return True
+    device_type = batch.attention_mask.device.type
+    dtype = torch.get_autocast_dtype(device_type)
+    try:
+        with torch.no_grad(), torch.autocast(device_type, dtype=dtype):
+            logits = stock_forward(model, replace(batch, labels=None)).logits
+    except Exception:  # then nobody will run it under autocast
+        return True
+    return bool(logits.dtype == dtype)
 
 
 def stock_forward(model: CausalLM, batch: Batch, **kwargs: Any) -> Any:

@@ -219,7 +219,7 @@ def _layout_of(
         whole.prompt_lengths,
         input_ids=whole.input_ids,
         prompt_of_row=whole.prompt_of_row,
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=vocab_size(model),
         positions=positions,
         backend=backend,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,27 +26,37 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._states = [module.__dict__ for module in modules]
-        self._tables = [state[name] for state in self._states for name in _TABLES]
-        self._hooks = [state[name] for state in self._states for name in _HOOKS]
+        # The model may hold its watch: without its own dictionary in here it goes when it is let go.
+        root, *others = model.modules()
+        self._root = weakref.ref(root)
+        self._others = [module.__dict__ for module in others]
+        states = self._states()
+        self._tables = [state[name] for state in states for name in _TABLES]
+        self._hooks = [state[name] for state in states for name in _HOOKS]
         # Kept alive, so that an identity belongs to nothing else in the meantime.
         self._values = list(itertools.chain.from_iterable(table.values() for table in self._tables))
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._identities = self._now_identities()
         self._places = self._now_places()
-        # The settings that modules keep for dropout, router noise and checkpointing, by (module, attribute).
+        # The settings of dropout, router noise and checkpointing: (place of the module, attribute).
         self._settings = [
-            (state, name)
-            for state in self._states
+            (place, name)
+            for place, state in enumerate(states)
             for name, value in state.items()
             if name == "gradient_checkpointing"
             or (isinstance(value, float | int) and (name == "p" or "drop" in name or "jitter" in name))
         ]
         # By their text, since some are lists and dicts that are changed in place.
         self._adapters = [
-            (state, name) for state in self._states if "_active_adapter" in state for name in _ADAPTERS
+            (place, name)
+            for place, state in enumerate(states)
+            if "_active_adapter" in state
+            for name in _ADAPTERS
         ]
+
+    def _states(self) -> list[dict[str, Any]]:
+        """The attributes of each module, the model's first."""
+        return [vars(self._root()), *self._others]
 
     def _now_identities(self) -> list[int]:
         return list(map(id, itertools.chain.from_iterable(map(dict.values, self._tables))))
@@ -59,14 +70,15 @@ class Watch:
 
     def has_hooks(self) -> bool:
         """Whether any module does more than its class says when it is called."""
-        replaced = map(operator.contains, self._states, itertools.repeat("forward"))
+        replaced = map(operator.contains, self._states(), itertools.repeat("forward"))
         return any(self._hooks) or any(replaced)
 
     def mode(self) -> tuple[Any, ...]:
         """Training flags and settings, to be compared with those of another time."""
-        flags = tuple(map(_TRAINING, self._states))
-        settings = tuple(state.get(name) for state, name in self._settings)
-        return (flags, settings, tuple(repr(state.get(name)) for state, name in self._adapters))
+        states = self._states()
+        flags = tuple(map(_TRAINING, states))
+        settings = tuple(states[place].get(name) for place, name in self._settings)
+        return (flags, settings, tuple(repr(states[place].get(name)) for place, name in self._adapters))
 
 
 def shared_device_obstacle(model: nn.Module) -> str | None:

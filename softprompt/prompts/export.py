@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.prompts.adapters import WEIGHTS, check_prompt, prompt_parameter, write_npy
-from softprompt.prompts.vocabulary import base_of, embed, width_of
+from softprompt.prompts.vocabulary import base_of, dtype_of, embed, width_of
 
 __all__ = ["completion_request", "encode", "prompt_embeds", "save_npy", "save_peft", "save_tensor"]
 
@@ -100,7 +100,7 @@ def prompt_embeds(
     if ids.ndim != 1:
         raise ValueError(f"input_ids must be those of one text, [L], got shape {list(ids.shape)}")
     joined = torch.cat([prompt.detach().to("cpu", torch.float32), embed(model, ids)])
-    return joined.to(base_of(model).get_input_embeddings().weight.dtype if dtype is None else dtype)
+    return joined.to(dtype_of(model) if dtype is None else dtype)
 
 
 def encode(embeds: Tensor) -> str:

@@ -61,6 +61,14 @@ def embed(model: Any, token_ids: Sequence[int] | Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def dtype_of(model: Any) -> torch.dtype:
+    """In which dtype the model gets the vectors of its tokens; a quantised table has another one."""
+    embedding = base_of(model).get_input_embeddings()
+    dtype: torch.dtype = embedding(torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)).dtype
+    return dtype
+
+
+@torch.no_grad()
 def blocks(model: Any, vocab_size: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """The vocabulary block by block: the first id, and [n, H] fp64 vectors on the embedding's device.
 

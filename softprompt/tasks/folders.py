@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from softprompt.tasks.errors import TaskError
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".partial"
+LOCK = ".lock"
 
 PROMPT_NAME = "prompt"  # of an ensemble: prompt-1, prompt-2, ...
 
@@ -58,6 +63,33 @@ def staging(folder: Path) -> Iterator[Path]:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path, owner: str) -> Iterator[None]:
+    """Keep other processes from writing to `folder`, which is made where it is not there.
+
+    The operating system lets go of the lock when the process ends, however it ends; the file stays.
+
+    Args:
+        folder: to be held.
+        owner: what holds it, for the error.
+
+    Raises:
+        TaskError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TaskError(
+            f"{owner} is already writing to {folder}: wait until it has ended, or name another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def publish_folder(staged: Path, final: Path) -> None:

@@ -61,6 +61,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and record.keys() >= set(KEPT) else None
 
 
+def fields_of(table: Path) -> list[str] | None:
+    """The fields that the sweep of a `sweep.json` is over, None where there is none that can be read."""
+    try:
+        fields = json.loads(table.read_text(encoding="utf-8"))["over"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return fields if isinstance(fields, list) else None
+
+
 def table_of(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per run: the swept values, the seed, the scores, and the name of its folder."""
     rows = []

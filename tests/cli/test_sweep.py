@@ -1,6 +1,8 @@
 """`softprompt sweep` against `softprompt train`, run by run."""
 
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -335,6 +337,55 @@ def test_a_sweep_over_words_that_no_run_starts_from_is_refused(sweep):
     code, _, error = sweep("--over", "init-text", "one word", "other words", "--init", "vocab")
     assert code == 2
     assert "--over init-text varies the words of --init text, which no run starts from" in error
+
+
+def test_the_table_of_other_fields_is_not_replaced(sweep, tmp_path):
+    assert sweep("--over", "learning-rate", 0.1, "--seeds", 1)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("sweep.*")}
+    code, out, error = sweep("--over", "learning-rate", 0.1, "--over", "weight-decay", 0, 0.1, "--seeds", 1)
+    assert (code, out) == (2, "")
+    assert "has the table of a sweep over learning-rate, which one over learning-rate, weight-decay" in error
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("sweep.*")}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from softprompt.tasks.folders import held
+with held(Path(sys.argv[1]), "another sweep"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_sweeps_do_not_write_to_one_folder_and_a_killed_one_holds_nothing(
+    sweep, tmp_path, trained_together
+):
+    arguments = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        code, out, error = sweep("--over", "learning-rate", 0.1, "--seeds", 1)
+        assert (code, out) == (2, "")
+        assert "another sweep is already writing to" in error
+        assert trained_together == []
+        holder.kill()
+    assert sweep("--over", "learning-rate", 0.1, "--seeds", 1)[0] == 0
+
+
+def test_runs_in_fp16_have_a_loss_scale_of_their_own(usual, monkeypatch):
+    from softprompt.cli import build_parser, sweep_runs
+    from softprompt.cli.run_options import apply_recipe
+
+    monkeypatch.setattr(sweep_runs, "choose_dtype", lambda **asked: torch.float32)
+    sizes = {}
+    for precision in ((), ("--fp16",)):
+        line = ["sweep", *map(str, usual), "--over", "learning-rate", "0.1", "0.2", *precision]
+        args = build_parser().parse_args(line)
+        args.argv = line
+        apply_recipe(args)
+        sweep = sweep_runs.Sweep(args, {"learning_rate": [0.1, 0.2]})
+        sizes[precision] = [len(batch) for batch in sweep.batches(sweep.runs)]
+    assert sizes == {(): [6], ("--fp16",): [1] * 6}
 
 
 def test_an_incomplete_record_is_not_a_finished_run(tmp_path):

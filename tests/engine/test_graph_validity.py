@@ -1,7 +1,9 @@
 """What a recorded step takes for granted: tensors that stay, settings that are the same, and its turn."""
 
 import contextlib
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -53,6 +55,28 @@ def test_the_offsets_of_the_prompts_live_as_long_as_the_step(monkeypatch):
     prompt_offsets.cache_clear()
     gc.collect()
     assert offsets() is not None
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_recorded_steps_do_not_keep_a_model_that_its_own_hook_holds(tape, hooked):
+    base, prompt = build("llama"), leaf()
+    record(base, prompt)
+    assert len(graphs_of(base)) == 1
+    if hooked:
+        base.model.layers[0].register_forward_hook(lambda module, args, output, model=base: output)
+    weight = weakref.ref(base.lm_head.weight)
+    del base
+    gc.collect()
+    assert weight() is None
+
+
+def test_copies_and_pickles_of_a_model_have_no_recorded_steps(tape):
+    base, prompt = build("llama"), leaf()
+    record(base, prompt)
+    expected = loss_of(base, prompt, 3)
+    for twin in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
+        assert len(graphs_of(twin)) == 0
+        assert_close(loss_of(twin, prompt, 3).detach(), expected.detach(), EXACT, "loss")
 
 
 def test_the_prompt_may_change_between_forward_and_backward(tape):
