@@ -17,13 +17,15 @@ from softprompt.calls import (
     check_stock_input,
     own_inputs,
     reason_for_stock,
+    refuse_joined_texts,
     taking_turns,
 )
 from softprompt.encoders import prompt_of
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.answers import trimmed
-from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.placement import place_in_generation
+from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
@@ -76,6 +78,7 @@ class _Patched(PeftModelForCausalLM):
 
         Beside PEFT's arguments `adapter_names` gives each row of the batch its adapter.
         """
+        refuse_joined_texts(attention_mask, kwargs)
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         plan = plan_for(self.get_base_model())
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -114,7 +117,7 @@ class _Patched(PeftModelForCausalLM):
             num_virtual_tokens = getattr(self.active_peft_config, "num_virtual_tokens", 0)
             return trimmed(output, self._softprompt.options.logits, num_virtual_tokens, shape[1])
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
-        loss, logits = _fast(
+        answer = _fast(
             self,
             plan,
             names,
@@ -124,7 +127,11 @@ class _Patched(PeftModelForCausalLM):
             labels=labels,
             task_ids=task_ids,
             num_items=kwargs.get("num_items_in_batch"),
+            scores=bool(kwargs.get(ASKED)),
         )
+        if kwargs.get(ASKED):
+            return answer
+        loss, logits = answer
         if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
@@ -207,7 +214,9 @@ def _fast(
     labels: Tensor | None,
     task_ids: Tensor | None,
     num_items: Any,
-) -> tuple[Tensor | None, Tensor]:
+    scores: bool,
+) -> Any:
+    """Loss and logits, or what TRL's head gives where it was asked for `scores`."""
     base, options = model.get_base_model(), model._softprompt.options
     batch, _ = batch_of(
         model,
@@ -220,18 +229,18 @@ def _fast(
     )
     if base.training:
         say_dropout(model, base)
+    run: dict[str, Any] = {
+        "compact": options.positions == "compact",
+        "backend": options.backend,
+        "graphs": graphs_of(model, base),
+    }
     try:
-        return run_plan(
-            base,
-            plan,
-            placed(model, plan, batch),
-            compact=options.positions == "compact",
-            num_items=num_items,
-            backend=options.backend,
-            graphs=graphs_of(model, base),
-            logits=options.logits,
-            columns=batch.shape[1],
-        )
+        rows = placed(model, plan, batch)
+        if scores:
+            arguments = {} if num_items is None else {"num_items_in_batch": num_items}
+            return run_token_scores(base, plan, rows, arguments=arguments, **run)
+        columns = batch.shape[1]
+        return run_plan(base, plan, rows, num_items=num_items, logits=options.logits, columns=columns, **run)
     except IndexError:
         # Names the column that the user gave it in.
         raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
