@@ -31,8 +31,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import softprompt
+from softprompt.cli import build, models, progress, resume, train  # noqa: F401 (before the forks)
 from softprompt.cli import main as softprompt_command
-from softprompt.cli import resume, train  # noqa: F401 (imported before the forks)
 from softprompt.prompts.adapters import read_adapter
 from softprompt.tasks import plot, trainer
 from softprompt.tasks.classification import load_task
@@ -101,7 +101,7 @@ def plain_trainer(folder, table):
         disable_tqdm=True,
         learning_rate=0.1,
         per_device_train_batch_size=4,
-        max_steps=7,
+        max_steps=6,
         logging_steps=1,
         save_strategy="steps",
         save_steps=1,
@@ -121,7 +121,10 @@ def plain_trainer(folder, table):
 PROGRAMS = {
     "softprompt train": train_command(),
     "softprompt train --ensemble": train_command("--ensemble", 2),
-    "softprompt train --validation-share": train_command("--validation-share", 0.3),
+    "softprompt train --steps": train_command("--steps", 7, "--schedule", "constant"),  # ends within an epoch
+    "softprompt train --patience": train_command(
+        "--validation-share", 0.3, "--patience", 1, "--epochs", 6, "--learning-rate", 300
+    ),
     "Trainer": plain_trainer,
 }
 

@@ -145,17 +145,20 @@ def smoothed(outputs, labels, num_items_in_batch=None):
     """The smoothed loss of PEFT's logits, written out."""
     logits, targets = outputs.logits[:, PROMPT - 1 : -1].flatten(0, 1), labels.flatten()
     total = functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum")
-    return total / num_items_in_batch
+    return total / (num_items_in_batch or (labels != -100).sum())
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_label_smoothing_needs_logits_that_fit_the_labels(start, accumulated, tmp_path):
     options = {"gradient_accumulation_steps": accumulated}
     stock, fast = models(start, logits="labels")
-    _, expected = train(stock, tmp_path, extra={"compute_loss_func": smoothed}, **options)
-    _, got = train(fast, tmp_path, label_smoothing_factor=0.1, **options)
+    fast.get_base_model().config.use_cache = False  # the Trainer takes the labels away
+    reference, expected = train(stock, tmp_path, extra={"compute_loss_func": smoothed}, **options)
+    trainer, got = train(fast, tmp_path, label_smoothing_factor=0.1, **options)
     assert got == pytest.approx(expected, rel=1e-5)
     assert_close(prompt_of(fast), prompt_of(stock), 1e-4, "prompt")
+    measured = [each.evaluate()["eval_loss"] for each in (reference, trainer)]
+    assert measured[1] == pytest.approx(measured[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("patched", [False, True])

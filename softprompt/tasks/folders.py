@@ -34,9 +34,9 @@ def adapter_folders(folder: Path) -> list[Path]:
     return sorted(members, key=lambda path: int(path.name.removeprefix(f"{PROMPT_NAME}-")))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path | str) -> Path | None:
     """Return the checkpoint with the most steps, passing over those without a readable trainer state."""
-    complete = [path for path in _checkpoints(folder) if _is_complete(path)]
+    complete = [path for path in _checkpoints(Path(folder)) if _is_complete(path)]
     return complete[-1] if complete else None
 
 
