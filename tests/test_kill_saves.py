@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("kills") / "record.json"
     script = HERE / "kill_saves.py"
-    command = [sys.executable, script, "--kills", "5", "--torn", "3", "--seed", "1", "--record", path]
+    command = [sys.executable, script, "--kills", "5", "--torn", "2", "--seed", "1", "--record", path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=300)
     assert path.exists(), done.stderr
     return json.loads(path.read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def test_the_loss_is_divided_by_the_number_of_items():
 
 def test_compact_positions_score_each_row_as_if_it_were_alone():
     _, fast = with_heads("llama", positions="compact")
-    batch = make_batch((7, 3), "left", "everywhere")
+    batch = make_batch((7, 3), "left", "pads")
     both, _ = scored(fast, batch)
     for row, length in enumerate((7, 3)):
         alone, _ = scored(fast, {name: value[row : row + 1, -length:] for name, value in batch.items()})
