@@ -37,6 +37,13 @@ def left_padded(rows):
     }
 
 
+def smoothed(outputs, labels, num_items_in_batch=None):
+    """The smoothed loss of PEFT's logits, written out."""
+    logits, targets = outputs.logits[:, PROMPT - 1 : -1].flatten(0, 1), labels.flatten()
+    total = functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum")
+    return total / (num_items_in_batch or (labels != -100).sum())
+
+
 # name -> (options of the Trainer, bound)
 OPTIONS = {
     "grouped by length": (
@@ -55,6 +62,7 @@ OPTIONS = {
     ),
     "compiled": ({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-5),
     "bf16, checkpointed": ({"bf16": True, "gradient_checkpointing": True}, 2e-2),
+    "a loss of one's own": ({"extra": {"compute_loss_func": smoothed}}, 1e-5),
     "adafactor, clipped": ({"optim": "adafactor", "max_grad_norm": 0.05, "weight_decay": 0.1}, 1e-5),
 }
 
@@ -141,13 +149,6 @@ def test_a_loss_alone_computes_no_logits(start, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ label smoothing
-def smoothed(outputs, labels, num_items_in_batch=None):
-    """The smoothed loss of PEFT's logits, written out."""
-    logits, targets = outputs.logits[:, PROMPT - 1 : -1].flatten(0, 1), labels.flatten()
-    total = functional.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum")
-    return total / (num_items_in_batch or (labels != -100).sum())
-
-
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_label_smoothing_needs_logits_that_fit_the_labels(start, accumulated, tmp_path):
     options = {"gradient_accumulation_steps": accumulated}
