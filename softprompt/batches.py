@@ -58,8 +58,8 @@ def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
     options = model._softprompt.options
     if options.placement == "after_bos":
         batch = after_bos(model.get_base_model(), batch)
-    trims = options.logits != "full" and options.positions == "padded" and plan.route == "packed"
-    if trims and batch.labels is None:
+    if batch.labels is None and options.positions == "padded" and plan.route == "packed":
+        # A loss of the caller's own may look at any column that predicts a token.
         batch = replace(batch, wanted=starts_behind_pads(batch.attention_mask))
     return batch
 

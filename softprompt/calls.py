@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,12 @@ from softprompt import encoders
 from softprompt.engine import Plan, families
 from softprompt.engine.batch import check_texts
 from softprompt.engine.forward import obstacle_to, prompt_width
+from softprompt.engine.token_scores import ASKED, scores_tokens
 from softprompt.layout import raise_out_of_range
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+# Where the texts of a row begin, as collators without padding say it.
+_JOINED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Reentrant: a model may assist itself, or be asked again by a logits processor.
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -35,6 +39,9 @@ def taking_turns(method: Method) -> Method:
         with _LOCKS.setdefault(self.get_base_model(), threading.RLock()):
             return method(self, *args, **kwargs)
 
+    # accelerate unwraps a forward down to the innermost one, which would not take turns.
+    alone.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    del alone.__wrapped__
     return cast(Method, alone)
 
 
@@ -107,9 +114,10 @@ def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = Fal
         obstacle = encoders.encoder_obstacle(name, model.peft_config[name], per_row=as_forward)
         if obstacle is not None:
             return obstacle
-    if families.has_hooks(model.get_base_model()):
+    base = model.get_base_model()
+    if families.has_hooks(base, known_forward=scores_tokens(base)):
         return "the language model itself has hooks or a replaced forward, which the packed route would skip"
-    if model.word_embeddings is not model.get_base_model().get_input_embeddings():
+    if model.word_embeddings is not base.get_input_embeddings():
         return "PEFT embeds tokens with another module than the model's input embeddings"
     return None
 
@@ -130,6 +138,24 @@ def check_stock_input(
         labels=labels,
     )
     raise_out_of_range(ids, labels, families.vocab_size(base))
+
+
+def refuse_joined_texts(attention_mask: Tensor | None, extra: dict[str, Any]) -> None:
+    """Raises ValueError where a row holds several texts.
+
+    PEFT drops what tells them apart: it puts one prompt in front of the row, and each text sees those before.
+    """
+    found = [name for name in _JOINED if extra.get(name) is not None]
+    position_ids = extra.get("position_ids")
+    whole = attention_mask is None and extra.get("past_key_values") is None
+    if whole and isinstance(position_ids, Tensor) and bool((position_ids[..., 1:] == 0).any()):
+        found.append("position_ids that begin again")
+    if found:
+        raise ValueError(
+            f"the rows of this batch hold several texts ({', '.join(found)}): behind a prompt of PEFT each "
+            "would see the texts before it; expected one text in each row, padded (TRL: packing=False and "
+            "padding_free=False; pads are not computed here, so that packing saves nothing)"
+        )
 
 
 def reason_for_stock(
@@ -182,7 +208,9 @@ def reason_for_stock(
         )
     served = ("output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch")
     ignored_by_peft = ("position_ids", "token_type_ids", "task_ids")
-    others = [n for n, v in extra.items() if v is not None and n not in (*served, *ignored_by_peft)]
+    # Of the head itself, which only scores what has a label.
+    scored = (ASKED,) if scores_tokens(base) and (labels is not None or not extra.get(ASKED)) else ()
+    others = [n for n, v in extra.items() if v is not None and n not in (*served, *ignored_by_peft, *scored)]
     if others:
         return f"the call has arguments that the packed route does not serve: {', '.join(sorted(others))}"
     return None

@@ -17,14 +17,16 @@ from softprompt.calls import (
     check_stock_input,
     own_inputs,
     reason_for_stock,
+    refuse_joined_texts,
     taking_turns,
 )
 from softprompt.compiling import asked_for, stock_is_traced
 from softprompt.encoders import prompt_of, with_tensor_of_tasks
 from softprompt.engine import Plan, families, plan_for, run_plan
 from softprompt.engine.answers import trimmed
-from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.placement import place_in_generation
+from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
@@ -104,6 +106,7 @@ class _Patched(PeftModelForCausalLM):
         adapter_names: Sequence[str] | None,
     ) -> Any:
         input_ids, inputs_embeds = texts["input_ids"], texts["inputs_embeds"]
+        refuse_joined_texts(texts["attention_mask"], extra)
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         plan = plan_for(self.get_base_model())
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -118,14 +121,18 @@ class _Patched(PeftModelForCausalLM):
                 check_stock_input(self.get_base_model(), **texts)
             return self._stock_forward(texts, extra, return_dict)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=extra)
-        loss, logits = _fast(
+        answer = _fast(
             self,
             plan,
             names,
             **texts,
             task_ids=extra["task_ids"],
             num_items=extra.get("num_items_in_batch"),
+            scores=bool(extra.get(ASKED)),
         )
+        if extra.get(ASKED):
+            return answer
+        loss, logits = answer
         if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
@@ -221,7 +228,9 @@ def _fast(
     labels: Tensor | None,
     task_ids: Tensor | Sequence[int] | None,
     num_items: Any,
-) -> tuple[Tensor | None, Tensor]:
+    scores: bool,
+) -> Any:
+    """Loss and logits, or what TRL's head gives where it was asked for `scores`."""
     base, options = model.get_base_model(), model._softprompt.options
     batch, _ = batch_of(
         model,
@@ -234,18 +243,18 @@ def _fast(
     )
     if base.training:
         say_dropout(model, base)
+    run: dict[str, Any] = {
+        "compact": options.positions == "compact",
+        "backend": options.backend,
+        "graphs": graphs_of(model, base),
+    }
     try:
-        return run_plan(
-            base,
-            plan,
-            placed(model, plan, batch),
-            compact=options.positions == "compact",
-            num_items=num_items,
-            backend=options.backend,
-            graphs=graphs_of(model, base),
-            logits=options.logits,
-            columns=batch.shape[1],
-        )
+        rows = placed(model, plan, batch)
+        if scores:
+            arguments = {} if num_items is None else {"num_items_in_batch": num_items}
+            return run_token_scores(base, plan, rows, arguments=arguments, **run)
+        columns = batch.shape[1]
+        return run_plan(base, plan, rows, num_items=num_items, logits=options.logits, columns=columns, **run)
     except IndexError:
         # Names the column that the user gave it in.
         raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))

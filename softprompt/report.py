@@ -15,6 +15,7 @@ from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
+from softprompt.engine.token_scores import scores_tokens
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.state import PatchState, state_of
 
@@ -127,6 +128,8 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
             else f"the model's own head on label rows: {plan.head_reason}",
         ),
     ]
+    if scores_tokens(base):
+        rows.append(("TRL's fused head", "called with the label rows of the packed row; not recorded"))
     if plan.route == "packed" and state is not None:
         rows += _recording(state)
     if plan.loss_error is not None and plan.grad_error is not None:

@@ -11,8 +11,8 @@ from softprompt.cli.errors import UsageError
 from softprompt.cli.models import check_model, load_model
 from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
 from softprompt.prompts.vocabulary import width_of
-from softprompt.tasks.classification import TASK_FILE, ClassificationTask, load_task
-from softprompt.tasks.folders import adapter_folders
+from softprompt.tasks.classification import ClassificationTask, load_task
+from softprompt.tasks.folders import TASK_FILE, adapter_folders
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with progress:
         with stop_on_interrupt(stop):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.train_from(checkpoint)
         state = trainer.state
         if stop.requested and state.global_step < state.max_steps:
             return say_how_to_resume(args.argv, state.global_step, state.max_steps, output)

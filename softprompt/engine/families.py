@@ -138,14 +138,17 @@ def packing_obstacle(model: CausalLM) -> str | None:
     return precision.whole_batch_obstacle(body_of(model))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says (hooks, a forward replaced by accelerate)."""
+def has_hooks(module: nn.Module, *, known_forward: bool = False) -> bool:
+    """Whether calling the module does more than its class says (hooks, a forward replaced by accelerate).
+
+    `known_forward`: a forward that was set on the instance does not count.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and not known_forward)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
 from softprompt.engine.plan import Plan, plan_for, stock_forward
 from softprompt.engine.recorded import loss_of_hidden
 from softprompt.engine.recorders import first_line
+from softprompt.engine.token_scores import token_scores
 from softprompt.layout import PackedLayout, raise_out_of_range
 from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import check_num_items
@@ -248,6 +249,28 @@ def packed_step(
     if batch.labels is None:
         return None, rows
     return loss_of_hidden(model, plan, rows, num_items, backend), rows
+
+
+def run_token_scores(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    *,
+    compact: bool,
+    backend: str,
+    graphs: StepGraphs | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """What TRL's head says of a batch on a plan's fast route; see `token_scores`. Steps are not recorded."""
+    if plan.route == "packed":
+        positions = "compact" if compact else plan.positions
+        layout = packed_layout(
+            model, batch, positions=positions, position_limit=plan.position_limit, backend=backend
+        )
+        rows = _rows_compiled_or_not(model, plan, batch, layout, backend, graphs)
+    else:
+        rows = plan.run(model, batch, compact=compact, backend=backend)
+    return token_scores(model, batch, rows, compact=compact, arguments=arguments)
 
 
 def _rows_compiled_or_not(

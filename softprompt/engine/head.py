@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +35,23 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
     Returns:
         [B, T, V].
     """
+    with decoder_answers(model, hidden, output_class):
+        logits: Tensor = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+    return logits
+
+
+@contextlib.contextmanager
+def decoder_answers(model: CausalLM, hidden: Tensor, output_class: type) -> Iterator[None]:
+    """The model's decoder returns these hidden rows in the block, whatever it is given.
+
+    Args:
+        model: the causal LM.
+        hidden: [B, T, H] normed hidden states.
+        output_class: what the model's decoder returns.
+
+    Raises:
+        RuntimeError: the block did not ask the decoder, so that its results come from elsewhere.
+    """
     body = families.body_of(model)
     answer = output_class(last_hidden_state=hidden)
 
@@ -48,13 +67,12 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
         replaced = {name: body.__dict__[name] for name in ("forward", *_HOOKS) if name in body.__dict__}
         body.__dict__.update({name: OrderedDict() for name in _HOOKS}, forward=forward)
         try:
-            logits = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+            yield
         finally:
             del body.__dict__["forward"]
             body.__dict__.update(replaced)
     if not asked:
         raise RuntimeError(f"{type(model).__name__} never calls the {type(body).__name__} that it holds")
-    return logits
 
 
 def loss_of_rows(

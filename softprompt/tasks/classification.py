@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.tasks.errors import TaskError
+from softprompt.tasks.folders import TASK_FILE
 
-TASK_FILE = "softprompt.json"
 DEFAULT_TEMPLATE = "{text_column} : {text} Label : "
 IGNORED = -100
 

@@ -15,6 +15,7 @@ from softprompt.tasks.errors import TaskError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
+TASK_FILE = "softprompt.json"
 STAGING = ".partial"
 LOCK = ".lock"
 
@@ -38,19 +39,19 @@ def adapter_folders(folder: Path) -> list[Path]:
     return sorted(members, key=lambda path: int(path.name.removeprefix(f"{PROMPT_NAME}-")))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path | str) -> Path | None:
     """Return the checkpoint with the most steps, passing over those without a readable trainer state."""
-    complete = [path for path in _checkpoints(folder) if _is_complete(path)]
+    complete = [path for path in _checkpoints(Path(folder)) if _is_complete(path)]
     return complete[-1] if complete else None
 
 
 def remove_checkpoints(folder: Path, *, keep: int = 0, also: Path | None = None) -> None:
     """Remove the checkpoints but the last `keep` and `also`, and whatever an interrupted save left."""
     checkpoints = _checkpoints(folder)
-    for path in checkpoints[: len(checkpoints) - keep]:
-        if path != also:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    with staging(folder) as stage:  # what is half removed must not have its name any more
+        for path in checkpoints[: len(checkpoints) - keep]:
+            if path != also:
+                os.replace(path, stage / path.name)
 
 
 @contextmanager
@@ -102,15 +103,20 @@ def publish_folder(staged: Path, final: Path) -> None:
 def publish_adapter(staged: Path, final: Path) -> None:
     """Move the files of a complete adapter, or the folders of a complete ensemble, into `final`.
 
-    The configuration, without which nothing reads a folder as an adapter, leaves first and arrives last.
+    The files without which nothing reads a folder as an adapter or an ensemble leave first and arrive last.
     """
     (final / ADAPTER_CONFIG).unlink(missing_ok=True)
-    for member in adapter_folders(final):
+    members, is_ensemble = adapter_folders(final), not (staged / ADAPTER_CONFIG).exists()
+    if members or is_ensemble:
+        (final / TASK_FILE).unlink(missing_ok=True)
+    for member in members:
         shutil.rmtree(member)
-    if not (staged / ADAPTER_CONFIG).exists():
+    if is_ensemble:
         (final / ADAPTER_WEIGHTS).unlink(missing_ok=True)
-    for path in sorted(staged.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
-        os.replace(path, final / path.name)
+    last = (TASK_FILE, ADAPTER_CONFIG)
+    rest = [path.name for path in staged.iterdir() if path.name not in last]
+    for name in [*rest, *(name for name in last if (staged / name).exists())]:
+        os.replace(staged / name, final / name)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.folders import (
     ADAPTER_WEIGHTS,
+    TRAINER_STATE,
     adapter_folders,
     publish_folder,
     remove_checkpoints,
@@ -82,6 +83,21 @@ class PromptTrainer(Trainer):
         ]
         self._evaluated = evaluated
         self._staging: Path | None = None
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train, from a checkpoint if there is one; that of a finished run is only loaded.
+
+        Trainer would make another step where the last one lies within an epoch.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            callbacks = self.callback_handler.callbacks
+            worn = any(isinstance(each, Patience) and each.is_worn(self.args, state) for each in callbacks)
+            if worn or state.global_step >= state.max_steps:
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def evaluate(
         self,
@@ -196,10 +212,16 @@ class Patience(EarlyStoppingCallback):  # type: ignore[misc]
     ) -> None:
         """Count the evaluations since the best one."""
         super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = self._since_best(args, state)
+
+    def is_worn(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Return whether a run in this state has stopped."""
+        return self._since_best(args, state) >= self.early_stopping_patience
+
+    def _since_best(self, args: TrainingArguments, state: TrainerState) -> int:
         metric = f"eval_{args.metric_for_best_model}"
-        since = [entry for entry in state.log_history if metric in entry]
         best = state.best_global_step or 0
-        self.early_stopping_patience_counter = sum(entry["step"] > best for entry in since)
+        return sum(entry["step"] > best for entry in state.log_history if metric in entry)
 
 
 class StopAtStepEnd(TrainerCallback):

@@ -78,6 +78,27 @@ def test_resume_without_a_checkpoint_is_one_line(train, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--steps", "7", "--schedule", "constant"),
+        ("--validation-share", "0.3", "--patience", "1", "--learning-rate", "300"),
+    ],
+    ids=["its last step lies within an epoch", "it had stopped early"],
+)
+def test_a_finished_run_that_is_resumed_stays_as_it_is(train, tmp_path, read_json, more):
+    found = []
+    for again in ((), ("--resume",)):
+        assert train("out", *more, *again)[0] == 0
+        found.append((prompt_in(tmp_path / "out"), read_json(tmp_path / "out" / "metrics.json")))
+    (prompt, metrics), (resumed, later) = found
+    assert torch.equal(prompt, resumed)
+    assert metrics["steps"] == later["steps"] < 16
+    for key in ("loss", "eval_validation_loss"):
+        curves = [[(e["step"], e[key]) for e in m["history"] if key in e] for m in (metrics, later)]
+        assert curves[0] == curves[1]
+
+
 def test_resume_passes_over_a_checkpoint_that_was_cut_short(train, tmp_path):
     assert train("out")[0] == 0
     finished = prompt_in(tmp_path / "out")

@@ -2,6 +2,8 @@ import os
 
 import pytest
 
+from softprompt.tasks.classification import load_task
+from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import (
     holds_adapter,
     latest_checkpoint,
@@ -59,6 +61,20 @@ def test_old_checkpoints_go_and_the_last_ones_stay(tmp_path):
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
+def test_a_crash_while_old_checkpoints_go_leaves_no_half_of_one_under_its_name(tmp_path, monkeypatch):
+    for step in (5, 20):
+        make_checkpoint(tmp_path, step)
+
+    def crash(folder, **options):
+        if folder.exists() and any(folder.iterdir()):
+            raise OSError("power cut")
+
+    monkeypatch.setattr("shutil.rmtree", crash)
+    with pytest.raises(OSError, match="power cut"):
+        remove_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-20"]
+
+
 def test_staging_is_empty_at_first_and_gone_afterwards_even_after_an_error(tmp_path):
     (tmp_path / ".partial").mkdir()
     (tmp_path / ".partial" / "left").write_text("from a crash")
@@ -108,3 +124,28 @@ def test_a_crash_while_an_adapter_is_published_leaves_no_configuration(tmp_path,
         ("adapter_model.safetensors", "new"),
         ("softprompt.json", "new"),
     }
+
+
+def test_a_crash_while_an_ensemble_is_published_leaves_none_that_is_read(tmp_path, monkeypatch):
+    final, staged = tmp_path / "final", tmp_path / "staged"
+    for folder, content in ((final, "old"), (staged, "new")):
+        for name in ("prompt-1", "prompt-2"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "adapter_config.json").write_text(content)
+        (folder / "softprompt.json").write_text(content)
+    replace = os.replace
+
+    def crash_at_the_second(source, target):
+        if source.name == "prompt-2":
+            raise OSError("power cut")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash_at_the_second)
+    with pytest.raises(OSError, match="power cut"):
+        publish_adapter(staged, final)
+    with pytest.raises(TaskError, match="has no softprompt"):
+        load_task(final)
+    monkeypatch.undo()
+    publish_adapter(staged, final)
+    assert {path.read_text() for path in final.glob("*/*")} == {"new"}
+    assert (final / "softprompt.json").read_text() == "new"
