@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from softprompt import encoders
-from softprompt.engine import Plan, families
+from softprompt.engine import Plan, families, sharding
 from softprompt.engine.batch import check_texts
 from softprompt.engine.forward import obstacle_to, prompt_width
 from softprompt.layout import raise_out_of_range
@@ -107,7 +107,10 @@ def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = Fal
         obstacle = encoders.encoder_obstacle(name, model.peft_config[name], per_row=as_forward)
         if obstacle is not None:
             return obstacle
-    if families.has_hooks(model.get_base_model()):
+    base = model.get_base_model()
+    if not as_forward and (sharding.is_fsdp(model) or sharding.by_fsdp(base)):
+        return sharding.ONLY_FORWARD
+    if sharding.has_foreign_hooks(base):
         return "the language model itself has hooks or a replaced forward, which the packed route would skip"
     if model.word_embeddings is not model.get_base_model().get_input_embeddings():
         return "PEFT embeds tokens with another module than the model's input embeddings"

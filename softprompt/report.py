@@ -10,7 +10,7 @@ from peft import PeftModelForCausalLM, PeftType
 
 from softprompt.calls import adapter_obstacle
 from softprompt.encoders import has_tasks
-from softprompt.engine import Plan, families, plan_for
+from softprompt.engine import Plan, families, plan_for, sharding
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
@@ -74,7 +74,7 @@ def explain(model: CausalLM) -> Report:
     """
     state = state_of(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plan = plan_for(base)
+    plan = plan_for(base, sharded=sharding.is_fsdp(model))
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, PeftModelForCausalLM):
         refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)

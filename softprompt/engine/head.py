@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompt.engine import families
+from softprompt.engine import families, sharding
 from softprompt.engine.attention import IN_USE
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO
@@ -33,6 +34,17 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
     Returns:
         [B, T, V].
     """
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if (
+        sharding.is_part(weight)
+        and sharding.by_fsdp(model)
+        and not sharding.is_fsdp(model.get_output_embeddings())
+    ):
+        raise RuntimeError(
+            "softprompt: FSDP2 has taken the head's weight apart again, so logits can no longer be computed: "
+            "look at out.logits before backward, or evaluate under torch.no_grad(), where they are computed "
+            "at once"
+        )
     body = families.body_of(model)
     answer = output_class(last_hidden_state=hidden)
 
@@ -48,7 +60,9 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
         replaced = {name: body.__dict__[name] for name in ("forward", *_HOOKS) if name in body.__dict__}
         body.__dict__.update({name: OrderedDict() for name in _HOOKS}, forward=forward)
         try:
-            logits = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+            # FSDP2's hooks belong to a whole forward, inside of which this is.
+            call = functools.partial(type(model).forward, model) if sharding.is_fsdp(model) else model
+            logits: Tensor = call(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
         finally:
             del body.__dict__["forward"]
             body.__dict__.update(replaced)
@@ -85,17 +99,18 @@ def loss_of_rows(
     """
     if fused:
         head, facts = model.get_output_embeddings(), families.head_facts(model)
-        return linear_cross_entropy(
-            hidden,
-            head.weight,
-            label_rows,
-            targets,
-            bias=head.bias,
-            softcap=facts.softcap,
-            logit_scale=facts.logit_scale,
-            num_items=num_items,
-            backend=backend,
-        )
+        with sharding.whole(head):
+            return linear_cross_entropy(
+                hidden,
+                head.weight,
+                label_rows,
+                targets,
+                bias=head.bias,
+                softcap=facts.softcap,
+                logit_scale=facts.logit_scale,
+                num_items=num_items,
+                backend=backend,
+            )
     losses = losses_of_rows(model, hidden, label_rows, targets, fused=False, output_class=output_class)
     total = losses.sum()
     count = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items

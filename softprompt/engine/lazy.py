@@ -29,7 +29,7 @@ _KNOWN = (
     | {
         # Not through `torch.Tensor`, whose properties of Python shadow these.
         vars(torch._C.TensorBase)[name].__get__
-        for name in ("requires_grad", "grad_fn", "is_leaf")
+        for name in ("requires_grad", "grad_fn", "is_leaf", "_base")
     }
     | {
         getattr(torch.Tensor, name)

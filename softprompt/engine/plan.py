@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, hooks
+from softprompt.engine import families, hooks, sharding
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -76,17 +76,28 @@ class Plan:
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plan_for(model: CausalLM) -> Plan:
+def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
     """The plan of a causal LM: made on first use, and again after its attention, dtype, head or hooks have
     changed.
+
+    A model that was sharded by FSDP2 since keeps its plan: its weights are not whole here.
+
+    Args:
+        model: the causal LM.
+        sharded: whether FSDP2 has sharded it together with something around it.
     """
     with IN_USE:
         key = _fingerprint(model)
         known = _PLANS.get(model)
+        if sharded or sharding.by_fsdp(model):
+            return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
         if known is None or known[0] != key:
             known = (key, make_plan(model))
             _PLANS[model] = known
         return known[1]
+
+
+_UNCHECKED = Plan("stock", sharding.UNCHECKED)
 
 
 def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
@@ -94,15 +105,22 @@ def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
     weight = next(iter(model.parameters()), None)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return (
+    lasting = (
         getattr(model.config, "_attn_implementation", None),
-        None if weight is None else (weight.dtype, weight.device.type),
-        None if embedding is None else (id(embedding), families.has_hooks(embedding)),
-        None if head is None else (id(head), families.has_hooks(head)),
+        id(embedding),
+        id(head),
         id(getattr(model, "_loss_function", None)),
         bool(getattr(model.config, "output_router_logits", False)),
         _unanswered(model),
+        sharding.obstacle(model),
     )
+    passing = (  # FSDP2 changes these
+        None if weight is None else (weight.dtype, weight.device.type),
+        embedding is not None and families.has_hooks(embedding),
+        head is not None and families.has_hooks(head),
+        sharding.has_parts(model),
+    )
+    return lasting, passing
 
 
 def _unanswered(model: CausalLM) -> str | None:
@@ -148,6 +166,9 @@ def _structural_obstacle(model: CausalLM) -> str | None:
         return f"{type(model).__name__} is not a transformers model"
     if not isinstance(model.get_input_embeddings(), nn.Module):
         return "the model names no input embeddings"
+    obstacle = sharding.obstacle(model)
+    if obstacle is not None:
+        return obstacle
     try:
         families.body_of(model)
     except AttributeError as error:

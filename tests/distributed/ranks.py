@@ -1,7 +1,7 @@
 """Checks that run in two processes: started once for all checks of a module, reported one by one.
 
-`python ranks.py MODULE FOLDER` runs in each process, behind torchrun or `accelerate launch`. It calls the
-functions `check_*` of the module in their order and writes what became of each into `FOLDER/rank-N.json`.
+`python ranks.py MODULES FOLDER` runs in each process, behind torchrun or `accelerate launch`. It calls the
+functions `check_*` of the modules (divided by commas) in their order and writes what became of each into `FOLDER/rank-N.json`.
 """
 
 import importlib
@@ -31,11 +31,11 @@ def checks_of(module):
     return [name for name in vars(module) if name.startswith("check_")]
 
 
-def launch(module, folder, *, launcher=TORCHRUN, seconds=120, environment=()):
-    """Runs the checks of a module in two processes.
+def launch(modules, folder, *, launcher=TORCHRUN, seconds=120, environment=()):
+    """Runs the checks of some modules in two processes.
 
     Args:
-        module: its name.
+        modules: their names.
         folder: an empty one, for the reports.
         launcher: arguments of the interpreter that start the processes.
         seconds: after which they are killed.
@@ -44,9 +44,13 @@ def launch(module, folder, *, launcher=TORCHRUN, seconds=120, environment=()):
     Returns:
         For each check that both ranks ended, what rank 0 returned, or a dictionary with `error`.
     """
-    command = [sys.executable, *launcher, str(Path(__file__)), module, str(folder)]
+    command = [sys.executable, *launcher, str(Path(__file__)), ",".join(modules), str(folder)]
     paths = [str(TESTS.parent), str(TESTS), str(TESTS / "distributed"), os.environ.get("PYTHONPATH", "")]
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **dict(environment)}
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        **dict(environment),
+    }
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         variables.pop(name, None)
     with open(folder / "output.txt", "w") as output:
@@ -98,23 +102,25 @@ def _in_step():
     return True
 
 
-def main(module, folder):
-    """Runs the checks of a module in this process."""
+def main(modules, folder):
+    """Runs the checks of some modules in this process."""
     import torch
 
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    checks = importlib.import_module(module)
-    if not getattr(checks, "OWN_GROUP", False):
+    loaded = [importlib.import_module(name) for name in modules.split(",")]
+    if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=_BACKEND_TIMEOUT)
     report = {}
-    for name in checks_of(checks):
+    for checks, name in [(checks, name) for checks in loaded for name in checks_of(checks)]:
         print(f"rank {rank}: {name}", flush=True)
         try:
             report[name] = {"value": getattr(checks, name)(rank)}
-        except Exception:
+        except BaseException:
             report[name] = {"error": f"rank {rank}: {traceback.format_exc()}"}
-        (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(report))
+        unfinished = Path(folder) / f"rank-{rank}.unfinished"
+        unfinished.write_text(json.dumps(report))
+        unfinished.replace(Path(folder) / f"rank-{rank}.json")
         if "error" in report[name] and not _in_step():
             break
     sys.stdout.flush()

@@ -7,7 +7,7 @@ import ranks
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    return ranks.launch("ddp_checks", tmp_path_factory.mktemp("ddp"))
+    return ranks.launch(["ddp_checks"], tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("check", ranks.checks_of(ddp_checks))
