@@ -117,8 +117,8 @@ def unpatch(model: Model) -> Model:
             )
         if type(model) not in (patched_class(state.stock_class), state.stock_class):
             raise RuntimeError(
-                f"the class of the model became {type(model).__name__} after softprompt.patch (fully_shard does "
-                "that); unpatch before"
+                f"the class of the model became {type(model).__name__} after softprompt.patch (fully_shard "
+                "does that); unpatch before"
             )
         _drop_bound_methods(model)
         model.__class__ = state.stock_class

@@ -224,7 +224,7 @@ def _run_plan(
         warn_of_no_labels(stacklevel=3)
     lazy = _lazy_logits(model, plan, rows, logits, columns)
     if not torch.is_grad_enabled() and sharding.by_fsdp(model):
-        lazy.materialize()  # later only all ranks together could, and one that looks alone would wait for ever
+        lazy.materialize()  # later only all ranks together could; one that looks alone would wait
     return loss, lazy
 
 

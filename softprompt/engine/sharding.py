@@ -35,9 +35,9 @@ UNCHECKED = (
 )
 DISAGREE = "the route is not the same on all ranks, which gather weights together (their models differ)"
 ROWS_OF_ADAPTERS = (
-    "adapter_names was given, and the prompts are sharded by fully_shard: a rank without rows of an adapter has "
-    "no gradient to reduce, and the others would wait for it; call fully_shard on model.get_base_model(), which "
-    "leaves the prompts whole"
+    "adapter_names was given, and the prompts are sharded by fully_shard: a rank without rows of an adapter "
+    "has no gradient to reduce, and the others would wait for it; call fully_shard on "
+    "model.get_base_model(), which leaves the prompts whole"
 )
 ONLY_FORWARD = "the weights are sharded by fully_shard, and only forward gathers them"
 
@@ -84,12 +84,13 @@ def obstacle(model: nn.Module) -> str | None:
     if hasattr(model, "hf_split_points"):
         return "the model is cut into pipeline stages, each with layers of its own"
     for module in structure_of(model)[1]:
-        if isinstance(module, _FSDP1):
+        parameters = module._parameters.values()
+        if isinstance(module, _FSDP1) or any(getattr(p, "_fsdp_flattened", False) for p in parameters):
             return (
                 "FSDP1 (FullyShardedDataParallel) flattens the weights: "
                 "FSDP2 (fully_shard, fsdp_version 2) is served"
             )
-        if any(hasattr(parameter, "ds_id") for parameter in module._parameters.values()):
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
             return (
                 "DeepSpeed ZeRO-3 partitions the weights and gathers them for the model's own forward only: "
                 "ZeRO-1, ZeRO-2 and FSDP2 are served"

@@ -78,7 +78,7 @@ def check_gradient_checkpointing(rank):
 
 
 def _share(count):
-    """A loss whose mean over the ranks is that of the joined batch: Trainer's average_tokens_across_devices."""
+    """A loss whose mean over ranks is the joined batch's (Trainer's average_tokens_across_devices)."""
 
     def loss_of(model, batch):
         return model(**batch, num_items_in_batch=count).loss * WORLD_SIZE

@@ -1,9 +1,12 @@
 """FSDP2 (`fully_shard`) around a patched model: what one process makes of the joined batch with PEFT."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from batches_of_ranks import WORLD_SIZE, batches, half, joined_batch, mean_over_ranks, three
 from parity import assert_close, prompt_of
 from peft import PromptTuningConfig
@@ -53,6 +56,26 @@ def with_a_head_of_its_own(model):
     shard(*layers_of(base), base.lm_head, model)
 
 
+def as_accelerate_does(model):
+    """The code behind `--use_fsdp --fsdp_version 2`, which accelerate itself only calls on accelerators."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[type(layers_of(model.get_base_model())[0]).__name__],
+        cpu_ram_efficient_loading=False,
+    )
+    fsdp2_prepare_model(
+        SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            torch_device_mesh=None,
+            mixed_precision="no",
+            device=torch.device("cpu"),
+            is_main_process=False,
+        ),
+        model,
+    )
+
+
 WAYS = (around_the_peft_model, around_the_base, with_units_of_their_own, with_a_head_of_its_own)
 
 
@@ -85,7 +108,7 @@ def expected_of(alone, steps):
 
 def check_three_steps_equal_one_process(rank):
     for name in ("llama", "bloom", "gemma2"):
-        for way in WAYS if name == "llama" else WAYS[:2]:
+        for way in (*WAYS, as_accelerate_does) if name == "llama" else WAYS[:2]:
             alone, _, fast = three(name)
             way(fast)
             expected = expected_of(alone, batches())
@@ -133,9 +156,8 @@ def check_logits_are_those_of_peft_and_wait_for_nobody(rank):
         way(fast)
         expected = alone(**half(batch, rank)).logits[:, 4:][real].detach()
         output = fast(**half(batch, rank))
-        if way is not with_a_head_of_its_own:
-            if rank == 0:  # alone
-                assert_close(output.logits[:, 4:][real].detach(), expected, 2e-6, "logits")
+        if way is not with_a_head_of_its_own and rank == 0:  # alone
+            assert_close(output.logits[:, 4:][real].detach(), expected, 2e-6, "logits")
         output.loss.backward()
         with torch.no_grad():
             output = fast(**half(batch, rank))

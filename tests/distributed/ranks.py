@@ -1,7 +1,8 @@
 """Checks that run in two processes: started once for all checks of a module, reported one by one.
 
 `python ranks.py MODULES FOLDER` runs in each process, behind torchrun or `accelerate launch`. It calls the
-functions `check_*` of the modules (divided by commas) in their order and writes what became of each into `FOLDER/rank-N.json`.
+functions `check_*` of the modules (divided by commas) in their order and writes what became of each into
+`FOLDER/rank-N.json`.
 """
 
 import importlib
@@ -22,6 +23,16 @@ TORCHRUN = (
     "--standalone",
     "--local-addr=127.0.0.1",
     f"--nproc-per-node={WORLD_SIZE}",
+)
+ACCELERATE = (
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",  # two processes; ACCELERATE_USE_CPU puts both on the CPU
+    f"--num_processes={WORLD_SIZE}",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--main_process_port=0",
 )
 _BACKEND_TIMEOUT = timedelta(seconds=20)  # what waits longer hangs
 
@@ -112,16 +123,17 @@ def main(modules, folder):
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=_BACKEND_TIMEOUT)
     report = {}
-    for checks, name in [(checks, name) for checks in loaded for name in checks_of(checks)]:
-        print(f"rank {rank}: {name}", flush=True)
+    for checks, name in [(module, name) for module in loaded for name in checks_of(module)]:
+        key = f"{checks.__name__}.{name}"
+        print(f"rank {rank}: {key}", flush=True)
         try:
-            report[name] = {"value": getattr(checks, name)(rank)}
+            report[key] = {"value": getattr(checks, name)(rank)}
         except BaseException:
-            report[name] = {"error": f"rank {rank}: {traceback.format_exc()}"}
+            report[key] = {"error": f"rank {rank}: {traceback.format_exc()}"}
         unfinished = Path(folder) / f"rank-{rank}.unfinished"
         unfinished.write_text(json.dumps(report))
         unfinished.replace(Path(folder) / f"rank-{rank}.json")
-        if "error" in report[name] and not _in_step():
+        if "error" in report[key] and not _in_step():
             break
     sys.stdout.flush()
     os._exit(0)  # a rank that failed would let the other one wait for it
