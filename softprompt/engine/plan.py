@@ -177,7 +177,12 @@ def _structural_obstacle(model: CausalLM) -> str | None:
         return f"{type(model).__name__} has no language modelling head"
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         return "the model has no floating point weights"
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if any(
+        parameter.device.type == "meta"
+        for module in model.modules()
+        if not sharding.is_offloaded(module)
+        for parameter in module.parameters(recurse=False)
+    ):
         return "some weights are on the meta device, so the self-check cannot run"
     if getattr(model.config, "output_router_logits", False):
         return "output_router_logits adds a loss over all tokens, pads and repeated prompts included"
@@ -266,7 +271,7 @@ def probe_batch(model: CausalLM) -> Batch:
     """
     embedding = model.get_input_embeddings()
     vocab_size = int(getattr(embedding, "num_embeddings", families.config_of(model).vocab_size))
-    device = next(model.parameters()).device if not hasattr(embedding, "weight") else embedding.weight.device
+    device = sharding.device_of(embedding if hasattr(embedding, "weight") else model)
     numbers = torch.arange(3, 19, device=device)
     ids = (numbers * numbers * 31 + numbers * 7) % vocab_size
     input_ids = ids[:12].view(2, 6)
@@ -352,7 +357,7 @@ def _errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tupl
 def evaluating(model: CausalLM) -> Iterator[None]:
     """Evaluation mode with gradients and without autocast; every module's own flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
-    device_type = next(model.parameters()).device.type
+    device_type = sharding.device_of(model.get_input_embeddings()).type
     try:
         model.eval()
         with (

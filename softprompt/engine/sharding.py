@@ -33,6 +33,7 @@ UNCHECKED = (
     "the weights were sharded by fully_shard before the route was checked, and a check needs whole weights: "
     "call softprompt.patch before fully_shard or accelerator.prepare"
 )
+BROUGHT = "accelerate brings weights only when a module is called (device_map), and takes them away again"
 DISAGREE = "the route is not the same on all ranks, which gather weights together (their models differ)"
 ROWS_OF_ADAPTERS = (
     "adapter_names was given, and the prompts are sharded by fully_shard: a rank without rows of an adapter "
@@ -65,13 +66,44 @@ def has_parts(model: nn.Module) -> bool:
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class and FSDP2 say."""
     if "forward" in module.__dict__:
-        return True
+        return not _only_moves(module)
     hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
     if not is_fsdp(module):
         return bool(hooks)
     return any(
         not str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.") for hook in hooks
     )
+
+
+def _only_moves(module: nn.Module) -> bool:
+    """Whether the forward was replaced by accelerate's `device_map`, to move what comes and goes."""
+    hook = module.__dict__.get("_hf_hook")
+    if type(hook).__name__ != "AlignDevicesHook" or len(vars(module).get("_parameters", ())):
+        return False
+    return not any(getattr(module, name) for name in _HOOKS)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the module's weights when it is called, and takes them away again."""
+    return bool(getattr(module.__dict__.get("_hf_hook"), "offload", False))
+
+
+def offloads(model: nn.Module) -> bool:
+    """Whether accelerate does so for any module of a model."""
+    return any(map(is_offloaded, structure_of(model)[1]))
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module with a weight computes."""
+    hook = module.__dict__.get("_hf_hook")
+    if is_offloaded(module) and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    device: torch.device = module.weight.device if hasattr(module, "weight") else _first_device(module)
+    return device
+
+
+def _first_device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def obstacle(model: nn.Module) -> str | None:

@@ -1,5 +1,7 @@
 """Tensor parallel weights, FSDP1 and trainers of several prompts in two processes."""
 
+import contextlib
+import io
 import warnings
 
 import pytest
@@ -10,8 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import TrainingArguments
 
 import softprompt
+from softprompt.cli import main
+from softprompt.tasks.ensemble_trainer import EnsembleTrainer
+from softprompt.tasks.errors import TaskError
+from softprompt.tasks.sweep_trainer import SweepTrainer
+from softprompt.tasks.trainer import PromptTrainer
 
 
 def _cut(base, *, ends):
@@ -94,3 +102,21 @@ def check_fsdp1_around_the_whole_model(rank):
     loss.backward()
     assert_close(mean_over_ranks(loss.detach()), alone(**joined_batch()).loss.detach(), 2e-6, "loss")
     assert "FSDP1 (FullyShardedDataParallel)" in softprompt.explain(fast).reason
+
+
+def check_the_command_line_is_refused_by_name(rank):
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown):
+        assert main(["train"]) == 2
+    assert "the command line runs in one process, and WORLD_SIZE is 2" in shown.getvalue()
+
+
+def check_trainers_of_tasks_are_refused_by_name(rank):
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True, report_to=[])
+    assert arguments.world_size == WORLD_SIZE
+    nothing = dict.fromkeys(
+        ("model", "encoder", "train_table", "eval_table", "record", "callbacks", "evaluated")
+    )
+    for trainer, more in ((PromptTrainer, {}), (EnsembleTrainer, {}), (SweepTrainer, {"members": []})):
+        with pytest.raises(TaskError, match=f"{trainer.__name__} trains in one process, got 2"):
+            trainer(args=arguments, **nothing, **more)
