@@ -5,10 +5,11 @@ import os
 import tempfile
 from pathlib import Path
 
+import page
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
-from batches_of_ranks import three
+from batches_of_ranks import mean_over_ranks, three
 from parity import assert_close, prompt_of
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
@@ -98,3 +99,14 @@ def check_a_prepared_model_may_be_patched(rank):
     half = _accelerator(mixed_precision="bf16").prepare(softprompt.patch(again, on_unsupported="error"))
     half(**batch).loss.backward()
     assert_close(prompt_of(again).grad, prompt_of(alone).grad, 5e-2, "gradient in bf16")
+
+
+def check_the_script_of_the_page_trains_one_prompt_on_all_ranks(rank):
+    _accelerator()
+    model = page.run("python", FOLDER)["model"]
+    prompt = prompt_of(model).detach()
+    assert torch.equal(mean_over_ranks(prompt), prompt)
+    assert softprompt.explain(model).fallbacks == ()
+    torch.distributed.barrier()
+    saved = load_file(FOLDER / "trained" / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(saved, prompt)

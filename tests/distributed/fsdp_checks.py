@@ -1,8 +1,10 @@
 """FSDP2 (`fully_shard`) around a patched model: what one process makes of the joined batch with PEFT."""
 
+import tempfile
 import warnings
 from types import SimpleNamespace
 
+import page
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -353,3 +355,11 @@ def check_prompts_of_another_model_stay_untouched(rank):
     model = softprompt.patch(prompted("llama"), on_unsupported="error")
     model(**joined_batch()).loss.backward()
     assert softprompt.explain(model).route == "packed"
+
+
+def check_the_script_of_the_page_trains_one_prompt_on_all_ranks(rank):
+    model = page.run("py", tempfile.mkdtemp())["model"]
+    prompt = prompt_of(model).detach()
+    assert torch.equal(mean_over_ranks(prompt), prompt)
+    assert isinstance(model.get_base_model(), FSDPModule)
+    assert softprompt.explain(model).fallbacks == ()
