@@ -8,8 +8,9 @@ forward the packed route does not call, and a head whose weight is read instead 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +51,21 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def by_fsdp(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or a part of it."""
-    return any(map(is_fsdp, structure_of(model)[1]))
+    return _in_group() and _any_of(_FSDP2, structure_of(model)[1])
+
+
+def _in_group() -> bool:
+    """Whether there are other processes; without them nothing is looked for, since every step asks."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _any_of(kinds: tuple[type, ...], items: Iterable[Any]) -> bool:
+    """Whether an item is of one of the kinds."""
+    return any(issubclass(kind, kinds) for kind in set(map(type, items)))
+
+
+def _parameters_of(modules: list[nn.Module]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(module._parameters.values() for module in modules)
 
 
 def is_part(weight: Any) -> bool:
@@ -60,7 +75,7 @@ def is_part(weight: Any) -> bool:
 
 def has_parts(model: nn.Module) -> bool:
     """Whether any weight is a part of one."""
-    return any(is_part(p) for m in structure_of(model)[1] for p in m._parameters.values())
+    return _in_group() and _any_of(_DTENSOR, _parameters_of(structure_of(model)[1]))
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
@@ -115,18 +130,17 @@ def obstacle(model: nn.Module) -> str | None:
         )
     if hasattr(model, "hf_split_points"):
         return "the model is cut into pipeline stages, each with layers of its own"
-    for module in structure_of(model)[1]:
-        parameters = module._parameters.values()
-        if isinstance(module, _FSDP1) or any(getattr(p, "_fsdp_flattened", False) for p in parameters):
-            return (
-                "FSDP1 (FullyShardedDataParallel) flattens the weights: "
-                "FSDP2 (fully_shard, fsdp_version 2) is served"
-            )
-        if any(hasattr(parameter, "ds_id") for parameter in parameters):
-            return (
-                "DeepSpeed ZeRO-3 partitions the weights and gathers them for the model's own forward only: "
-                "ZeRO-1, ZeRO-2 and FSDP2 are served"
-            )
+    weight = next(model.parameters(), None)
+    if getattr(weight, "_fsdp_flattened", False) or (_in_group() and _any_of(_FSDP1, structure_of(model)[1])):
+        return (
+            "FSDP1 (FullyShardedDataParallel) flattens the weights: "
+            "FSDP2 (fully_shard, fsdp_version 2) is served"
+        )
+    if hasattr(weight, "ds_id"):
+        return (
+            "DeepSpeed ZeRO-3 partitions the weights and gathers them for the model's own forward only: "
+            "ZeRO-1, ZeRO-2 and FSDP2 are served"
+        )
     return None
 
 
