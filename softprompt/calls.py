@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from softprompt import encoders
-from softprompt.engine import Plan, families
+from softprompt.engine import Plan, families, sharding
 from softprompt.engine.batch import check_texts
 from softprompt.engine.forward import obstacle_to, prompt_width
 from softprompt.engine.token_scores import ASKED, scores_tokens
@@ -115,7 +115,9 @@ def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = Fal
         if obstacle is not None:
             return obstacle
     base = model.get_base_model()
-    if families.has_hooks(base, known_forward=scores_tokens(base)):
+    if not as_forward and (sharding.is_fsdp(model) or sharding.by_fsdp(base)):
+        return sharding.ONLY_FORWARD
+    if sharding.has_foreign_hooks(base, known_forward=scores_tokens(base)):
         return "the language model itself has hooks or a replaced forward, which the packed route would skip"
     if model.word_embeddings is not base.get_input_embeddings():
         return "PEFT embeds tokens with another module than the model's input embeddings"

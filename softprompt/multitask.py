@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from softprompt.batches import batch_of, placed
 from softprompt.calls import adapters_of_rows, reason_for_stock, taking_turns
-from softprompt.engine import families, plan_for
+from softprompt.engine import families, plan_for, sharding
 from softprompt.engine.forward import UnsupportedModelError, warn_of_no_labels
 from softprompt.engine.groups import losses_of_groups
 from softprompt.layout import raise_out_of_range
@@ -157,6 +157,8 @@ def losses(
     names = adapters_of_rows(model, adapter_names, input_ids, inputs_embeds)
     base, compact = model.get_base_model(), state.options.positions == "compact"
     plan = plan_for(base)
+    if sharding.is_fsdp(model) or sharding.by_fsdp(base):
+        raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}")
     reason = reason_for_stock(model, plan, names, labels, (len(names), labels.shape[-1]), {}, compact=compact)
     if reason is not None:
         raise UnsupportedModelError(f"softprompt: {reason}")

@@ -22,7 +22,7 @@ from softprompt.calls import (
 )
 from softprompt.compiling import asked_for, stock_is_traced
 from softprompt.encoders import prompt_of, with_tensor_of_tasks
-from softprompt.engine import Plan, families, plan_for, run_plan
+from softprompt.engine import Plan, families, plan_for, run_plan, sharding
 from softprompt.engine.answers import trimmed
 from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.placement import place_in_generation
@@ -108,13 +108,17 @@ class _Patched(PeftModelForCausalLM):
         input_ids, inputs_embeds = texts["input_ids"], texts["inputs_embeds"]
         refuse_joined_texts(texts["attention_mask"], extra)
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
-        plan = plan_for(self.get_base_model())
+        if adapter_names is not None and sharding.is_fsdp(self):
+            raise UnsupportedModelError(f"softprompt: {sharding.ROWS_OF_ADAPTERS}")
+        plan = plan_of(self)
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = (0, 0)
         if isinstance(given, Tensor) and given.ndim > 1:
             shape = (given.shape[0], given.shape[1])
         compact = self._softprompt.options.positions == "compact"
         reason = reason_for_stock(self, plan, names, texts["labels"], shape, extra, compact=compact)
+        if reason is None and _is_sharded(self) and not sharding.all_agree(self.get_base_model(), plan):
+            reason = sharding.DISAGREE
         if reason is not None:
             fall_back(self, reason, adapter_names)
             if extra.get("past_key_values") is None:
@@ -163,6 +167,8 @@ class _Patched(PeftModelForCausalLM):
                 if adapter_names is not None:
                     raise ValueError("adapter_names was given inside of disable_adapter()")
                 return super().generate(*args, **kwargs)
+            if sharding.is_fsdp(self):
+                raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}: generate does not")
             if self._softprompt.options.placement != "prefix":
                 if adapter_names is not None:
                     raise UnsupportedModelError("softprompt: adapter_names has no generate behind BOS")
@@ -172,7 +178,7 @@ class _Patched(PeftModelForCausalLM):
                 return super().generate(*args, **kwargs)
             if not hasattr(base, "model"):  # as PEFT does
                 base.generation_config = self.generation_config
-            plan, options = plan_for(base), self._softprompt.options
+            plan, options = plan_of(self), self._softprompt.options
             compact = options.positions == "compact"
             call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
             reason = stock_reason(self, plan, call)
@@ -206,6 +212,15 @@ class _Patched(PeftModelForCausalLM):
             name: value for name, value in self.__dict__.items() if not is_own_method(self, name, value)
         } | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
         return _rebuild, (self._softprompt.stock_class,), state
+
+
+def plan_of(model: Any) -> Plan:
+    """The plan of the base model."""
+    return plan_for(model.get_base_model(), sharded=sharding.is_fsdp(model))
+
+
+def _is_sharded(model: Any) -> bool:
+    return sharding.is_fsdp(model) or sharding.by_fsdp(model.get_base_model())
 
 
 def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:

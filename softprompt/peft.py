@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from peft import PeftModel, PeftModelForCausalLM
 from torch import nn
 
-from softprompt.engine import plan_for
 from softprompt.engine.answers import LOGITS
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
@@ -25,7 +24,7 @@ from softprompt.engine.forward import (
 )
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.ops.library import AUTO
-from softprompt.patched_model import is_own_method, patched_class
+from softprompt.patched_model import is_own_method, patched_class, plan_of
 from softprompt.state import STATE, PatchOptions, PatchState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,7 +89,7 @@ def patch(
     known: PatchState | None = model.__dict__.get(STATE)
     state = PatchState(options, known.stock_class if known else type(model))
     state.refusal = _refusal(model)
-    obstacle = state.refusal or obstacle_to(plan_for(model.get_base_model()), compact=positions == "compact")
+    obstacle = state.refusal or obstacle_to(plan_of(model), compact=positions == "compact")
     if obstacle is None and placement == "after_bos":
         bos_token_id(model.get_base_model())
     if obstacle is not None:
@@ -101,7 +100,8 @@ def patch(
     setattr(model, STATE, state)
     if state.refusal is None:
         _drop_bound_methods(model)
-        model.__class__ = patched_class(state.stock_class)
+        if known is None or type(model) is known.stock_class:  # else fully_shard may stand in front of ours
+            model.__class__ = patched_class(state.stock_class)
     return model
 
 
@@ -114,6 +114,11 @@ def unpatch(model: Model) -> Model:
         if getattr(model, "_adapters_disabled", False):
             raise RuntimeError(
                 "unpatch the model outside of disable_adapter(), which puts its forward back at the end"
+            )
+        if type(model) not in (patched_class(state.stock_class), state.stock_class):
+            raise RuntimeError(
+                f"the class of the model became {type(model).__name__} after softprompt.patch (fully_shard "
+                "does that); unpatch before"
             )
         _drop_bound_methods(model)
         model.__class__ = state.stock_class

@@ -10,7 +10,7 @@ from peft import PeftModelForCausalLM, PeftType
 
 from softprompt.calls import adapter_obstacle
 from softprompt.encoders import has_tasks
-from softprompt.engine import Plan, families, plan_for
+from softprompt.engine import Plan, families, plan_for, sharding
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
@@ -75,12 +75,12 @@ def explain(model: CausalLM) -> Report:
     """
     state = state_of(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plan = plan_for(base)
+    plan = plan_for(base, sharded=sharding.is_fsdp(model))
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, PeftModelForCausalLM):
         refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
-    device = next(base.parameters()).device
+    device = sharding.device_of(base.get_input_embeddings())
     backend = state.options.backend if state is not None else AUTO
     details = (*_prompts(model, state), *_details(base, plan, state)) if route != "stock" else ()
     return Report(
@@ -148,6 +148,8 @@ def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> li
     if not isinstance(model, PeftModelForCausalLM):
         return []
     refusal = refusal or adapter_obstacle(model, [model.active_adapter])
+    if refusal is None and sharding.offloads(base):
+        refusal = sharding.BROUGHT
     return [("generate", f"PEFT's own: {refusal}" if refusal else describe(prefill_for(base, plan)))]
 
 
@@ -176,7 +178,7 @@ def _backends(
     route: str, plan: Plan, backend: str, device_type: str, base: CausalLM
 ) -> tuple[tuple[str, str, str], ...]:
     rows = []
-    device = next(base.parameters()).device
+    device = sharding.device_of(base.get_input_embeddings())
     for op in _OPS_OF_ROUTE[route]:
         if op == "shared_prompt_attention":
             if plan.seam is not None and runs_the_op(plan.seam):

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
-from softprompt.cli.errors import UsageError
+from softprompt.cli.errors import UsageError, refuse_several_processes
 from softprompt.cli.options import HelpFormatter, Parser
 from softprompt.tasks.errors import TaskError
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a wrong call or unusable input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        refuse_several_processes()
         parsed = build_parser().parse_args(arguments)
         parsed.argv = arguments
         return int(parsed.run(parsed))

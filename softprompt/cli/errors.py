@@ -1,5 +1,6 @@
 """What the command line says when it cannot do what it was asked to."""
 
+import os
 from importlib.util import find_spec
 
 EXTRA_PACKAGES = ("accelerate", "datasets", "matplotlib", "pandas", "rich")
@@ -14,3 +15,13 @@ def require_extra() -> None:
     missing = [name for name in EXTRA_PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f'{", ".join(missing)} is not installed: run pip install "softprompt[cli]"')
+
+
+def refuse_several_processes() -> None:
+    """Raise UsageError behind torchrun or `accelerate launch`, which start the command several times."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            f"the command line runs in one process, and WORLD_SIZE is {processes}: start it without torchrun "
+            "or accelerate launch; docs/distributed.md has a script for several processes"
+        )

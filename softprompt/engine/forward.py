@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families
+from softprompt.engine import families, sharding
 from softprompt.engine.answers import text_rows
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
@@ -202,6 +202,27 @@ def run_plan(
         columns: of the texts that the user gave.
     """
     check_num_items(num_items)
+
+    def run() -> tuple[Tensor | None, LazyLogits]:
+        return _run_plan(
+            model, plan, batch, compact, num_items, backend, graphs=graphs, logits=logits, columns=columns
+        )
+
+    return sharding.inside(model, run)
+
+
+def _run_plan(
+    model: CausalLM,
+    plan: Plan,
+    batch: Batch,
+    compact: bool,
+    num_items: int | float | Tensor | None,
+    backend: str,
+    *,
+    graphs: StepGraphs | None,
+    logits: str,
+    columns: int,
+) -> tuple[Tensor | None, LazyLogits]:
     if plan.route == "packed":
         loss, rows = packed_step(model, plan, batch, compact, num_items, backend, graphs)
     else:
@@ -209,7 +230,10 @@ def run_plan(
         loss = None if batch.labels is None else loss_of_hidden(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
         warn_of_no_labels(stacklevel=3)
-    return loss, _lazy_logits(model, plan, rows, logits, columns)
+    lazy = _lazy_logits(model, plan, rows, logits, columns)
+    if not torch.is_grad_enabled() and sharding.by_fsdp(model):
+        lazy.materialize()  # later only all ranks together could; one that looks alone would wait
+    return loss, lazy
 
 
 def warn_of_no_labels(stacklevel: int) -> None:
@@ -298,6 +322,8 @@ def _rows_compiled_or_not(
 
 def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
     device_type, dtype = rows.hidden.device.type, plan.logits_dtype
+    if sharding.by_fsdp(model):
+        dtype = rows.hidden.dtype  # its mixed precision gathers weights in another dtype than they have
     casts = plan.autocast_logits and dtype in (torch.float32, torch.float16, torch.bfloat16)
     if casts and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompt.engine import families
+from softprompt.engine import families, sharding
 from softprompt.engine.attention import IN_USE
 from softprompt.engine.families import CausalLM
 from softprompt.ops.library import AUTO
@@ -35,9 +36,27 @@ def own_logits(model: CausalLM, hidden: Tensor, output_class: type) -> Tensor:
     Returns:
         [B, T, V].
     """
+    _check_gathered(model)
     with decoder_answers(model, hidden, output_class):
-        logits: Tensor = model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        # FSDP2's hooks belong to a whole forward, inside of which this is.
+        call = functools.partial(type(model).forward, model) if sharding.is_fsdp(model) else model
+        logits: Tensor = call(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
     return logits
+
+
+def _check_gathered(model: CausalLM) -> None:
+    """Raises RuntimeError where the head's weight is no longer whole."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if (
+        sharding.is_part(weight)
+        and sharding.by_fsdp(model)
+        and not sharding.is_fsdp(model.get_output_embeddings())
+    ):
+        raise RuntimeError(
+            "softprompt: FSDP2 has taken the head's weight apart again, so logits can no longer be computed: "
+            "look at out.logits before backward, or evaluate under torch.no_grad(), where they are computed "
+            "at once"
+        )
 
 
 @contextlib.contextmanager
@@ -103,17 +122,18 @@ def loss_of_rows(
     """
     if fused:
         head, facts = model.get_output_embeddings(), families.head_facts(model)
-        return linear_cross_entropy(
-            hidden,
-            head.weight,
-            label_rows,
-            targets,
-            bias=head.bias,
-            softcap=facts.softcap,
-            logit_scale=facts.logit_scale,
-            num_items=num_items,
-            backend=backend,
-        )
+        with sharding.whole(head):
+            return linear_cross_entropy(
+                hidden,
+                head.weight,
+                label_rows,
+                targets,
+                bias=head.bias,
+                softcap=facts.softcap,
+                logit_scale=facts.logit_scale,
+                num_items=num_items,
+                backend=backend,
+            )
     losses = losses_of_rows(model, hidden, label_rows, targets, fused=False, output_class=output_class)
     total = losses.sum()
     count = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items

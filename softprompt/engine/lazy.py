@@ -29,7 +29,7 @@ _KNOWN = (
     | {
         # Not through `torch.Tensor`, whose properties of Python shadow these.
         vars(torch._C.TensorBase)[name].__get__
-        for name in ("requires_grad", "grad_fn", "is_leaf")
+        for name in ("requires_grad", "grad_fn", "is_leaf", "_base")
     }
     | {
         getattr(torch.Tensor, name)
@@ -53,15 +53,20 @@ _CASTS: dict[Any, torch.dtype] = {
 }
 
 
+_CLONES = (torch.Tensor.clone, torch.clone)
+
+
 class LazyLogits(torch.Tensor):
     """A tensor whose shape, dtype and device are known and whose values are made by `make` on first use.
 
-    Asking for shape, dtype, device and the like, casting it and detaching it keep it lazy; any other use
-    computes the values once, with their gradient, and goes on with the ordinary tensor.
+    Asking for shape, dtype, device and the like, casting it, detaching it, cloning it and hooks on its
+    gradient keep it lazy; any other use computes the values once, with their gradient, and goes on with the
+    ordinary tensor.
     """
 
     _make: Callable[[], Tensor]
     _value: Tensor | None
+    _by_wrapper: bool  # the gradient of the values takes the way of the wrapper, on which something waits
 
     @staticmethod
     def __new__(
@@ -75,6 +80,7 @@ class LazyLogits(torch.Tensor):
         lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         lazy._make = make
         lazy._value = None
+        lazy._by_wrapper = False
         return lazy
 
     @property
@@ -85,7 +91,11 @@ class LazyLogits(torch.Tensor):
     def materialize(self) -> Tensor:
         """The ordinary tensor."""
         if self._value is None:
-            self._value = self._make()
+            value = self._make()
+            if self._by_wrapper and self.requires_grad:
+                with torch.enable_grad():
+                    value = _ByWrapper.apply(self, value.detach())
+            self._value = value
         return self._value
 
     @classmethod
@@ -102,6 +112,12 @@ class LazyLogits(torch.Tensor):
                 return first._derive(_CASTS[func], detach=False)
             if func is torch.Tensor.detach or func is torch.detach:
                 return first._derive(None, detach=True)
+            if func in _CLONES and len(args) == 1 and not kwargs:
+                return first._clone()
+            if func is torch.Tensor.register_hook and first.requires_grad:
+                first._by_wrapper = True
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
     @classmethod
@@ -121,6 +137,17 @@ class LazyLogits(torch.Tensor):
         if detach:
             return LazyLogits(make, tuple(self.shape), target, self.device)
         return with_gradient(self, lambda lazy: lazy.to(target), make, tuple(self.shape), target)
+
+    def _clone(self) -> LazyLogits:
+        shape = tuple(self.shape)
+        if torch.is_grad_enabled():
+            return with_gradient(
+                self, lambda lazy: lazy.clone(), lambda: self.materialize().clone(), shape, self.dtype
+            )
+        clone = LazyLogits(lambda: self.materialize().detach().clone(), shape, self.dtype, self.device)
+        # DDP clones its outputs inside of a node of its own, which the clone then belongs to.
+        clone._by_wrapper = True
+        return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a file holds the values."""
@@ -161,6 +188,18 @@ class _Lazily(torch.autograd.Function):
             inner = _plain(source).detach().requires_grad_()
             (grad,) = torch.autograd.grad(ctx.values_of(inner), inner, _plain(grads[0]))
         return grad, None, None, None, None
+
+
+class _ByWrapper(torch.autograd.Function):
+    """Values whose gradient is that of the wrapper which they come from."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
 
 
 def with_gradient(

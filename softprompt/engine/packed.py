@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families
+from softprompt.engine import families, sharding
 from softprompt.engine.attention import IN_USE, Packing, packed_attention
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -192,7 +192,7 @@ def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str)
         rows = batch.inputs_embeds.flatten(0, 1)[index.clamp_min(0)]
     elif batch.input_ids is None:
         raise ValueError("You have to provide either input_ids or inputs_embeds")
-    elif families.has_hooks(embedding):
+    elif sharding.has_foreign_hooks(embedding):
         # A hook may look at the shape (NEFTune scales its noise by it): show it the padded batch.
         rows = embedding(batch.input_ids).flatten(0, 1)[index.clamp_min(0)]
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, hooks, precision
+from softprompt.engine import families, hooks, precision, sharding
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -77,17 +77,28 @@ class Plan:
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plan_for(model: CausalLM) -> Plan:
+def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
     """The plan of a causal LM: made on first use, and again after its attention, modules, kinds of weights,
     dtype, head or hooks have changed.
+
+    A model that was sharded by FSDP2 since keeps its plan: its weights are not whole here.
+
+    Args:
+        model: the causal LM.
+        sharded: whether FSDP2 has sharded it together with something around it.
     """
     with IN_USE:
         key = _fingerprint(model)
         known = _PLANS.get(model)
+        if sharded or sharding.by_fsdp(model):
+            return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
         if known is None or known[0] != key:
             known = (key, make_plan(model))
             _PLANS[model] = known
         return known[1]
+
+
+_UNCHECKED = Plan("stock", sharding.UNCHECKED)
 
 
 def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
@@ -95,16 +106,23 @@ def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
     weight = next(iter(model.parameters()), None)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return (
+    lasting = (
         getattr(model.config, "_attn_implementation", None),
+        id(embedding),
+        id(head),
+        id(getattr(model, "_loss_function", None)),
+        bool(getattr(model.config, "output_router_logits", False)),
+        _unanswered(model),
+        sharding.obstacle(model),
+    )
+    passing = (  # FSDP2 changes these
         None if weight is None else (weight.dtype, weight.device.type),
         precision.make_of(model),
         None if not isinstance(embedding, nn.Module) else families.embedding_obstacle(embedding),
         None if head is None else families.head_obstacle(model),
-        id(getattr(model, "_loss_function", None)),
-        bool(getattr(model.config, "output_router_logits", False)),
-        _unanswered(model),
+        sharding.has_parts(model),
     )
+    return lasting, passing
 
 
 def _unanswered(model: CausalLM) -> str | None:
@@ -151,6 +169,9 @@ def _structural_obstacle(model: CausalLM) -> str | None:
         return f"{type(model).__name__} is not a transformers model"
     if not isinstance(model.get_input_embeddings(), nn.Module):
         return "the model names no input embeddings"
+    obstacle = sharding.obstacle(model)
+    if obstacle is not None:
+        return obstacle
     try:
         families.body_of(model)
     except AttributeError as error:
@@ -159,7 +180,12 @@ def _structural_obstacle(model: CausalLM) -> str | None:
         return f"{type(model).__name__} has no language modelling head"
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         return "the model has no floating point weights"
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if any(
+        parameter.device.type == "meta"
+        for module in model.modules()
+        if not sharding.is_offloaded(module)
+        for parameter in module.parameters(recurse=False)
+    ):
         return "some weights are on the meta device, so the self-check cannot run"
     if getattr(model.config, "output_router_logits", False):
         return "output_router_logits adds a loss over all tokens, pads and repeated prompts included"
@@ -250,7 +276,7 @@ def probe_batch(model: CausalLM) -> Batch:
     """
     embedding = model.get_input_embeddings()
     vocabulary = families.vocab_size(model)
-    device = next(model.parameters()).device if not hasattr(embedding, "weight") else embedding.weight.device
+    device = sharding.device_of(embedding if hasattr(embedding, "weight") else model)
     numbers = torch.arange(3, 19, device=device)
     ids = (numbers * numbers * 31 + numbers * 7) % vocabulary
     input_ids = ids[:12].view(2, 6)
@@ -352,7 +378,7 @@ def _errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tupl
 def evaluating(model: CausalLM) -> Iterator[None]:
     """Evaluation mode with gradients and without autocast; every module's own flag is put back."""
     flags = [(module, module.training) for module in model.modules()]
-    device_type = next(model.parameters()).device.type
+    device_type = sharding.device_of(model.get_input_embeddings()).type
     try:
         model.eval()
         with (

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from softprompt.engine import sharding
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM, body_of, position_limit, vocab_size
 from softprompt.engine.forward import (
@@ -88,6 +89,8 @@ def score(
     )
     continuations = _checked_candidates(candidates, vocab_size(model))
     longest_candidate = max(map(len, continuations))
+    if sharding.by_fsdp(model):
+        raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}")
     plan, compact = plan_for(model), positions == "compact"
     limit = position_limit(model, body_of(model)) if plan.position_limit is None else plan.position_limit
     _check_length(batch, longest_candidate, limit, compact=compact)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 
 from softprompt.calls import adapter_obstacle, adapters_of_rows
-from softprompt.engine import Plan, families
+from softprompt.engine import Plan, families, sharding
 from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.prefill import prefill_for
@@ -245,6 +245,8 @@ def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
     obstacle = adapter_obstacle(model, call.names)
     if obstacle is not None:
         return obstacle
+    if sharding.offloads(base):
+        return sharding.BROUGHT
     if base.training:
         active = families.dropout_of(base)
         if active:

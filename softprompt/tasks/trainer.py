@@ -19,6 +19,7 @@ from transformers import (
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, write_npy
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import (
     ADAPTER_WEIGHTS,
     TRAINER_STATE,
@@ -60,6 +61,11 @@ class PromptTrainer(Trainer):
         callbacks: list[TrainerCallback],
         evaluated: Callable[[int, int], None],
     ) -> None:
+        if args.world_size > 1:
+            raise TaskError(
+                f"{type(self).__name__} trains in one process, got {args.world_size}: its prompts would not "
+                "be the same on all ranks; transformers' Trainer with a patched model trains in several"
+            )
         task: ClassificationTask = encoder.task
         collate = LeftPadCollator(
             encoder.pad_token_id, task.max_length if task.padding == "max_length" else None

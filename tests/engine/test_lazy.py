@@ -134,6 +134,31 @@ def test_casts_and_detach_stay_lazy_and_share_the_values(cast):
     assert calls == [1]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_clone_stays_lazy_and_has_values_of_its_own(grad):
+    lazy, source = make_lazy(requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        clone = lazy.clone()
+        assert not clone.is_materialized
+        assert clone.requires_grad == grad
+        clone += 1
+    assert torch.equal(clone.detach() + 0, source.detach() + 1)
+    assert torch.equal(lazy.detach() + 0, source)
+    if grad:
+        (2 * clone).sum().backward()
+        assert torch.equal(source.grad, torch.full_like(source, 2))
+
+
+def test_a_hook_on_the_gradient_keeps_them_lazy_and_is_called():
+    lazy, source = make_lazy(requires_grad=True)
+    seen = []
+    lazy.register_hook(seen.append)
+    assert not lazy.is_materialized
+    (3 * lazy).sum().backward()
+    assert torch.equal(seen[0], torch.full_like(source, 3))
+    assert torch.equal(source.grad, torch.full_like(source, 3))
+
+
 def test_the_fp32_conversion_of_accelerate_stays_lazy():
     stock, fast = pair(prompted("llama", torch.bfloat16))
     softprompt.patch(fast)

@@ -1,0 +1,13 @@
+"""The sentences of docs/distributed.md are those of the library."""
+
+import pytest
+from page import PAGE
+
+from softprompt.engine import sharding
+
+TEXT = PAGE.read_text()
+
+
+@pytest.mark.parametrize("sentence", [sharding.UNCHECKED, sharding.DISAGREE, sharding.ONLY_FORWARD])
+def test_a_sentence_of_the_library_is_on_the_page(sentence):
+    assert sentence in TEXT
