@@ -176,6 +176,15 @@ def head_obstacle(model: CausalLM) -> str | None:
     """Why logits have to be made by the model's own head, or None where `linear_cross_entropy` can read
     it.
     """
+    obstacle = head_weight_obstacle(model)
+    if obstacle is None and getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
+        name = getattr(model.loss_function, "__name__", "?")
+        return f"the model has a loss function of its own ({name})"
+    return obstacle
+
+
+def head_weight_obstacle(model: CausalLM) -> str | None:
+    """Why the weight of the model's head cannot be read, or None."""
     head = model.get_output_embeddings()
     if head is None:
         return "the model names no output embeddings"
@@ -185,8 +194,6 @@ def head_obstacle(model: CausalLM) -> str | None:
         return "the head has hooks"
     if not _is_plain_weight(head.weight):
         return f"the head's weight is a {type(head.weight).__name__} ({head.weight.device.type})"
-    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
-        return f"the model has a loss function of its own ({getattr(model.loss_function, '__name__', '?')})"
     return None
 
 

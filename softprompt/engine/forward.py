@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,15 @@ def forward(
     Raises:
         IndexError: an id or a label outside the vocabulary; names row, column and value.
         ValueError: shapes, dtypes or options that do not fit; says what was given and what is expected.
-        UnsupportedModelError: see `on_unsupported`.
+        UnsupportedModelError: see `on_unsupported`; always for an encoder-decoder, which `patch` serves.
     """
     check_option("positions", positions, POSITIONS)
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"softprompt.forward takes decoder-only models, got the encoder-decoder {type(model).__name__}: "
+            "softprompt.patch serves it as a PEFT model of task type SEQ_2_SEQ_LM"
+        )
     batch = check_batch(
         [prompts] if isinstance(prompts, Tensor) else list(prompts),
         prompt_width(model),
@@ -267,15 +272,28 @@ def _rows_compiled_or_not(
 
 
 def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
-    device_type, dtype = rows.hidden.device.type, plan.logits_dtype
-    if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
-        dtype = torch.get_autocast_dtype(device_type)
-
     def values_of(hidden: Tensor) -> Tensor:
         placed = rows.padded(hidden) if which == "full" else text_rows(rows, hidden, which, columns)
         return own_logits(model, placed, rows.output_class)
 
-    in_mode = in_this_mode(values_of, device_type)
     num_rows, width = rows.padded_shape
     shape = (num_rows, width if which == "full" else columns, plan.vocab_size)
-    return with_gradient(rows.hidden, in_mode, lambda: in_mode(rows.hidden), shape, dtype)
+    return logits_of(rows.hidden, values_of, shape, plan.logits_dtype)
+
+
+def logits_of(
+    hidden: Tensor, values_of: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> LazyLogits:
+    """Lazy logits, with the gradient of `hidden` and the autocast of now.
+
+    Args:
+        hidden: what they are made of.
+        values_of: makes them.
+        shape: of the logits.
+        dtype: of the logits without autocast.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
+        dtype = torch.get_autocast_dtype(device_type)
+    in_mode = in_this_mode(values_of, device_type)
+    return with_gradient(hidden, in_mode, lambda: in_mode(hidden), shape, dtype)
