@@ -282,7 +282,12 @@ def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, colu
 
 
 def logits_of(
-    hidden: Tensor, values_of: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+    hidden: Tensor,
+    values_of: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    added: torch.dtype | None = None,
 ) -> LazyLogits:
     """Lazy logits, with the gradient of `hidden` and the autocast of now.
 
@@ -291,9 +296,11 @@ def logits_of(
         values_of: makes them.
         shape: of the logits.
         dtype: of the logits without autocast.
+        added: dtype of what the model adds to the product with its head, which autocast leaves alone.
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and dtype in (torch.float32, torch.float16, torch.bfloat16):
         dtype = torch.get_autocast_dtype(device_type)
+        dtype = dtype if added is None else torch.promote_types(dtype, added)
     in_mode = in_this_mode(values_of, device_type)
     return with_gradient(hidden, in_mode, lambda: in_mode(hidden), shape, dtype)

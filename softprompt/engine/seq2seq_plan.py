@@ -296,7 +296,14 @@ def run_seq2seq(
     def values_of(hidden: Tensor) -> Tensor:
         return own_logits(model, hidden.view(*rows.shape, -1), rows.encoded, rows.output_class)
 
-    logits = logits_of(rows.hidden, values_of, (*rows.shape, plan.vocab_size), plan.logits_dtype)
+    bias = getattr(model, "final_logits_bias", None)
+    logits = logits_of(
+        rows.hidden,
+        values_of,
+        (*rows.shape, plan.vocab_size),
+        plan.logits_dtype,
+        added=None if bias is None else bias.dtype,
+    )
     encoded: Tensor = rows.encoded.last_hidden_state
     missing = rows.columns - encoded.shape[1]
     if not missing:
