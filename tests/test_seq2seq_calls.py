@@ -4,7 +4,7 @@ import pytest
 import torch
 from parity import assert_close, prompt_of
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from seq2seq_models import build, config_of, prompted, seq2seq_batch
+from seq2seq_models import build, prompted, seq2seq_batch
 from test_seq2seq import encoded
 from tiny_models import VOCABULARY, pair
 from torch.utils.data import Dataset
@@ -76,7 +76,7 @@ STOCK = {
 
 @pytest.mark.parametrize("changes, reason", STOCK.values(), ids=STOCK)
 def test_calls_that_peft_serves_say_why_once(changes, reason):
-    stock, fast = pair(prompted("t5"))
+    stock, fast = pair(prompted("t5").eval())
     softprompt.patch(fast)
     if "encoder_outputs" in changes:
         embeds = torch.zeros(3, 13, 24, dtype=torch.float64)
@@ -103,11 +103,8 @@ def test_multitask_prompts_of_the_decoder_need_labels_alone(changes):
 
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, LoraConfig])
 def test_other_types_of_adapters_keep_pefts_forward(kind):
-    config = (
-        config_of(kind)
-        if kind is PrefixTuningConfig
-        else LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q"])
-    )
+    options = {"target_modules": ["q"]} if kind is LoraConfig else {"num_virtual_tokens": 3}
+    config = kind(task_type="SEQ_2_SEQ_LM", **options)
     fast = softprompt.patch(get_peft_model(build("t5"), config).double())
     with pytest.warns(UserWarning, match=f"is of type {config.peft_type.value}"):
         assert torch.isfinite(fast(**BATCH).loss)
