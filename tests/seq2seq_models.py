@@ -58,6 +58,11 @@ _GEMMA = {
     "eos_token_id": 2,
 }
 _MARIAN = _BART | {"pad_token_id": VOCABULARY - 1}
+_LED = {name: value for name, value in _BART.items() if name != "max_position_embeddings"} | {
+    "attention_window": 8,
+    "max_encoder_position_embeddings": 64,
+    "max_decoder_position_embeddings": 64,
+}
 _EXPERTS = {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2}
 
 # name -> (model type, configuration)
@@ -73,7 +78,7 @@ FAMILIES = {
     "bart-scaled": ("bart", _BART | {"scale_embedding": True}),
     "mbart": ("mbart", _BART),
     "pegasus": ("pegasus", _BART),
-    "pegasus_x": ("pegasus_x", _BART),
+    "pegasus_x": ("pegasus_x", _BART | {"block_size": 8, "num_global_tokens": 4}),
     "marian": ("marian", _MARIAN | {"scale_embedding": True}),
     "m2m_100": ("m2m_100", _BART),
     "nllb-moe": ("nllb-moe", _BART | _EXPERTS),
@@ -82,9 +87,10 @@ FAMILIES = {
     "plbart": ("plbart", _BART),
     "mvp": ("mvp", _BART),
     "bigbird_pegasus": ("bigbird_pegasus", _BART),
+    "led": ("led", _LED),
 }
 # Their encoders round lengths up, or give places to rows in order: no columns are dropped.
-KEEP_COLUMNS = ("longt5", "switch", "nllb-moe", "pegasus_x", "bigbird_pegasus")
+KEEP_COLUMNS = ("longt5", "switch", "nllb-moe", "pegasus_x", "bigbird_pegasus", "led")
 
 
 def build(name, dtype=torch.float64, **overrides):

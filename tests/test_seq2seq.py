@@ -34,9 +34,10 @@ def models():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_takes_the_route_and_gives_the_numbers_of_peft(name):
-    stock, fast = pair(prompted(name))
+    # LED's own gradient is NaN in fp64 where a row has pads.
+    stock, fast = pair(prompted(name, torch.float32 if name == "led" else torch.float64))
     softprompt.patch(fast, on_unsupported="error")
-    bound = 1e-6 if name == "t5gemma" else 1e-12  # its rotary tables are fp32
+    bound = {"t5gemma": 1e-6, "led": 1e-5}.get(name, 1e-12)  # t5gemma's rotary tables are fp32
     for side in ("right", "left"):
         assert_same_answers(fast, stock, seq2seq_batch(side), bound)
     plan = seq2seq_plan_for(fast.get_base_model())
@@ -248,6 +249,16 @@ def test_a_head_that_is_no_plain_weight_is_called_for_the_label_rows(kind):
     softprompt.patch(fast, on_unsupported="error")
     assert not seq2seq_plan_for(fast.get_base_model()).fused_head
     assert_same_answers(fast, stock, seq2seq_batch())
+
+
+def test_a_quantised_base_keeps_its_own_head():
+    quantization = pytest.importorskip("torchao.quantization")
+    stock = prompted("t5-1.1", torch.float32)
+    quantization.quantize_(stock.get_base_model(), quantization.Int8WeightOnlyConfig())
+    stock, fast = pair(stock)
+    softprompt.patch(fast, on_unsupported="error")
+    assert "Int8Tensor" in str(softprompt.explain(fast))
+    assert_same_answers(fast, stock, seq2seq_batch(), 1e-5)
 
 
 def test_rows_of_adapters_of_several_lengths_equal_each_adapter_alone():

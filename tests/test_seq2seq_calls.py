@@ -4,13 +4,14 @@ import pytest
 import torch
 from parity import assert_close, prompt_of
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from seq2seq_models import build, prompted, seq2seq_batch
+from seq2seq_models import build, config_of, prompted, seq2seq_batch
 from test_seq2seq import encoded
 from tiny_models import VOCABULARY, pair
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import softprompt
+from softprompt import ensemble, multitask
 from softprompt.engine.lazy import LazyLogits
 
 BATCH = seq2seq_batch()
@@ -61,6 +62,18 @@ def test_the_functional_form_refuses_an_encoder_decoder_by_name():
         softprompt.UnsupportedModelError, match=r"the encoder-decoder T5For.*softprompt\.patch"
     ):
         softprompt.forward(build("t5"), torch.zeros(4, 24), ids, labels=ids)
+
+
+def test_what_shares_prompts_between_rows_refuses_an_encoder_decoder_by_name():
+    model = softprompt.patch(prompted("t5"))
+    model.add_adapter("other", config_of())
+    ids = BATCH["input_ids"]
+    for call in (
+        lambda: multitask.losses(model, ids, labels=ids, adapter_names=["default"] * 3),
+        lambda: ensemble.losses(model, ids, labels=ids),
+    ):
+        with pytest.raises(softprompt.UnsupportedModelError, match="encoder-decoder"):
+            call()
 
 
 STOCK = {

@@ -306,7 +306,7 @@ def run_seq2seq(
     )
     encoded: Tensor = rows.encoded.last_hidden_state
     missing = rows.columns - encoded.shape[1]
-    if not missing:
+    if missing <= 0:
         return loss, logits, encoded, False
 
     def filled(states: Tensor) -> Tensor:
