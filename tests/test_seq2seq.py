@@ -330,11 +330,14 @@ def test_generate_serves_rows_of_several_adapters():
     stock.prompt_encoder.double()
     fast = softprompt.patch(copy.deepcopy(stock))
     batch = without("labels")
-    mixed = fast.generate(**batch, **GENERATE, adapter_names=["long", "default", "long"])
+    options = GENERATE | {"return_dict_in_generate": True, "output_logits": True}
+    mixed = fast.generate(**batch, **options, adapter_names=["long", "default", "long"])
     for row, name in enumerate(("long", "default", "long")):
         stock.set_adapter(name)
         one = {key: value[row : row + 1] for key, value in batch.items()}
-        assert torch.equal(mixed[row], stock.generate(**one, **GENERATE)[0])
+        alone = stock.generate(**one, **options)
+        assert torch.equal(mixed.sequences[row], alone.sequences[0])
+        assert_close(mixed.logits[0][row], alone.logits[0][0], 1e-12, "logits")
 
 
 def test_adapter_files_go_both_ways(tmp_path):
