@@ -144,11 +144,12 @@ def make_plan(model: CausalLM) -> Plan:
 def _structural_obstacle(model: CausalLM) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return "the model is an encoder-decoder; only decoder-only models are packed"
-    try:
-        obstacle = missing_part(model)
-        families.body_of(model)
-    except AttributeError as error:
-        return str(error)
+    obstacle = missing_part(model)
+    if obstacle is None:
+        try:
+            families.body_of(model)
+        except AttributeError as error:
+            return str(error)
     return obstacle
 
 
