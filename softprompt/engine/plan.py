@@ -144,13 +144,7 @@ def make_plan(model: CausalLM) -> Plan:
 def _structural_obstacle(model: CausalLM) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return "the model is an encoder-decoder; only decoder-only models are packed"
-    obstacle = missing_part(model)
-    if obstacle is None:
-        try:
-            families.body_of(model)
-        except AttributeError as error:
-            return str(error)
-    return obstacle
+    return missing_part(model)
 
 
 def missing_part(model: CausalLM) -> str | None:
@@ -159,6 +153,11 @@ def missing_part(model: CausalLM) -> str | None:
         return f"{type(model).__name__} is not a transformers model"
     if not isinstance(model.get_input_embeddings(), nn.Module):
         return "the model names no input embeddings"
+    if not getattr(model.config, "is_encoder_decoder", False):
+        try:
+            families.body_of(model)
+        except AttributeError as error:
+            return str(error)
     if model.get_output_embeddings() is None:
         return f"{type(model).__name__} has no language modelling head"
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
