@@ -49,6 +49,50 @@ def batch_of(
     return batch, [name for name, _ in prompts]
 
 
+def seq2seq_batch_of(
+    model: Any,
+    names: Sequence[str],
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    task_ids: Tensor | None,
+) -> tuple[Batch, tuple[Tensor, ...] | None]:
+    """A call of a patched encoder-decoder as a batch behind prompts, and the prompts of its decoder.
+
+    PEFT makes prompts for both parts of the model. Multitask prompt tuning uses both; the other types leave
+    the decoder's alone, which has a gradient of zero then.
+
+    Raises:
+        IndexError: a task that an adapter does not have.
+        ValueError: says what was given and what is expected.
+    """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
+    tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
+    made, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
+    lengths = [model.peft_config[name].num_virtual_tokens for name, _ in made]
+    batch = check_batch(
+        [prompt[:length] for prompt, length in zip(made.values(), lengths, strict=True)],
+        prompt_width(model.get_base_model()),
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        labels=None,
+        prompt_of_row=prompt_of_row,
+    )
+    if tasks is None:
+        return batch, None
+    rest = tuple(prompt[length:] for prompt, length in zip(made.values(), lengths, strict=True))
+    sizes = {prompt.shape[0] for prompt in rest}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the decoder's prompts of a batch must have one length, got {sorted(sizes)} for adapters "
+            f"{', '.join(dict.fromkeys(name for name, _ in made))}"
+        )
+    return batch, rest if sizes != {0} else None
+
+
 def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
     """The batch with its prompts where the options of a patched model put them.
 

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
-from peft import PeftModel
+from peft import PeftModel, PeftModelForSeq2SeqLM
 from torch import Tensor, nn
 
 from softprompt import encoders
@@ -110,16 +110,23 @@ def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = Fal
     state = getattr(model, "_softprompt", None)
     if state is not None and state.options.placement != "prefix" and not as_forward:
         return f'the model is patched with placement="{state.options.placement}", which only forward serves'
+    seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
     for name in dict.fromkeys(names):
-        obstacle = encoders.encoder_obstacle(name, model.peft_config[name], per_row=as_forward)
+        obstacle = encoders.encoder_obstacle(
+            name,
+            model.peft_config[name],
+            per_row=as_forward,
+            halves=seq2seq,
+        )
         if obstacle is not None:
             return obstacle
     base = model.get_base_model()
     if not as_forward and (sharding.is_fsdp(model) or sharding.by_fsdp(base)):
         return sharding.ONLY_FORWARD
     if sharding.has_foreign_hooks(base, known_forward=scores_tokens(base)):
-        return "the language model itself has hooks or a replaced forward, which the packed route would skip"
-    if model.word_embeddings is not base.get_input_embeddings():
+        return "the language model itself has hooks or a replaced forward, which the fast route would skip"
+    # T5's encoder has an embedding of its own, with the weight of the model's: it is handed to the route.
+    if not seq2seq and model.word_embeddings is not base.get_input_embeddings():
         return "PEFT embeds tokens with another module than the model's input embeddings"
     return None
 
@@ -200,9 +207,9 @@ def reason_for_stock(
     for name in ("output_attentions", "output_hidden_states"):
         asked = extra.get(name)
         if asked or (asked is None and getattr(base.config, name, False)):
-            return f"{name} was asked for, which only the padded forward has"
+            return f"{name} was asked for, which only PEFT's own forward has"
     if extra.get("use_cache"):
-        return "use_cache=True was asked for, and the packed row has no cache"
+        return "use_cache=True was asked for, and the fast route keeps none"
     caches = extra.get("use_cache") is None and getattr(base.config, "use_cache", True)
     if caches and labels is None and not model.training:
         return (
@@ -214,5 +221,5 @@ def reason_for_stock(
     scored = (ASKED,) if scores_tokens(base) and (labels is not None or not extra.get(ASKED)) else ()
     others = [n for n, v in extra.items() if v is not None and n not in (*served, *ignored_by_peft, *scored)]
     if others:
-        return f"the call has arguments that the packed route does not serve: {', '.join(sorted(others))}"
+        return f"the call has arguments that the fast route does not serve: {', '.join(sorted(others))}"
     return None

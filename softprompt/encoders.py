@@ -16,21 +16,25 @@ from torch import Tensor
 SERVED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 
 
-def encoder_obstacle(name: str, config: Any, *, per_row: bool) -> str | None:
+def encoder_obstacle(name: str, config: Any, *, per_row: bool, halves: bool = False) -> str | None:
     """Why the prompt of an adapter is not served, as a sentence, or None.
 
     Args:
         name: of the adapter.
         config: of the adapter.
         per_row: whether the caller gives the adapter the task of each row.
+        halves: whether the model is an encoder-decoder, for which PEFT makes twice the rows.
     """
     if config.peft_type not in SERVED:
         served = ", ".join(kind.value for kind in SERVED)
         return f"adapter {name!r} is of type {PeftType(config.peft_type).value}; {served} are served"
     if config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and not per_row:
         return f"adapter {name!r} is of type MULTITASK_PROMPT_TUNING, whose prompt depends on the row's task"
-    if config.num_transformer_submodules not in (None, 1):
-        return f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
+    if config.num_transformer_submodules not in ((1, 2) if halves else (None, 1)):
+        return (
+            f"adapter {name!r} has num_transformer_submodules={config.num_transformer_submodules}, not 1"
+            + (" or 2" if halves else "")
+        )
     if config.num_virtual_tokens == 0:
         return f"adapter {name!r} has no virtual tokens"
     return None

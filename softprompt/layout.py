@@ -291,9 +291,11 @@ def read_counts(tensors: LayoutTensors) -> list[int]:
     return counts
 
 
-def raise_out_of_range(input_ids: Tensor | None, labels: Tensor | None, vocab_size: int) -> None:
+def raise_out_of_range(
+    input_ids: Tensor | None, labels: Tensor | None, vocab_size: int, *, name_of_ids: str = "input_ids"
+) -> None:
     """Finds the first id or label outside the vocabulary and raises the IndexError that names it."""
-    for name, tensor in (("input_ids", input_ids), ("labels", labels)):
+    for name, tensor in ((name_of_ids, input_ids), ("labels", labels)):
         if tensor is None:
             continue
         tensor = tensor.long()

@@ -33,7 +33,10 @@ def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, meth
         warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
 
 
-def say_dropout(model: Any, base: nn.Module) -> None:
+_PACKED = "the packed row draws the prompt's masks once per step where PEFT draws them per row"
+
+
+def say_dropout(model: Any, base: nn.Module, why: str = _PACKED) -> None:
     """One warning where a patched model in training mode has dropout."""
     if "dropout" in model._softprompt.said:
         return
@@ -41,8 +44,7 @@ def say_dropout(model: Any, base: nn.Module) -> None:
     active = families.dropout_of(base)
     if active:
         warnings.warn(
-            f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: the "
-            "packed row draws the prompt's masks once per step where PEFT draws them per row (same "
-            "expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
+            f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: {why} "
+            "(same expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
             stacklevel=9,
         )

@@ -1,15 +1,13 @@
-"""The class of a patched model: PEFT's forward and generate, on the fast route where it serves the call."""
+"""A patched causal LM: PEFT's forward and generate, on the fast route where it serves the call."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt.batches import batch_of, placed, tokens_of
 from softprompt.calls import (
@@ -28,38 +26,15 @@ from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
+from softprompt.instances import PatchedInstance
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
 from softprompt.ops.library import AUTO
-from softprompt.state import STATE, PatchState, graphs_of
+from softprompt.state import graphs_of
 
 
-@functools.cache
-def patched_class(stock: type) -> type:
-    """The subclass of a PEFT class that the patch gives an instance."""
-    return type(
-        stock.__name__,
-        (_Patched, stock),
-        {"__module__": stock.__module__, "__qualname__": stock.__qualname__},
-    )
-
-
-def is_own_method(model: nn.Module, name: str, value: Any) -> bool:
-    """Whether a value of an instance is its class's own method, bound (PEFT's contexts leave such copies)."""
-    return (
-        inspect.ismethod(value) and value.__self__ is model and value.__func__ is getattr(type(model), name)
-    )
-
-
-def _rebuild(stock: type) -> Any:
-    cls: Any = patched_class(stock)
-    return cls.__new__(cls)
-
-
-class _Patched(PeftModelForCausalLM):
-    """What `patch` puts in front of the class of a model."""
-
-    _softprompt: PatchState
+class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
+    """What `patch` puts in front of the class of a causal language model."""
 
     def forward(
         self,
@@ -205,13 +180,6 @@ class _Patched(PeftModelForCausalLM):
             self.active_peft_config.num_virtual_tokens,
             compact=options.positions == "compact",
         )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and files name the stock class, and leave out what only counts for this instance."""
-        state = {
-            name: value for name, value in self.__dict__.items() if not is_own_method(self, name, value)
-        } | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
-        return _rebuild, (self._softprompt.stock_class,), state
 
 
 def plan_of(model: Any) -> Plan:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from peft import PeftModel, PeftModelForCausalLM
+from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from torch import nn
 
 from softprompt.engine.answers import LOGITS
@@ -23,8 +23,11 @@ from softprompt.engine.forward import (
     obstacle_to,
 )
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
+from softprompt.engine.seq2seq_plan import seq2seq_plan_for
+from softprompt.instances import is_own_method, subclass_of
 from softprompt.ops.library import AUTO
-from softprompt.patched_model import is_own_method, patched_class, plan_of
+from softprompt.patched_model import PatchedCausalLM, plan_of
+from softprompt.patched_seq2seq import PatchedSeq2SeqLM
 from softprompt.state import STATE, PatchOptions, PatchState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,7 +54,7 @@ def patch(
     Patching twice changes the options. A tiny self-check compares the route with the stock forward first.
 
     Args:
-        model: a `PeftModelForCausalLM` with adapters of one of these types.
+        model: a `PeftModelForCausalLM` or a `PeftModelForSeq2SeqLM` with adapters of one of these types.
         positions: "padded": every token has the position that PEFT's padded batch gives it, on any padding
             side; "compact": pads do not exist, so that training on padded batches equals each row alone.
         on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
@@ -65,7 +68,8 @@ def patch(
             token, which has to be the model's BOS token in every row.
         logits: "full": `out.logits` is [B, P + L, V], as PEFT gives it; "text": [B, L, V], column c is the
             output at the text's column c and predicts label c + 1, as without a prompt; "labels": [B, L, V],
-            column c predicts label c.
+            column c predicts label c. An encoder-decoder's logits have no columns of the prompt: column c
+            always predicts label c.
 
     Returns:
         The same model.
@@ -89,7 +93,7 @@ def patch(
     known: PatchState | None = model.__dict__.get(STATE)
     state = PatchState(options, known.stock_class if known else type(model))
     state.refusal = _refusal(model)
-    obstacle = state.refusal or obstacle_to(plan_of(model), compact=positions == "compact")
+    obstacle = state.refusal or _obstacle(model, options)
     if obstacle is None and placement == "after_bos":
         bos_token_id(model.get_base_model())
     if obstacle is not None:
@@ -101,7 +105,7 @@ def patch(
     if state.refusal is None:
         _drop_bound_methods(model)
         if known is None or type(model) is known.stock_class:  # else fully_shard may stand in front of ours
-            model.__class__ = patched_class(state.stock_class)
+            model.__class__ = _patched_class(state.stock_class)
     return model
 
 
@@ -115,7 +119,7 @@ def unpatch(model: Model) -> Model:
             raise RuntimeError(
                 "unpatch the model outside of disable_adapter(), which puts its forward back at the end"
             )
-        if type(model) not in (patched_class(state.stock_class), state.stock_class):
+        if type(model) not in (_patched_class(state.stock_class), state.stock_class):
             raise RuntimeError(
                 f"the class of the model became {type(model).__name__} after softprompt.patch (fully_shard "
                 "does that); unpatch before"
@@ -139,16 +143,41 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
         else:
             setattr(model, STATE, before)
             if before.refusal is None:
-                model.__class__ = patched_class(before.stock_class)
+                model.__class__ = _patched_class(before.stock_class)
+
+
+# PEFT's classes, and what the patch puts in front of each.
+_FRONTS: dict[type[PeftModel], type] = {
+    PeftModelForCausalLM: PatchedCausalLM,
+    PeftModelForSeq2SeqLM: PatchedSeq2SeqLM,
+}
+
+
+def _patched_class(stock: type) -> type:
+    return next(subclass_of(front, stock) for cls, front in _FRONTS.items() if issubclass(stock, cls))
+
+
+def _obstacle(model: PeftModel, options: PatchOptions) -> str | None:
+    """Why no call of this model takes the fast route, or None."""
+    base, compact = model.get_base_model(), options.positions == "compact"
+    if not isinstance(model, PeftModelForSeq2SeqLM):
+        return obstacle_to(plan_of(model), compact=compact)
+    if options.placement != "prefix":
+        return f'placement="{options.placement}" is for decoder-only models, whose texts begin with BOS'
+    return obstacle_to(seq2seq_plan_for(base), compact=compact)
 
 
 def _refusal(model: PeftModel) -> str | None:
     """Why the class of this model is left alone, or None."""
-    if not isinstance(model, PeftModelForCausalLM):
-        return f"{type(model).__name__} is not a causal language model (task type CAUSAL_LM)"
+    known = next((cls for cls in _FRONTS if isinstance(model, cls)), None)
+    if known is None:
+        return (
+            f"{type(model).__name__} is not a causal language model (task type CAUSAL_LM), "
+            "and no encoder-decoder (SEQ_2_SEQ_LM)"
+        )
     stock = model.__dict__[STATE].stock_class if STATE in model.__dict__ else type(model)
     for name in ("forward", "get_prompt"):
-        if getattr(stock, name) is not getattr(PeftModelForCausalLM, name):
+        if getattr(stock, name) is not getattr(known, name):
             return f"{stock.__name__} has a {name} of its own, which the packed forward would not call"
     if "get_prompt" in model.__dict__:
         return "the model's get_prompt was replaced on the instance"

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModelForCausalLM, PeftType
+from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
 
 from softprompt.calls import adapter_obstacle
 from softprompt.encoders import has_tasks
@@ -15,6 +15,7 @@ from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
+from softprompt.engine.seq2seq_plan import Seq2SeqPlan, seq2seq_plan_for
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.state import PatchState, state_of
@@ -24,6 +25,8 @@ _OPS_OF_ROUTE = {
     "padded": ("prepend_prompt", "linear_cross_entropy"),
     "stock": (),
 }
+
+_SERVED = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
 
 _ATTENTION = {
     "triton": "kernels for heads of up to 256; SDPA for wider ones, fp64 and dropout",
@@ -75,9 +78,10 @@ def explain(model: CausalLM) -> Report:
     """
     state = state_of(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plan = plan_for(base, sharded=sharding.is_fsdp(model))
+    seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
+    plan = seq2seq_plan_for(base) if seq2seq else plan_for(base, sharded=sharding.is_fsdp(model))
     refusal = state.refusal if state is not None else None
-    if refusal is None and isinstance(model, PeftModelForCausalLM):
+    if refusal is None and isinstance(model, _SERVED):
         refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
     device = sharding.device_of(base.get_input_embeddings())
@@ -98,7 +102,7 @@ def explain(model: CausalLM) -> Report:
 
 def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str], ...]:
     """What stands in front of the texts of a PEFT model."""
-    if not isinstance(model, PeftModelForCausalLM):
+    if not isinstance(model, _SERVED):
         return ()
     name = str(model.active_adapter)
     config: Any = model.peft_config[name]
@@ -109,7 +113,7 @@ def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str]
     if options is not None and options.placement == "after_bos":
         text += ", behind the BOS token of each text"
     rows = [("prompt", text)]
-    if options is not None and options.logits != "full":
+    if options is not None and options.logits != "full" and isinstance(model, PeftModelForCausalLM):
         rows.append(("logits", f"[B, L, V], without the prompt's ({options.logits!r})"))
     return tuple(rows)
 
@@ -117,9 +121,12 @@ def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str]
 def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tuple[str, str], ...]:
     positions = state.options.positions if state is not None else "padded"
     obstacle = families.embedding_obstacle(base.get_input_embeddings())
+    layout = ("positions", f"{positions} ({plan.positions} in the padded layout)")
+    if isinstance(plan, Seq2SeqPlan):
+        layout = ("columns that are pads in all rows", "dropped at the end" if plan.trims else "kept")
     rows = [
         ("attention", f"{plan.seam} seam" if plan.seam else "the model's own"),
-        ("positions", f"{positions} ({plan.positions} in the padded layout)"),
+        layout,
         ("embedding", "read from its table" if obstacle is None else f"called as a module: {obstacle}"),
         (
             "head",
@@ -145,6 +152,8 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
 
 def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> list[tuple[str, str]]:
     """How `generate` of a PEFT model is served."""
+    if isinstance(model, PeftModelForSeq2SeqLM):
+        return [("generate", "PEFT's own: the encoder runs once for a call, prompt included")]
     if not isinstance(model, PeftModelForCausalLM):
         return []
     refusal = refusal or adapter_obstacle(model, [model.active_adapter])
@@ -217,7 +226,7 @@ def _advice(base: CausalLM, plan: Plan, route: str, device_type: str) -> tuple[s
         )
     if not plan.fused_head:
         rows.append("a head that is a plain nn.Linear without hooks: its loss then comes from one fused op")
-    if families.uses_gradient_checkpointing(families.body_of(base)):
+    if not isinstance(plan, Seq2SeqPlan) and families.uses_gradient_checkpointing(families.body_of(base)):
         rows.append(
             "no gradient checkpointing: the packed step needs little memory, and recomputing costs a third"
         )

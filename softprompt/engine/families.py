@@ -185,6 +185,15 @@ def head_obstacle(model: CausalLM) -> str | None:
     """Why logits have to be made by the model's own head, or None where `linear_cross_entropy` can read
     it.
     """
+    obstacle = head_weight_obstacle(model)
+    if obstacle is None and getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
+        name = getattr(model.loss_function, "__name__", "?")
+        return f"the model has a loss function of its own ({name})"
+    return obstacle
+
+
+def head_weight_obstacle(model: CausalLM) -> str | None:
+    """Why the weight of the model's head cannot be read, or None."""
     head = model.get_output_embeddings()
     if head is None:
         return "the model names no output embeddings"
@@ -192,12 +201,7 @@ def head_obstacle(model: CausalLM) -> str | None:
         return f"the head is {_class_of(head)}"
     if has_hooks(head):
         return "the head has hooks"
-    obstacle = precision.weight_obstacle("the head's weight", head.weight)
-    if obstacle is not None:
-        return obstacle
-    if getattr(model.loss_function, "__name__", "") != "ForCausalLMLoss":
-        return f"the model has a loss function of its own ({getattr(model.loss_function, '__name__', '?')})"
-    return None
+    return precision.weight_obstacle("the head's weight", head.weight)
 
 
 def head_facts(model: CausalLM) -> HeadFacts:

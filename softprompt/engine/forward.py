@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -82,10 +82,15 @@ def forward(
     Raises:
         IndexError: an id or a label outside the vocabulary; names row, column and value.
         ValueError: shapes, dtypes or options that do not fit; says what was given and what is expected.
-        UnsupportedModelError: see `on_unsupported`.
+        UnsupportedModelError: see `on_unsupported`; always for an encoder-decoder, which `patch` serves.
     """
     check_option("positions", positions, POSITIONS)
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"softprompt.forward takes decoder-only models, got the encoder-decoder {type(model).__name__}: "
+            "softprompt.patch serves it as a PEFT model of task type SEQ_2_SEQ_LM"
+        )
     batch = check_batch(
         [prompts] if isinstance(prompts, Tensor) else list(prompts),
         prompt_width(model),
@@ -321,18 +326,40 @@ def _rows_compiled_or_not(
 
 
 def _lazy_logits(model: CausalLM, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
-    device_type, dtype = rows.hidden.device.type, plan.logits_dtype
-    if sharding.by_fsdp(model):
-        dtype = rows.hidden.dtype  # its mixed precision gathers weights in another dtype than they have
-    casts = plan.autocast_logits and dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if casts and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-
     def values_of(hidden: Tensor) -> Tensor:
         placed = rows.padded(hidden) if which == "full" else text_rows(rows, hidden, which, columns)
         return own_logits(model, placed, rows.output_class)
 
-    in_mode = in_this_mode(values_of, device_type)
     num_rows, width = rows.padded_shape
     shape = (num_rows, width if which == "full" else columns, plan.vocab_size)
-    return with_gradient(rows.hidden, in_mode, lambda: in_mode(rows.hidden), shape, dtype)
+    # The mixed precision of FSDP2 gathers weights in another dtype than they have.
+    dtype = rows.hidden.dtype if sharding.by_fsdp(model) else plan.logits_dtype
+    return logits_of(rows.hidden, values_of, shape, dtype, casts=plan.autocast_logits)
+
+
+def logits_of(
+    hidden: Tensor,
+    values_of: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    added: torch.dtype | None = None,
+    casts: bool = True,
+) -> LazyLogits:
+    """Lazy logits, with the gradient of `hidden` and the autocast of now.
+
+    Args:
+        hidden: what they are made of.
+        values_of: makes them.
+        shape: of the logits.
+        dtype: of the logits without autocast.
+        added: dtype of what the model adds to the product with its head, which autocast leaves alone.
+        casts: whether the logits follow autocast.
+    """
+    device_type = hidden.device.type
+    casts = casts and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if casts and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        dtype = dtype if added is None else torch.promote_types(dtype, added)
+    in_mode = in_this_mode(values_of, device_type)
+    return with_gradient(hidden, in_mode, lambda: in_mode(hidden), shape, dtype)

@@ -6,10 +6,11 @@ import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from softprompt.engine import families, sharding
@@ -59,8 +60,7 @@ def _check_gathered(model: CausalLM) -> None:
         )
 
 
-@contextlib.contextmanager
-def decoder_answers(model: CausalLM, hidden: Tensor, output_class: type) -> Iterator[None]:
+def decoder_answers(model: CausalLM, hidden: Tensor, output_class: type) -> AbstractContextManager[None]:
     """The model's decoder returns these hidden rows in the block, whatever it is given.
 
     Args:
@@ -71,9 +71,16 @@ def decoder_answers(model: CausalLM, hidden: Tensor, output_class: type) -> Iter
     Raises:
         RuntimeError: the block did not ask the decoder, so that its results come from elsewhere.
     """
-    body = families.body_of(model)
-    answer = output_class(last_hidden_state=hidden)
+    return answering(families.body_of(model), output_class(last_hidden_state=hidden))
 
+
+@contextlib.contextmanager
+def answering(module: nn.Module, answer: Any) -> Iterator[None]:
+    """A part of a model answers `answer` in the block, without running and without its hooks.
+
+    Raises:
+        RuntimeError: at the end, where nothing has called it.
+    """
     asked = False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -81,17 +88,25 @@ def decoder_answers(model: CausalLM, hidden: Tensor, output_class: type) -> Iter
         asked = True
         return answer
 
+    # What is answered comes from behind the module's hooks: they must not act a second time.
+    with replaced(module, forward=forward, **{name: OrderedDict() for name in _HOOKS}):
+        yield
+    if not asked:
+        raise RuntimeError(f"the model never calls the {type(module).__name__} that it holds")
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Attributes of an instance, put back as they were; one thread at a time is inside."""
     with IN_USE:
-        # The hidden rows come from behind the decoder's hooks: they must not act a second time.
-        replaced = {name: body.__dict__[name] for name in ("forward", *_HOOKS) if name in body.__dict__}
-        body.__dict__.update({name: OrderedDict() for name in _HOOKS}, forward=forward)
+        before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+        module.__dict__.update(attributes)
         try:
             yield
         finally:
-            del body.__dict__["forward"]
-            body.__dict__.update(replaced)
-    if not asked:
-        raise RuntimeError(f"{type(model).__name__} never calls the {type(body).__name__} that it holds")
+            for name in attributes:
+                del module.__dict__[name]
+            module.__dict__.update(before)
 
 
 def loss_of_rows(
@@ -135,6 +150,11 @@ def loss_of_rows(
                 backend=backend,
             )
     losses = losses_of_rows(model, hidden, label_rows, targets, fused=False, output_class=output_class)
+    return mean_of(losses, targets, num_items)
+
+
+def mean_of(losses: Tensor, targets: Tensor, num_items: int | float | Tensor | None) -> Tensor:
+    """The sum of [M] losses over `num_items`, or over the number of targets that count."""
     total = losses.sum()
     count = (targets != IGNORE_INDEX).sum().clamp_min(1) if num_items is None else num_items
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
@@ -165,7 +185,11 @@ def losses_of_rows(
             backend=backend,
         )
         return losses
-    logits = own_logits(model, hidden[label_rows][None], output_class)[0]
+    return losses_of_logits(own_logits(model, hidden[label_rows][None], output_class)[0], targets)
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """[M] losses in fp32 (fp64 for fp64 logits) of logits [M, V], 0 where the target is -100."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     return functional.cross_entropy(logits, targets.long(), ignore_index=IGNORE_INDEX, reduction="none")

@@ -117,7 +117,7 @@ def packed_layout(
         # Predictors are counted but have no position; only an input this long is looked at again.
         longest = max(batch.prompt_lengths) + int((batch.attention_mask != 0).sum(1).max())
         if longest > position_limit:
-            _raise_too_long(longest, position_limit)
+            raise_too_long(longest, position_limit)
     return layout
 
 
@@ -159,10 +159,11 @@ def check_length(batch: Batch, positions: str, position_limit: int | None) -> No
     """Raises ValueError where the padded layout does not fit the model's position table."""
     longest = max(batch.prompt_lengths) + batch.shape[1]
     if position_limit is not None and positions == "slots" and longest > position_limit:
-        _raise_too_long(longest, position_limit)
+        raise_too_long(longest, position_limit)
 
 
-def _raise_too_long(longest: int, position_limit: int) -> None:
+def raise_too_long(longest: int, position_limit: int) -> None:
+    """Raises the ValueError for an input that reaches beyond the position table."""
     raise ValueError(
         f"prompt and text are {longest} tokens long, but the model has {position_limit} positions: "
         "shorten the texts or the prompt"

@@ -88,7 +88,7 @@ def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
         sharded: whether FSDP2 has sharded it together with something around it.
     """
     with IN_USE:
-        key = _fingerprint(model)
+        key = fingerprint(model)
         known = _PLANS.get(model)
         if sharded or sharding.by_fsdp(model):
             return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
@@ -101,7 +101,7 @@ def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)
 
 
-def _fingerprint(model: CausalLM) -> tuple[Any, ...]:
+def fingerprint(model: CausalLM) -> tuple[Any, ...]:
     """Cheap signs that a model is no longer the one that was checked."""
     weight = next(iter(model.parameters()), None)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
@@ -158,13 +158,18 @@ def make_plan(model: CausalLM) -> Plan:
                 rotary_switch=families.rotary_switch(model),
                 row_limit=families.row_limit(model) if plan.route == "packed" else None,
             )
-    except _StockFailedError as error:
+    except StockFailedError as error:
         return Plan("stock", str(error))
 
 
 def _structural_obstacle(model: CausalLM) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return "the model is an encoder-decoder; only decoder-only models are packed"
+    return missing_part(model)
+
+
+def missing_part(model: CausalLM) -> str | None:
+    """What a model lacks that every route needs, as a sentence, or None."""
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "get_output_embeddings"):
         return f"{type(model).__name__} is not a transformers model"
     if not isinstance(model.get_input_embeddings(), nn.Module):
@@ -172,10 +177,11 @@ def _structural_obstacle(model: CausalLM) -> str | None:
     obstacle = sharding.obstacle(model)
     if obstacle is not None:
         return obstacle
-    try:
-        families.body_of(model)
-    except AttributeError as error:
-        return str(error)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        try:
+            families.body_of(model)
+        except AttributeError as error:
+            return str(error)
     if model.get_output_embeddings() is None:
         return f"{type(model).__name__} has no language modelling head"
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
@@ -201,7 +207,7 @@ def _structural_obstacle(model: CausalLM) -> str | None:
     return None
 
 
-class _StockFailedError(RuntimeError):
+class StockFailedError(RuntimeError):
     """The stock forward itself cannot serve as a reference."""
 
 
@@ -233,8 +239,8 @@ def _first_that_holds(
                 first_line = str(error).splitlines()[0] if str(error) else ""
                 rejected.append(f"{name}: {type(error).__name__}: {first_line}")
                 continue
-            loss_error, grad_error = _errors(got, expected)
-            loss_bound, grad_bound = _tolerances(model)
+            loss_error, grad_error = errors(got, expected)
+            loss_bound, grad_bound = tolerances(model)
             if loss_error <= loss_bound and grad_error <= grad_bound:
                 head_reason = head_obstacle
                 if head_obstacle is None and not fused:
@@ -255,13 +261,14 @@ def _first_that_holds(
     )
 
 
-def _tolerances(model: CausalLM) -> tuple[float, float]:
+def tolerances(model: CausalLM) -> tuple[float, float]:
+    """Largest allowed errors of loss and prompt gradient relative to those of the stock forward."""
     return _TOLERANCES.get(precision.coarsest_dtype(model), _TOLERANCE_16_BIT)
 
 
 def tolerance(model: CausalLM) -> float:
     """Largest allowed error of tensors relative to those of the stock forward."""
-    return _tolerances(model)[1]
+    return tolerances(model)[1]
 
 
 def _praise(plan: Plan, packing_obstacle: str | None) -> str:
@@ -298,11 +305,11 @@ def _stock_step(model: CausalLM, batch: Batch) -> tuple[Any, tuple[Tensor, Tenso
             raise RuntimeError("the loss has no gradient, as layers with rounded activations give none")
         (grad,) = torch.autograd.grad(loss, batch.prompts[0])
     except Exception as error:
-        raise _StockFailedError(
+        raise StockFailedError(
             f"the model's own forward fails on soft prompts: {type(error).__name__}: {error}"
         ) from error
     if not (torch.isfinite(loss) and torch.isfinite(grad).all()):
-        raise _StockFailedError("the model's own loss or prompt gradient is not finite")
+        raise StockFailedError("the model's own loss or prompt gradient is not finite")
     return output, (loss.detach(), grad)
 
 
@@ -366,7 +373,8 @@ def _step(model: CausalLM, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss.detach(), grad
 
 
-def _errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Errors of loss and prompt gradient relative to what is expected."""
     loss, grad = (x.double() for x in got)
     true_loss, true_grad = (x.double() for x in expected)
     loss_error = float((loss - true_loss).abs() / true_loss.abs().clamp_min(1e-12))

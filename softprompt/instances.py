@@ -1,0 +1,48 @@
+"""How a patch holds on to an instance: its class becomes a subclass, which copies and files do not name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+from softprompt.state import STATE, PatchState
+
+
+@functools.cache
+def subclass_of(front: type, stock: type) -> type:
+    """The subclass of a PEFT class with `front` before it, under the name of the PEFT class."""
+    return type(
+        stock.__name__,
+        (front, stock),
+        {"__module__": stock.__module__, "__qualname__": stock.__qualname__},
+    )
+
+
+def is_own_method(model: nn.Module, name: str, value: Any) -> bool:
+    """Whether a value of an instance is its class's own method, bound (PEFT's contexts leave such copies)."""
+    return (
+        inspect.ismethod(value) and value.__self__ is model and value.__func__ is getattr(type(model), name)
+    )
+
+
+class PatchedInstance:
+    """What the classes in front of PEFT's have in common."""
+
+    _softprompt: PatchState
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and files name the stock class, and leave out what only counts for this instance."""
+        known: Any = self
+        state = {
+            name: value for name, value in self.__dict__.items() if not is_own_method(known, name, value)
+        } | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
+        front = type(self).__bases__[0]
+        return _rebuild, (front, self._softprompt.stock_class), state
+
+
+def _rebuild(front: type, stock: type) -> Any:
+    cls: Any = subclass_of(front, stock)
+    return cls.__new__(cls)
