@@ -1,6 +1,6 @@
 """Thousands of random batches against PEFT, and a record of what came out.
 
-    python tests/robustness/fuzz.py --batches 2000 --record benchmarks/results/robustness/fuzz.json
+python tests/robustness/fuzz.py --batches 2000 --record benchmarks/results/robustness/fuzz.json
 """
 
 import argparse
@@ -37,7 +37,7 @@ def fuzz(name, batches, seed):
     try:
         run()
     except Exception as error:  # whatever it is, the other models are run too
-        failures.append(f"{type(error).__name__}: {error}")
+        failures.append("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
     return {
         "architecture": name,
         "batches": errors.batches,
