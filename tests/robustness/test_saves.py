@@ -150,14 +150,14 @@ def state_of(folder):
     return which
 
 
-def save_often(which, folder, times=60):
+def save_often(which, folder, times=30):
     for _ in range(times):
         save_adapter(which, folder)
 
 
 def test_two_processes_that_save_to_one_folder_leave_one_of_the_two_adapters(tmp_path):
     folder, fork = tmp_path / "adapter", multiprocessing.get_context("fork")
-    for _ in range(3):
+    for _ in range(2):
         writers = [fork.Process(target=save_often, args=(which, tmp_path)) for which in LENGTHS]
         for writer in writers:
             writer.start()
@@ -170,6 +170,33 @@ def test_two_processes_that_save_to_one_folder_leave_one_of_the_two_adapters(tmp
         assert config["num_virtual_tokens"] == len(tensor)
         names = sorted(path.name for path in folder.iterdir())
         assert names == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def save_slowly(folder, between, other_done):
+    """Waits between the two files for the other process, which has to wait for this one."""
+    replace = os.replace
+
+    def slow(source, target):
+        replace(source, target)
+        if Path(target).name == "adapter_model.safetensors":
+            between.set()
+            other_done.wait(0.5)
+
+    os.replace = slow
+    save_adapter("old", folder)
+
+
+def test_an_adapter_is_not_written_between_the_two_files_of_another(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    between, done = fork.Event(), fork.Event()
+    slow = fork.Process(target=save_slowly, args=(tmp_path, between, done))
+    slow.start()
+    assert between.wait(60)
+    save_adapter("new", tmp_path)
+    done.set()
+    slow.join(60)
+    assert slow.exitcode == 0
+    assert state_of(tmp_path / "adapter") == "new"
 
 
 def test_an_array_that_is_replaced_is_read_whole(tmp_path):

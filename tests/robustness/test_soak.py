@@ -3,7 +3,7 @@
 import pytest
 from robustness.soak import soak
 
-STEPS, WARM = 40, 20
+STEPS, WARM = 56, 36
 
 
 @pytest.mark.parametrize("name", ["training", "generate", "adapters that come and go"])
@@ -11,6 +11,6 @@ def test_steps_in_changing_shapes_leave_nothing_behind(name):
     found = soak(name, STEPS, WARM)
     grown = found["grown"]
     assert grown["tensors"] <= 0, found
-    # A list that grows once and some counters of other libraries.
-    assert grown["objects"] < STEPS - WARM, found
+    # An adapter that stays has many more objects; caches of other libraries grow now and then.
+    assert grown["objects"] < 3 * (STEPS - WARM), found
     assert all(grown[cache] <= 0 for cache in ("plans", "prefills", "structures", "graphs")), found
