@@ -35,8 +35,17 @@ CASES = {
         "{tmp}/header.csv has no rows: give a table with at least one",
     ),
     "train on another column": (
-        ["train", "--model", "{model}", "--data", "{tmp}/table.csv", "--text-column", "text"]
-        + ["--output", "{tmp}/out"],
+        [
+            "train",
+            "--model",
+            "{model}",
+            "--data",
+            "{tmp}/table.csv",
+            "--text-column",
+            "text",
+            "--output",
+            "{tmp}/out",
+        ],
         "{tmp}/table.csv has no column 'text'; its columns are 'Tweet text', 'Label': name one "
         "of them as the text column",
     ),
