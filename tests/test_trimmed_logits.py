@@ -238,3 +238,11 @@ def test_compute_metrics_gets_predictions_that_fit_the_labels(which, tmp_path):
     assert found["eval_accuracy"] == pytest.approx(expected["accuracy"])
     with torch.no_grad():
         assert found["eval_loss"] == pytest.approx(float(stock(**DATA).loss), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
+@pytest.mark.parametrize("which", ["text", "labels"])
+def test_texts_without_columns_have_no_logits(name, which):
+    _, fast = models(name, logits=which)
+    output = fast(input_ids=torch.zeros(2, 0, dtype=torch.int64), use_cache=False)
+    assert output.logits.shape == (output.logits + 0).shape == (2, 0, 97)

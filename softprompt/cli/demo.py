@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, number, whole
+from softprompt.files import write_text
 
 if TYPE_CHECKING:
     from softprompt.tasks.compare import Side
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     output.mkdir(parents=True, exist_ok=True)
-    (output / "demo.json").write_text(to_json(_scores(plain, patched)), encoding="utf-8")
+    write_text(output / "demo.json", to_json(_scores(plain, patched)))
     draw_comparison(plain, patched, output / "demo.png", title=f"Prompt tuning ({SYNTHETIC})")
     _print_comparison(plain, patched, output)
     return 0

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
 from softprompt.cli.options import Parser, add_command, add_prompt_options, whole
+from softprompt.files import write_text
 from softprompt.tasks.folders import holds_adapter
 
 if TYPE_CHECKING:
@@ -155,6 +155,4 @@ def _write_request(args: argparse.Namespace, saved: "SavedPrompt", output: Path)
 
 
 def _write_json(body: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(body) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(body) + "\n")

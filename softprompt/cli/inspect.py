@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_prompt_options, whole
+from softprompt.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         **found.to_dict(tokenizer),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "inspection.json").write_text(to_json(content), encoding="utf-8")
+    write_text(output / "inspection.json", to_json(content))
     draw_inspection(found, tokenizer, output / "inspection.png", title=f"Soft prompt of {saved.source.name}")
     _print(content, output)
     return 0

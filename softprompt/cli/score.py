@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from softprompt.cli.errors import UsageError
+from softprompt.files import write_text
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.metrics import confusion_counts, exact_match, macro_f1, to_json
@@ -116,7 +117,7 @@ def _measure(
         "labels": list(names),
         "confusion": counts,
     }
-    _metrics_file(args).write_text(to_json(metrics), encoding="utf-8")
+    write_text(_metrics_file(args), to_json(metrics))
     title = f"Accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}"
     draw_confusion(counts, names, _confusion_file(args), title=title)
     print(f"accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}: {_metrics_file(args)}")

@@ -10,6 +10,7 @@ from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.initial import check_init_options
 from softprompt.cli.options import Parser, add_command, add_compute_options, whole
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
+from softprompt.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,8 +207,6 @@ def _write(
     fields: list[str],
     output: Path,
 ) -> None:
-    import os
-
     import pandas as pd
 
     from softprompt.tasks.metrics import to_json
@@ -218,9 +217,7 @@ def _write(
         ("sweep.json", to_json(content)),
         ("sweep.csv", pd.DataFrame(rows).to_csv(index=False)),
     ):
-        partial = output / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output / name)
+        write_text(output / name, text)
     draw_sweep(rows, fields, output / "sweep.png", title=described["title"])
 
 

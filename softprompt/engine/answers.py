@@ -37,7 +37,8 @@ def text_rows(rows: HiddenRows, hidden: Tensor, which: str, columns: int) -> Ten
     if which == "text":
         return text
     before = latest[:, : latest.shape[1] - columns][:, -1:]
-    return torch.cat([before if before.shape[1] else text[:, :1], text[:, :-1]], 1)
+    # Texts may have no columns at all.
+    return torch.cat([before if before.shape[1] else text[:, :1], text[:, :-1]], 1)[:, :columns]
 
 
 def starts_behind_pads(attention_mask: Tensor) -> Tensor:

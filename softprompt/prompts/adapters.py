@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +13,13 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from softprompt.files import whole_file
+
 INITIAL_PROMPT = "initial_prompt.npy"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 
-_CONFIG, _KEY = "adapter_config.json", "prompt_embeddings"
+_KEY = "prompt_embeddings"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -132,11 +134,8 @@ def read_npy(path: str | Path) -> Tensor:
 
 def write_npy(prompt: Tensor, path: str | Path) -> None:
     """Writes a prompt as a .npy of float32; no half-written file is ever left under the name."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         np.save(file, prompt.detach().to("cpu", torch.float32).numpy(), allow_pickle=False)
-    os.replace(partial, path)
 
 
 def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
@@ -147,10 +146,10 @@ def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
     """
     folder = Path(folder)
     # PEFT would look on the model hub for what a folder lacks.
-    if not (folder / _CONFIG).is_file():
-        raise ValueError(f"{folder} holds no adapter: expected a folder with {_CONFIG}")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder} holds no adapter: expected a folder with {ADAPTER_CONFIG}")
     if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ValueError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside {_CONFIG}")
+        raise ValueError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside {ADAPTER_CONFIG}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         weights: dict[str, Any] = load_peft_weights(str(folder), device="cpu")
@@ -176,6 +175,8 @@ def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
         raise ValueError(
             f"the adapter in {folder} has {len(prompt)} virtual tokens, its configuration says {expected}"
         )
+    if not torch.isfinite(prompt).all():
+        raise ValueError(f"the adapter in {folder} has values that are not finite")
     return config, prompt.to(torch.float32)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from peft import PromptTuningConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.prompts.adapters import WEIGHTS, check_prompt, prompt_parameter, write_npy
+from softprompt.files import alone_in, sync, whole_file
+from softprompt.prompts.adapters import ADAPTER_CONFIG, WEIGHTS, check_prompt, prompt_parameter, write_npy
 from softprompt.prompts.vocabulary import base_of, dtype_of, embed, width_of
 
 __all__ = ["completion_request", "encode", "prompt_embeds", "save_npy", "save_peft", "save_tensor"]
@@ -61,14 +63,25 @@ def save_peft(model: Any, prompt: Tensor, folder: str | Path) -> None:
 
 
 def write_adapter(config: PromptTuningConfig, prompt: Tensor, folder: str | Path) -> None:
-    """Writes the two files of a prompt-tuning adapter."""
+    """Writes the two files of a prompt-tuning adapter, which always belong together.
+
+    An interrupt leaves the adapter that was there, the new one, or none: the configuration, without which
+    nothing reads a folder as an adapter, leaves first and arrives last. Of two processes that write one
+    folder at once, the later one's adapter stays.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS[0]}.partial"
     tensor = prompt.detach().to("cpu").contiguous()
-    save_file({"prompt_embeddings": tensor}, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS[0])
-    config.save_pretrained(str(folder))
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
+        stage = Path(name)
+        save_file({"prompt_embeddings": tensor}, stage / WEIGHTS[0], metadata={"format": "pt"})
+        config.save_pretrained(str(stage))
+        for file in (WEIGHTS[0], ADAPTER_CONFIG):
+            sync(stage / file)
+        with alone_in(folder):
+            (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+            for file in (WEIGHTS[0], ADAPTER_CONFIG):
+                os.replace(stage / file, folder / file)
 
 
 def prompt_embeds(
@@ -118,10 +131,8 @@ def encode(embeds: Tensor) -> str:
 
 def save_tensor(embeds: Tensor, path: str | Path) -> None:
     """Writes the tensor with `torch.save`, for vLLM's offline `LLM.generate({"prompt_embeds": tensor})`."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(_saved(embeds))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(_saved(embeds))
 
 
 def completion_request(

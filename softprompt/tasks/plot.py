@@ -1,6 +1,5 @@
 """Figures: one training run, two runs side by side, and the vectors of a prompt."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from softprompt.files import whole_file
 from softprompt.prompts.inspection import Inspection, norm_quantiles, token_text
 from softprompt.tasks.compare import Side, largest_difference
 
@@ -209,8 +209,6 @@ def save_figure(figure: Figure, path: str | Path, *, whole: bool = False) -> Non
 
     With `whole` it is as large as its texts need, however long they are.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     FigureCanvasAgg(figure)
-    figure.savefig(partial, format="png", dpi=150, bbox_inches="tight" if whole else None)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight" if whole else None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from softprompt.files import whole_file
 from softprompt.tasks.errors import TaskError
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
@@ -101,18 +102,14 @@ def write_frame(frame: Any, path: str | Path) -> None:
     path = Path(path)
     check_writable_type(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     suffix = path.suffix.lower()
-    try:
+    with whole_file(path) as partial:
         if suffix == ".csv":
             frame.to_csv(partial, index=False)
         elif suffix == ".jsonl":
             frame.to_json(partial, orient="records", lines=True, force_ascii=False)
         else:
             frame.to_parquet(partial, index=False)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_writable_type(path: str | Path) -> None:

@@ -1,0 +1,70 @@
+"""How each reason for not taking the fast route comes about. In its sentence {} stands for values.
+
+A row of `ROWS` names a sentence and an action. The action gets the `Kit` of tests/test_reasons.py, makes a
+model, does what the fast route does not serve, and returns the model that `softprompt.explain` is then asked
+about. A new reason in the sources needs a row in one of these modules.
+"""
+
+import importlib.util
+import types
+
+import torch
+from tiny_models import build
+from torch import nn
+
+from reasons import calls, generation, models, steps
+from reasons.calls import ADAPTERS, CALLS
+from reasons.rows import BATCH, Row, pattern_of
+from softprompt.engine import families, graphs, hooks
+from softprompt.ops import library
+
+__all__ = ["ADAPTERS", "BATCH", "CALLS", "DIRECT", "ELSEWHERE", "ROWS", "Row", "pattern_of"]
+
+
+def without_triton(kit):
+    kit.monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    return library.triton_availability.__wrapped__("cuda").reason
+
+
+# Reasons that no whole model shows on a machine without a GPU: sentence -> what gives it
+DIRECT = {
+    "the attention modules of {} are not known": lambda kit: hooks.obstacle(nn.Module(), "llama"),
+    "no module runs {}": lambda kit: hooks.obstacle(nn.Module(), "bloom"),
+    "the weights are on {}, the batch is on {}": lambda kit: graphs._lasting_obstacle(
+        build("llama"), torch.device("meta")
+    ),
+    "the model names no output embeddings": lambda kit: families.head_obstacle(
+        types.SimpleNamespace(get_output_embeddings=lambda: None)
+    ),
+    "there are no native ops for {} tensors": lambda kit: library.native_availability("meta").reason,
+    "triton is not installed (pip install triton)": without_triton,
+    "Triton needs CUDA tensors, or TRITON_INTERPRET=1 for the CPU; got {}": (
+        lambda kit: library.triton_availability.__wrapped__("meta").reason
+    ),
+}
+
+
+ROWS = [row for part in (calls, models, steps, generation) for row in part.rows()]
+
+# Reasons that other tests bring about: sentence -> (file below tests/, what it looks for)
+ELSEWHERE = {
+    "the capture failed: {}": ("engine/test_recorders.py", 'match="the capture failed"'),
+    "softprompt: prompts of several lengths cannot share a batch of up to {} positions: the model's rotary "
+    "embedding changes beyond {}, for all prompts at once": ("test_ensemble.py", "for all prompts at once"),
+    "the model's rotary embedding changes beyond {} positions, and prompt, text and candidate take up "
+    "to {}": (
+        "engine/test_scoring.py",
+        "one at a time: the model's rotary embedding changes beyond",
+    ),
+    'softprompt: positions="compact" with pads between prompt and text needs the packed prefill on a model '
+    "that counts places in its windows or biases: leave out prefill_chunk_size, or the pads": (
+        "test_generate_corners.py",
+        "leave out prefill_chunk_size",
+    ),
+    "the native ops for {} are not built ({})": ("cli/test_doctor.py", "are not built"),
+    "{} does not load: {} (build it again: {})": ("cli/test_doctor.py", "does not load"),
+    "{} was built from other sources (interface {}, expected {}; build it again: {})": (
+        "cli/test_doctor.py",
+        "was built from other sources",
+    ),
+}

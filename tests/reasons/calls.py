@@ -1,0 +1,213 @@
+"""Reasons of calls of `forward`, of adapters, and of the classes that `patch` leaves alone."""
+
+import copy
+import types
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModelForCausalLM,
+    PrefixTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from tiny_models import build, prompt_config, prompted
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+import softprompt
+from reasons.models import fails_on_prompts, infinite, own_loss, router_logits
+from reasons.rows import BATCH, DYNAMIC, Row, patched
+
+
+def call_with(**changes):
+    """A call of forward with other arguments than those of `BATCH`."""
+    return lambda model: model(**(BATCH | changes))
+
+
+def evaluate_without_labels(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"])
+
+
+def ask_in_the_configuration(model):
+    model.get_base_model().config.output_hidden_states = True
+    try:
+        return model(**BATCH)
+    finally:
+        model.get_base_model().config.output_hidden_states = False
+
+
+_PADDED_ONLY = "{} was asked for, which only the padded forward has"
+
+# name -> (call, sentence)
+CALLS = {
+    "output_hidden_states": (call_with(output_hidden_states=True), _PADDED_ONLY),
+    "output_hidden_states of the configuration": (ask_in_the_configuration, _PADDED_ONLY),
+    "output_attentions": (call_with(output_attentions=True), _PADDED_ONLY),
+    "use_cache": (
+        call_with(use_cache=True),
+        "use_cache=True was asked for, and the packed row has no cache",
+    ),
+    "evaluation without labels": (
+        evaluate_without_labels,
+        "without labels in evaluation mode the output holds a cache; use_cache=False takes the fast route",
+    ),
+    "unknown arguments": (
+        call_with(labels=None, use_cache=False, logits_to_keep=2),
+        "the call has arguments that the packed route does not serve: {}",
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------- adapters
+def of_type(config):
+    """A model with an adapter of another type than prompt tuning."""
+    return lambda: get_peft_model(build("llama"), config).double()
+
+
+def twice_the_submodules():
+    base = build("llama")
+    config = prompt_config(base)
+    config.num_transformer_submodules = 2
+    return get_peft_model(base, config).double()
+
+
+def other_word_embeddings():
+    model = prompted("llama")
+    model.word_embeddings = copy.deepcopy(model.word_embeddings)
+    return model
+
+
+def hooked_language_model():
+    model = prompted("llama")
+    model.get_base_model().register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+_TYPES = "adapter {} is of type {}; {} are served"
+
+# name -> (model, sentence); all are met by the first call
+ADAPTERS = {
+    "prefix tuning": (of_type(PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)), _TYPES),
+    "lora": (of_type(LoraConfig(task_type="CAUSAL_LM", r=2)), _TYPES),
+    "two submodules": (twice_the_submodules, "adapter {} has num_transformer_submodules={}, not 1"),
+    "no virtual tokens": (
+        lambda: prompted("llama", num_virtual_tokens=0),
+        "adapter {} has no virtual tokens",
+    ),
+    "other word embeddings": (
+        other_word_embeddings,
+        "PEFT embeds tokens with another module than the model's input embeddings",
+    ),
+    "hooks of the language model": (
+        hooked_language_model,
+        "the language model itself has hooks or a replaced forward, which the packed route would skip",
+    ),
+}
+
+
+def forward_of(make):
+    def act(kit):
+        model = softprompt.patch(make())
+        model(input_ids=BATCH["input_ids"], use_cache=False)
+        return model
+
+    return act
+
+
+def called(call):
+    def act(kit):
+        model = softprompt.patch(kit.llama())
+        call(model)
+        return model
+
+    return act
+
+
+def called_on_stock(kit):
+    model = patched(own_loss)(kit)
+    model(**BATCH)
+    return model
+
+
+def long_rotary(kit):
+    model = softprompt.patch(prompted("llama", max_position_embeddings=10, **DYNAMIC))
+    model(**BATCH)
+    return model
+
+
+def scaled_attention(kit):
+    architectures = kit.architectures
+    model = prompted("llama4_text", architectures=architectures, floor_scale=16)
+    softprompt.patch(model)(**BATCH)
+    return model
+
+
+# --------------------------------------------------------------------------------------- the class of a model
+def classifier(kit):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForSequenceClassification(LlamaConfig(**sizes, pad_token_id=0, num_labels=2))
+    config = prompt_config(base)
+    config.task_type = TaskType.SEQ_CLS
+    return softprompt.patch(get_peft_model(base, config))
+
+
+class _OwnPrompt(PeftModelForCausalLM):
+    def get_prompt(self, *args, **kwargs):
+        return super().get_prompt(*args, **kwargs)
+
+
+def own_class(kit):
+    model = kit.llama()
+    model.__class__ = _OwnPrompt
+    return softprompt.patch(model)
+
+
+def replaced(name):
+    def act(kit):
+        model = kit.llama()
+        setattr(model, name, types.MethodType(lambda self, *args, **kwargs: None, model))
+        return softprompt.patch(model)
+
+    return act
+
+
+def rows():
+    yield from (Row(sentence, called(call), name=name) for name, (call, sentence) in CALLS.items())
+    yield from (Row(sentence, forward_of(make), name=name) for name, (make, sentence) in ADAPTERS.items())
+    yield Row(
+        "the model's rotary embedding changes beyond {} positions, and in a padded batch of {} pads count "
+        "for that",
+        long_rotary,
+    )
+    yield Row(
+        "the model scales its attention by the place in the row, from {} rows on, and the prompts and texts "
+        "of this batch may take {}",
+        scaled_attention,
+    )
+    yield Row("{} is not a causal language model (task type CAUSAL_LM)", classifier)
+    yield Row("{} has a {} of its own, which the packed forward would not call", own_class)
+    yield Row("the model's get_prompt was replaced on the instance", replaced("get_prompt"))
+    yield Row(
+        "the model's forward was replaced on the instance (accelerate's prepare does that); call "
+        "softprompt.patch before",
+        replaced("forward"),
+    )
+    yield Row("the model's own forward is used: {}", called_on_stock)
+    yield Row("no faster route gives the numbers of the model's own forward: ", patched(own_loss))
+    yield Row("{}: loss off by {}, prompt gradient by {}", patched(own_loss))
+    yield Row(
+        "output_router_logits adds a loss over all tokens, pads and repeated prompts included",
+        patched(router_logits),
+    )
+    yield Row("the model's own forward fails on soft prompts: {}: {}", patched(fails_on_prompts))
+    yield Row("the model's own loss or prompt gradient is not finite", patched(infinite))
+    yield Row(
+        'positions="compact" needs the packed route: {}',
+        patched(lambda base: None, "lfm2", positions="compact"),
+        "error",
+    )
