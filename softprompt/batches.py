@@ -56,7 +56,7 @@ def seq2seq_batch_of(
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     inputs_embeds: Tensor | None,
-    task_ids: Tensor | None,
+    task_ids: Tensor | Sequence[int] | None,
 ) -> tuple[Batch, tuple[Tensor, ...] | None]:
     """A call of a patched encoder-decoder as a batch behind prompts, and the prompts of its decoder.
 

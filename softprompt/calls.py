@@ -215,6 +215,8 @@ def reason_for_stock(
         return (
             "without labels in evaluation mode the output holds a cache; use_cache=False takes the fast route"
         )
+    if extra.get(ASKED) and (sharding.is_fsdp(model) or sharding.by_fsdp(base)):
+        return "TRL's fused head reads a weight that fully_shard gathers for the model's own forward only"
     served = ("output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch")
     ignored_by_peft = ("position_ids", "token_type_ids", "task_ids")
     # Of the head itself, which only scores what has a label.

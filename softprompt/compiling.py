@@ -9,10 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModelForSeq2SeqLM
 
 from softprompt.calls import reason_for_stock
 from softprompt.engine import plan_for
+from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.notices import fall_back
+from softprompt.state import model_named
 
 ONE_GRAPH = (
     "torch.compile(fullgraph=True) or torch.export wants one graph, and a packed step runs outside "
@@ -21,13 +24,13 @@ ONE_GRAPH = (
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def stock_is_traced(model: Any, labelled: bool, asked: str, mixed: bool) -> bool:
+def stock_is_traced(name: str, labelled: bool, asked: str, mixed: bool) -> bool:
     """Whether a traced call is PEFT's own forward, noted as every call that PEFT serves.
 
-    It runs once for each graph, while that is traced, and takes nothing but the model and constants.
+    It runs once for each graph, while that is traced, and takes nothing but constants.
 
     Args:
-        model: the patched model.
+        name: of the state of the patched model, see `model_named`.
         labelled: whether the call has labels.
         asked: names of the other arguments that ask for something, with a comma between them.
         mixed: whether the call names an adapter for each row.
@@ -35,11 +38,13 @@ def stock_is_traced(model: Any, labelled: bool, asked: str, mixed: bool) -> bool
     Raises:
         UnsupportedModelError: PEFT's forward cannot serve the call, or the patch does not allow it.
     """
+    model: Any = model_named(name)
+    base = model.get_base_model()
     reason: str | None = ONE_GRAPH
     if not _one_graph():
         reason = reason_for_stock(
             model,
-            plan_for(model.get_base_model()),
+            seq2seq_plan_for(base) if isinstance(model, PeftModelForSeq2SeqLM) else plan_for(base),
             [model.active_adapter],
             torch.zeros(0) if labelled else None,
             (0, 0),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from softprompt.state import STATE, PatchState
+from softprompt.state import STATE, PatchState, give_state
 
 
 @functools.cache
@@ -32,6 +32,12 @@ class PatchedInstance:
     """What the classes in front of PEFT's have in common."""
 
     _softprompt: PatchState
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """A copy, or what a file holds."""
+        super().__setstate__(values)  # type: ignore[misc]
+        known: Any = self
+        give_state(known, self._softprompt)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""

@@ -66,7 +66,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             **kwargs,
         }
         if torch.compiler.is_compiling() and stock_is_traced(
-            self, labels is not None, asked_for(extra), adapter_names is not None
+            self._softprompt.name, labels is not None, asked_for(extra), adapter_names is not None
         ):
             return self._stock_forward(texts, extra, return_dict)
         return self._own_forward(texts, extra, return_dict, adapter_names)

@@ -28,7 +28,7 @@ from softprompt.instances import is_own_method, subclass_of
 from softprompt.ops.library import AUTO
 from softprompt.patched_model import PatchedCausalLM, plan_of
 from softprompt.patched_seq2seq import PatchedSeq2SeqLM
-from softprompt.state import STATE, PatchOptions, PatchState
+from softprompt.state import STATE, PatchOptions, PatchState, give_state
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -101,7 +101,7 @@ def patch(
             raise UnsupportedModelError(f"softprompt: {obstacle}")
         warnings.warn(f"softprompt: PEFT's own forward stays in use: {obstacle}", stacklevel=2)
         state.said.add(obstacle)
-    setattr(model, STATE, state)
+    give_state(model, state)
     if state.refusal is None:
         _drop_bound_methods(model)
         if known is None or type(model) is known.stock_class:  # else fully_shard may stand in front of ours
@@ -141,7 +141,7 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
         if before is None:
             unpatch(model)
         else:
-            setattr(model, STATE, before)
+            give_state(model, before)
             if before.refusal is None:
                 model.__class__ = _patched_class(before.stock_class)
 

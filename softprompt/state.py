@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,8 @@ from softprompt.generation import KnownPrompt
 from softprompt.ops.library import AUTO
 
 STATE = "_softprompt"
+_NUMBERS = itertools.count()
+_MODELS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,23 @@ class PatchState:
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
     said: set[str] = field(default_factory=set)  # notes that were given once
+    name: str = field(default_factory=lambda: str(next(_NUMBERS)))  # see `model_named`
 
 
 def state_of(model: nn.Module) -> PatchState | None:
     """The patch state of a model, None where it is not patched."""
     return model.__dict__.get(STATE)
+
+
+def give_state(model: nn.Module, state: PatchState) -> None:
+    """Makes this the state of a model."""
+    setattr(model, STATE, state)
+    _MODELS[state.name] = model
+
+
+def model_named(name: str) -> nn.Module:
+    """The model whose state has this name: what is traced may be handed a string, but no model."""
+    return _MODELS[name]
 
 
 def graphs_of(model: Any, base: nn.Module) -> StepGraphs:

@@ -1,5 +1,7 @@
 """An encoder-decoder: what is refused or left to PEFT says why, and the Trainers notice nothing."""
 
+import warnings
+
 import pytest
 import torch
 from parity import assert_close, prompt_of
@@ -12,6 +14,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import softprompt
 from softprompt import ensemble, multitask
+from softprompt.engine import seq2seq_plan
 from softprompt.engine.lazy import LazyLogits
 
 BATCH = seq2seq_batch()
@@ -265,3 +268,28 @@ def test_the_trainer_gives_the_losses_and_predictions_of_peft(generates, tmp_pat
         for ours, theirs in zip(fast.predictions, stock.predictions, strict=True):
             assert ours.shape == theirs.shape
         assert_close(torch.tensor(fast.predictions[0]), torch.tensor(stock.predictions[0]), 1e-3, "logits")
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiler_gets_the_forward_of_peft_only_where_the_graph_may_not_break(fullgraph):
+    stock, fast = pair(prompted("bart", encoder_layers=1, decoder_layers=1))
+    softprompt.patch(fast)
+    losses, gradients = [], []
+    for model in (stock, fast):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses.append(compiled(**BATCH).loss)
+        losses[-1].backward()
+        gradients.append(prompt_of(model).grad)
+    assert_close(losses[1], losses[0], 2e-6, "loss")
+    assert_close(gradients[1], gradients[0], 2e-6, "gradient")
+    reasons = [reason for reason, _ in softprompt.explain(fast).fallbacks]
+    assert any("fullgraph=True" in reason for reason in reasons) == fullgraph
+
+
+def test_weights_that_were_sharded_together_are_left_to_peft():
+    plan = seq2seq_plan.seq2seq_plan_for(build("t5"), sharded=True)
+    assert plan.route == "stock"
+    assert "sharded by fully_shard" in plan.reason

@@ -6,11 +6,15 @@ import pytest
 import torch
 from parity import prompt_of, relative_error
 from peft import PromptTuningConfig, get_peft_model
+from tiny_models import prompted
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import softprompt
+from softprompt import calls
+from softprompt.engine import plan_for, sharding
+from softprompt.engine.token_scores import ASKED
 from softprompt.tiny import model_path
 
 trl = pytest.importorskip("trl")
@@ -183,3 +187,18 @@ def test_compute_metrics_gets_predictions_that_fit_the_labels(tmp_path):
         assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
     assert not softprompt.explain(trainer.model).fallbacks
     assert seen[0][0][:2] == seen[0][1]
+
+
+def test_a_fused_head_that_fully_shard_has_sharded_is_left_to_peft(monkeypatch):
+    model = softprompt.patch(prompted("llama"))
+    monkeypatch.setattr(sharding, "by_fsdp", lambda base: True)
+    reason = calls.reason_for_stock(
+        model,
+        plan_for(model.get_base_model()),
+        ["default"],
+        torch.zeros(2, 3, dtype=torch.long),
+        (2, 3),
+        {ASKED: True},
+        compact=False,
+    )
+    assert "TRL's fused head reads a weight that fully_shard gathers" in reason

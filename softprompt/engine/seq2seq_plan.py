@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families
+from softprompt.engine import families, sharding
 from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -54,8 +54,15 @@ class Seq2SeqPlan(Plan):
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Seq2SeqPlan]] = weakref.WeakKeyDictionary()
 
 
-def seq2seq_plan_for(model: CausalLM) -> Seq2SeqPlan:
-    """The plan of an encoder-decoder: made on first use, and again after what it depends on has changed."""
+def seq2seq_plan_for(model: CausalLM, *, sharded: bool = False) -> Seq2SeqPlan:
+    """The plan of an encoder-decoder: made on first use, and again after what it depends on has changed.
+
+    Args:
+        model: the encoder-decoder.
+        sharded: whether FSDP2 has sharded it together with something around it.
+    """
+    if sharded or sharding.by_fsdp(model):
+        return _SHARDED
     with IN_USE:
         key = (*fingerprint(model), *_scales(model))
         known = _PLANS.get(model)
@@ -63,6 +70,11 @@ def seq2seq_plan_for(model: CausalLM) -> Seq2SeqPlan:
             known = (key, make_seq2seq_plan(model))
             _PLANS[model] = known
         return known[1]
+
+
+_SHARDED = Seq2SeqPlan(
+    "stock", "the weights are sharded by fully_shard, which is served for decoder-only models"
+)
 
 
 def _scales(model: CausalLM) -> tuple[Any, ...]:
