@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models compat gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -18,6 +18,9 @@ help:
 	@echo "make sanitize-cpu   the tests of the native ops under address and undefined-behaviour sanitizers"
 	@echo "make models      the tests of all architectures, and the table of docs/models.md"
 	@echo "make compat      the tests of all architectures with the oldest and the newest torch, transformers, peft"
+	@echo "make peft-suite PEFT_SOURCE=FOLDER   PEFT's own prompt-tuning tests, against patched models"
+	@echo "make kills       50 training runs killed in a save, and resumed (about 5 minutes)"
+	@echo "make robustness  2,000 random batches against PEFT, 2,000 steps without growth (about 10 minutes)"
 	@echo "make installs       installations into fresh environments: no compiler, no torch, editable, ..."
 	@echo "make gpu-rehearsal  the same as make gpu at toy sizes on the CPU"
 
@@ -108,6 +111,16 @@ models: $(READY)
 # Each environment downloads its own torch: minutes and gigabytes. ENVIRONMENTS="oldest newest" chooses.
 compat: $(READY)
 	$(BIN)/python tests/compat/run.py $(ENVIRONMENTS)
+
+peft-suite: $(READY)
+	$(BIN)/python tests/peft_suite/run.py $(PEFT_SOURCE)
+
+kills: $(READY)
+	$(BIN)/python tests/kill_saves.py --kills 50 --torn 14 --record tests/records/kill_saves.json
+
+robustness: $(READY)
+	$(BIN)/python tests/robustness/fuzz.py --batches 2000 --record benchmarks/results/robustness/fuzz.json
+	$(BIN)/python tests/robustness/soak.py --steps 2000 --record benchmarks/results/robustness/soak.json
 
 # What `make gpu` does, at toy sizes on the CPU: Triton's interpreter, and steps recorded by running them again.
 gpu-rehearsal: export TRITON_INTERPRET = 1
