@@ -10,6 +10,7 @@ from tiny_models import build, pair, with_prompt
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import softprompt
+from softprompt.generation import call
 
 ROW = row_of(BATCH, 0)
 STATIC = ["bloom", "llama", "gpt2", "opt", "qwen2", "gemma2", "mpt", "falcon", "qwen2-window", "gptj"]
@@ -150,6 +151,10 @@ def test_a_model_with_a_prompt_as_the_assistant_is_an_error():
 
 
 # -------------------------------------------------------------------------------------------- chunked prefill
+CHUNKED = pytest.mark.skipif(not call.CHUNKS_BEHIND_A_CACHE, reason="needs transformers 5.21")
+
+
+@CHUNKED
 @pytest.mark.parametrize("name", ["bloom", "llama", "gpt2", "opt", "qwen2-window", "gemma2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -159,6 +164,7 @@ def test_a_prefill_in_chunks_gives_the_same_tokens(name, side, chunk):
     assert torch.equal(tokens(patched(fast), batch, prefill_chunk_size=chunk), tokens(stock, batch))
 
 
+@CHUNKED
 def test_a_prefill_in_chunks_in_compact_positions_is_right_or_an_error():
     fast = patched(speaker("llama"), positions="compact")
     assert torch.equal(tokens(fast, prefill_chunk_size=3), tokens(fast))
@@ -168,11 +174,18 @@ def test_a_prefill_in_chunks_in_compact_positions_is_right_or_an_error():
         tokens(fast, prefill_chunk_size=3)
 
 
+@CHUNKED
 def test_a_prefill_in_chunks_takes_beams_and_a_static_cache():
     stock, fast = pair(speaker("llama"))
     patched(fast)
     assert torch.equal(tokens(fast, prefill_chunk_size=3, num_beams=2), tokens(stock, num_beams=2))
     assert torch.equal(tokens(fast, prefill_chunk_size=3, cache_implementation="static"), tokens(stock))
+
+
+def test_a_transformers_that_cuts_without_regard_to_the_cache_is_refused(monkeypatch):
+    monkeypatch.setattr(call, "CHUNKS_BEHIND_A_CACHE", False)
+    with pytest.raises(ValueError, match=r"needs transformers 5\.21"):
+        tokens(patched(speaker("llama")), prefill_chunk_size=3)
 
 
 # ---------------------------------------------------------------------------------------------- conversations

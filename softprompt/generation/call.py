@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import parse
 from torch import Tensor
 from transformers.generation import GenerationMode
 
@@ -18,6 +20,8 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.prefill import prefill_for
 
+# Older releases cut the first step as if the cache of the prompt were empty.
+CHUNKS_BEHIND_A_CACHE = parse(transformers.__version__) >= parse("5.21")
 _STATIC = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 _GROWING = (None, "dynamic")
 _MODES = (
@@ -185,6 +189,11 @@ def _check_together(base: CausalLM, call: GenerateCall) -> None:
             raise ValueError(f"{option} drafts with layers of this model that know nothing of the prompt")
     if call.inputs_embeds is not None and config.prefill_chunk_size is not None:
         raise ValueError("prefill_chunk_size cuts input_ids; it cannot be used with inputs_embeds")
+    if config.prefill_chunk_size is not None and not CHUNKS_BEHIND_A_CACHE:
+        raise ValueError(
+            "prefill_chunk_size behind a prompt needs transformers 5.21 or newer (got "
+            f"{transformers.__version__}), which knows the prompt's place in the cache: leave it out"
+        )
     if _static(call) and not _static_works(base):
         raise ValueError(f"{families.config_of(base).model_type} gives wrong tokens with a static cache")
 
