@@ -41,6 +41,8 @@ TESTS = (
     "tests/test_peft_calls.py",
     "tests/test_generate.py",
 )
+PAGE = ROOT / "docs" / "compatibility.md"
+BEGIN, END = "<!-- environments:begin -->", "<!-- environments:end -->"
 RECORD = ROOT / "benchmarks" / "results" / "compat" / "environments.json"
 
 
@@ -115,6 +117,31 @@ def versions(python: Path) -> dict[str, str]:
     )
 
 
+def table(record: dict[str, dict]) -> str:
+    """The record as a Markdown table."""
+    rows = [
+        "| environment | torch | transformers | peft | tests | failed | skipped | packed | largest error |"
+    ]
+    rows.append("|---" * 9 + "|")
+    for name in filter(record.get, ENVIRONMENTS):
+        entry = record[name]
+        error = entry.get("largest_error")
+        cells = [name, *(entry["versions"][package] for package in PACKAGES), str(entry["tests"])]
+        cells += [str(entry["failures"] + entry["errors"]), str(entry["skipped"])]
+        cells += [str(entry.get("packed", "-")), "-" if error is None else f"{error:.0e}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def write_page(record: dict[str, dict], page: Path) -> None:
+    """Puts the table between its marks on the page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"{page} has no {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> int:
     """Runs the environments one after the other; 1 where a test failed."""
     parser = argparse.ArgumentParser(
@@ -125,6 +152,7 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=list(TESTS), help="files and folders of tests")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compat", help="of the environments")
     parser.add_argument("--record", type=Path, default=RECORD, help="JSON file: an entry per environment")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown page that gets the table")
     parser.add_argument("--workers", type=int, default=2, help="processes that test")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.environments) - set(ENVIRONMENTS))
@@ -139,7 +167,9 @@ def main() -> int:
         print(f"{name}: {json.dumps(entry)}", flush=True)
         known = json.loads(arguments.record.read_text(encoding="utf-8")) if arguments.record.exists() else {}
         arguments.record.parent.mkdir(parents=True, exist_ok=True)
-        arguments.record.write_text(json.dumps(known | {name: entry}, indent=2) + "\n", encoding="utf-8")
+        known[name] = entry
+        arguments.record.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        write_page(known, arguments.page)
         if entry["failures"] or entry["errors"] or not entry["tests"]:
             failed.append(name)
     if failed:

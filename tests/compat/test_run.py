@@ -41,3 +41,30 @@ def test_an_unknown_environment_is_refused(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.main()
     assert "unknown environments older; there are oldest, oldest-torch" in capsys.readouterr().err
+
+
+def test_the_table_names_failures_and_keeps_the_rest_of_the_page(run, tmp_path):
+    entry = {
+        "versions": {"torch": "1", "transformers": "2", "peft": "3"},
+        "tests": 9,
+        "failures": 1,
+        "errors": 2,
+        "skipped": 4,
+        "packed": 5,
+        "largest_error": 1.4e-6,
+    }
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
+    run.write_page({"newest": entry}, page)
+    text = page.read_text()
+    assert "| newest | 1 | 2 | 3 | 9 | 3 | 4 | 5 | 1e-06 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+
+
+def test_a_page_without_marks_is_refused(run, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing\n")
+    with pytest.raises(ValueError, match="has no <!-- environments:begin -->"):
+        run.write_page({}, page)
