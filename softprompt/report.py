@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
@@ -81,7 +81,7 @@ def explain(model: CausalLM) -> Report:
     Raises:
         TypeError: not a model.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(cast(object, model), nn.Module):
         raise TypeError(f"softprompt.explain takes a model, got {type(model).__name__}")
     state = state_of(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

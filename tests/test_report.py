@@ -2,6 +2,7 @@
 
 import pytest
 from parity import make_batch
+from sharded_models import replica
 from tiny_models import prompted
 from torch import nn
 
@@ -95,6 +96,13 @@ def test_explain_names_what_is_no_language_model(module, where):
     report = softprompt.explain(module)
     assert report.model == f"{type(module).__name__} {where}"
     assert (report.route, report.reason) == ("stock", f"{type(module).__name__} is not a transformers model")
+
+
+def test_explain_names_what_copies_the_model():
+    model = softprompt.patch(prompted("llama"))
+    report = softprompt.explain(replica(model))
+    assert report.route == "stock"
+    assert "nn.DataParallel copies the model in every step" in report.reason
 
 
 def test_explain_names_a_model_without_input_embeddings_also_behind_peft():
