@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
+from torch import nn
 
 from softprompt.calls import adapter_obstacle
 from softprompt.encoders import has_tasks
@@ -15,7 +17,7 @@ from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
-from softprompt.engine.seq2seq_plan import Seq2SeqPlan, seq2seq_plan_for
+from softprompt.engine.seq2seq_plan import Seq2SeqPlan, seq2seq_plan_for, trimming_obstacle
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.state import PatchState, state_of
@@ -75,7 +77,12 @@ def explain(model: CausalLM) -> Report:
 
     Returns:
         A Report; print it. A model that was not looked at before runs the self-check first.
+
+    Raises:
+        TypeError: not a model.
     """
+    if not isinstance(cast(object, model), nn.Module):
+        raise TypeError(f"softprompt.explain takes a model, got {type(model).__name__}")
     state = state_of(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
@@ -84,20 +91,34 @@ def explain(model: CausalLM) -> Report:
     if refusal is None and isinstance(model, _SERVED):
         refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)
     route, reason = ("stock", refusal) if refusal else (plan.route, plan.reason)
-    device = sharding.device_of(base.get_input_embeddings())
+    device = _device_of(base)
     backend = state.options.backend if state is not None else AUTO
     details = (*_prompts(model, state), *_details(base, plan, state)) if route != "stock" else ()
     return Report(
-        model=f"{type(base).__name__} ({next(base.parameters()).dtype}, {device})",
+        model=f"{type(base).__name__} ({', '.join([*_dtype_of(base), str(device)])})",
         patched=state is not None,
         route=route,
         reason=reason,
         details=(*details, *_generate(model, base, plan, refusal)),
-        backends=_backends(route, plan, backend, device.type, base),
+        backends=_backends(route, plan, backend, device),
         rejected=plan.rejected if route != "stock" else (),
         fallbacks=tuple(state.fallbacks.items()) if state is not None else (),
         advice=_advice(base, plan, route, device.type),
     )
+
+
+def _device_of(base: CausalLM) -> torch.device:
+    """Where the texts are embedded; the first weight's where the model names no embedding."""
+    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    if isinstance(embedding, nn.Module):
+        return sharding.device_of(embedding)
+    weight = next(base.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
+def _dtype_of(base: nn.Module) -> list[str]:
+    """Of the first weight. Copies of nn.DataParallel have none."""
+    return [str(weight.dtype) for weight in itertools.islice(base.parameters(), 1)]
 
 
 def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str], ...]:
@@ -123,7 +144,8 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
     obstacle = families.embedding_obstacle(base.get_input_embeddings())
     layout = ("positions", f"{positions} ({plan.positions} in the padded layout)")
     if isinstance(plan, Seq2SeqPlan):
-        layout = ("columns that are pads in all rows", "dropped at the end" if plan.trims else "kept")
+        pads = "dropped at the end" if plan.trims else f"kept: {trimming_obstacle(base)}"
+        layout = ("columns that are pads in all rows", pads)
     rows = [
         ("attention", f"{plan.seam} seam" if plan.seam else "the model's own"),
         layout,
@@ -183,24 +205,21 @@ def _recording(state: PatchState) -> list[tuple[str, str]]:
     return rows
 
 
-def _backends(
-    route: str, plan: Plan, backend: str, device_type: str, base: CausalLM
-) -> tuple[tuple[str, str, str], ...]:
+def _backends(route: str, plan: Plan, backend: str, device: torch.device) -> tuple[tuple[str, str, str], ...]:
     rows = []
-    device = sharding.device_of(base.get_input_embeddings())
     for op in _OPS_OF_ROUTE[route]:
         if op == "shared_prompt_attention":
             if plan.seam is not None and runs_the_op(plan.seam):
                 chosen = attention_backend(backend)
                 if chosen == AUTO:
-                    on_gpu = device_type == "cuda" and triton_availability("cuda").usable
+                    on_gpu = device.type == "cuda" and triton_availability("cuda").usable
                     chosen = "triton" if on_gpu else "sdpa"
                 rows.append((op, chosen, _ATTENTION[chosen]))
             continue
         if op == "linear_cross_entropy" and not plan.fused_head:
             continue
         chosen = choose_backend(op, backend, device)
-        rows.append((op, chosen, _why(chosen, backend, device_type)))
+        rows.append((op, chosen, _why(chosen, backend, device.type)))
     return tuple(rows)
 
 

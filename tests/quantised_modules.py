@@ -102,6 +102,19 @@ class RoundedInput(nn.Linear):
         return functional.linear(_rounded(x, x.detach().abs().amax()), self.weight, self.bias)
 
 
+class PerTensor:
+    """Like torchao's granularity of one scale."""
+
+
+class FakeQuantizedLinear(RoundedInput):
+    """Like torchao's for training, which says in its configuration that it has one scale for all tokens."""
+
+    def __init__(self, linear):
+        super().__init__(linear)
+        self.activation_fake_quantizer = nn.Module()
+        self.activation_fake_quantizer.config = SimpleNamespace(granularity=PerTensor())
+
+
 class QuantLinear(nn.Module):
     """Like those of GPTQ and AWQ: buffers, and no weight."""
 

@@ -1,7 +1,10 @@
 """`explain` says which route a model takes and why, and what would be faster."""
 
+import pytest
 from parity import make_batch
+from sharded_models import replica
 from tiny_models import prompted
+from torch import nn
 
 import softprompt
 
@@ -84,3 +87,32 @@ def test_the_report_says_why_an_adapter_generates_with_pefts_own():
     model = prompted("llama")
     model.peft_config["default"].num_transformer_submodules = 2
     assert "submodules" in dict(softprompt.explain(model).details)["generate"]
+
+
+@pytest.mark.parametrize(
+    "module, where", [(nn.Linear(2, 2), "(torch.float32, cpu)"), (nn.Identity(), "(cpu)")]
+)
+def test_explain_names_what_is_no_language_model(module, where):
+    report = softprompt.explain(module)
+    assert report.model == f"{type(module).__name__} {where}"
+    assert (report.route, report.reason) == ("stock", f"{type(module).__name__} is not a transformers model")
+
+
+def test_explain_names_what_copies_the_model():
+    model = softprompt.patch(prompted("llama"))
+    report = softprompt.explain(replica(model))
+    assert report.route == "stock"
+    assert "nn.DataParallel copies the model in every step" in report.reason
+
+
+def test_explain_names_a_model_without_input_embeddings_also_behind_peft():
+    model = prompted("llama")
+    base = model.get_base_model()
+    base.get_input_embeddings = lambda: None
+    assert "the model names no input embeddings" in str(softprompt.explain(base))
+    assert "PEFT embeds tokens with another module" in str(softprompt.explain(model))
+
+
+def test_explain_of_what_is_no_model_is_a_clear_error():
+    with pytest.raises(TypeError, match=r"softprompt\.explain takes a model, got str"):
+        softprompt.explain("llama")

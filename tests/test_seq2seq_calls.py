@@ -6,8 +6,9 @@ import pytest
 import torch
 from parity import assert_close, prompt_of
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from quantised_modules import FakeQuantizedLinear, Linear8bitLt, replace_linears
 from seq2seq_models import build, config_of, prompted, seq2seq_batch
-from test_seq2seq import encoded
+from test_seq2seq import assert_same_answers, encoded
 from tiny_models import VOCABULARY, pair
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -36,6 +37,30 @@ def test_explain_names_the_route_and_its_reason(fast):
     assert "PEFT's own: the encoder runs once for a call, prompt included" in text
     assert "rejected" not in text
     assert "prepend_prompt" in text
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (FakeQuantizedLinear, "round all tokens of the batch, pads included, with one scale"),
+        (lambda linear: Linear8bitLt(linear, 4.0), "look for outliers among all tokens of the batch"),
+    ],
+    ids=["one scale", "outliers"],
+)
+def test_layers_in_which_pads_change_the_tokens_keep_the_columns_of_pads(make, reason):
+    stock, fast = pair(with_loud_pads(replace_linears(build("t5", torch.float32), make)))
+    softprompt.patch(fast, on_unsupported="error")
+    said = dict(softprompt.explain(fast).details)["columns that are pads in all rows"]
+    assert said.startswith("kept: ")
+    assert reason in said
+    assert_same_answers(fast, stock, seq2seq_batch(width=20), 1e-5)
+
+
+def with_loud_pads(base):
+    """A PEFT model over a base whose first layer gets its largest number from a pad."""
+    base.shared.weight[0] = 0
+    base.shared.weight[0, 0] = 5.0
+    return get_peft_model(base, config_of())
 
 
 @pytest.mark.parametrize("logits", ["text", "labels"])

@@ -44,8 +44,8 @@ class HeadFacts:
 
 
 def config_of(model: CausalLM) -> Any:
-    """The text configuration of the model."""
-    config = model.config
+    """The text configuration of the model, None for what is no transformers model."""
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

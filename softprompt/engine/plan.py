@@ -103,15 +103,16 @@ _UNCHECKED = Plan("stock", sharding.UNCHECKED)
 
 def fingerprint(model: CausalLM) -> tuple[Any, ...]:
     """Cheap signs that a model is no longer the one that was checked."""
+    config = getattr(model, "config", None)
     weight = next(iter(model.parameters()), None)
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     lasting = (
-        getattr(model.config, "_attn_implementation", None),
+        getattr(config, "_attn_implementation", None),
         id(embedding),
         id(head),
         id(getattr(model, "_loss_function", None)),
-        bool(getattr(model.config, "output_router_logits", False)),
+        bool(getattr(config, "output_router_logits", False)),
         _unanswered(model),
         sharding.obstacle(model),
     )
@@ -163,7 +164,7 @@ def make_plan(model: CausalLM) -> Plan:
 
 
 def _structural_obstacle(model: CausalLM) -> str | None:
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "the model is an encoder-decoder; only decoder-only models are packed"
     return missing_part(model)
 

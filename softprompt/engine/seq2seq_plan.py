@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from softprompt.engine.plan import (
     probe_batch,
     tolerances,
 )
+from softprompt.engine.precision import whole_batch_obstacle
 from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows, head_bias, own_logits
 from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_entropy
@@ -106,20 +107,27 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
                 vocab_size=stock.logits.shape[-1],
                 rotary_switch=families.rotary_switch(model),
                 counts_items=_counts_items(model, batch, answers, expected[0]),
-                trims=not any(getattr(model.config, name, None) for name in _LENGTH_MATTERS),
+                trims=trimming_obstacle(model) is None,
             )
             return _first_that_holds(model, start, batch, answers, stock.logits.detach(), expected)
     except StockFailedError as error:
         return Seq2SeqPlan("stock", str(error))
 
 
+def trimming_obstacle(model: CausalLM) -> str | None:
+    """Why columns that are pads in all rows are kept, as a sentence, or None."""
+    for name in _LENGTH_MATTERS:
+        value = getattr(model.config, name, None)
+        if value:
+            return f"pads at the end change what the encoder makes of the columns before ({name}={value})"
+    return whole_batch_obstacle(model)
+
+
 def _probe(model: CausalLM) -> tuple[Batch, Answers]:
     """Two rows with a hole, pads of their own and one that they share; some labels do not count."""
     batch = probe_batch(model)
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]], device=batch.attention_mask.device)
-    if batch.input_ids is None:
-        raise StockFailedError("the model has no input ids")
-    labels = batch.input_ids.flip(1)[:, :4].clone()
+    labels = cast(Tensor, batch.input_ids).flip(1)[:, :4].clone()
     labels[0, 1] = labels[1, 2:] = -100
     return replace(batch, attention_mask=mask, labels=None), Answers(labels)
 

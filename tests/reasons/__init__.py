@@ -12,10 +12,10 @@ import torch
 from tiny_models import build
 from torch import nn
 
-from reasons import calls, generation, models, steps
+from reasons import calls, encoder_decoders, generation, models, steps, weights
 from reasons.calls import ADAPTERS, CALLS
 from reasons.rows import BATCH, Row, pattern_of
-from softprompt.engine import families, graphs, hooks
+from softprompt.engine import families, graphs, hooks, precision, sharding
 from softprompt.ops import library
 
 __all__ = ["ADAPTERS", "BATCH", "CALLS", "DIRECT", "ELSEWHERE", "ROWS", "Row", "pattern_of"]
@@ -36,6 +36,8 @@ DIRECT = {
     "the model names no output embeddings": lambda kit: families.head_obstacle(
         types.SimpleNamespace(get_output_embeddings=lambda: None)
     ),
+    "{} is on the meta device": lambda kit: precision.weight_obstacle("it", torch.empty(1, device="meta")),
+    "{} holds {} numbers": lambda kit: precision.weight_obstacle("it", torch.empty(1, dtype=torch.int8)),
     "there are no native ops for {} tensors": lambda kit: library.native_availability("meta").reason,
     "triton is not installed (pip install triton)": without_triton,
     "Triton needs CUDA tensors, or TRITON_INTERPRET=1 for the CPU; got {}": (
@@ -44,10 +46,21 @@ DIRECT = {
 }
 
 
-ROWS = [row for part in (calls, models, steps, generation) for row in part.rows()]
+PARTS = (calls, models, weights, steps, generation, encoder_decoders)
+ROWS = [row for part in PARTS for row in part.rows()]
 
+# Reasons that need other processes: sentence -> what the test of two ranks looks for
+_OF_RANKS = {
+    sharding.UNCHECKED: "call softprompt.patch before fully_shard",
+    sharding.DISAGREE: "not the same on all ranks",
+    f"softprompt: {sharding.ROWS_OF_ADAPTERS}": "leaves the prompts whole",
+    sharding.ONLY_FORWARD: "only forward gathers them",
+    f"softprompt: {sharding.ONLY_FORWARD}": "softprompt.ensemble.losses(fast",
+    f"softprompt: {sharding.ONLY_FORWARD}: generate does not": "fast.generate(",
+}
 # Reasons that other tests bring about: sentence -> (file below tests/, what it looks for)
 ELSEWHERE = {
+    **{sentence: ("distributed/fsdp_checks.py", phrase) for sentence, phrase in _OF_RANKS.items()},
     "the capture failed: {}": ("engine/test_recorders.py", 'match="the capture failed"'),
     "softprompt: prompts of several lengths cannot share a batch of up to {} positions: the model's rotary "
     "embedding changes beyond {}, for all prompts at once": ("test_ensemble.py", "for all prompts at once"),

@@ -1,8 +1,10 @@
 """Reasons of calls of `forward`, of adapters, and of the classes that `patch` leaves alone."""
 
+import contextlib
 import copy
 import types
 
+import pytest
 import torch
 from peft import (
     LoraConfig,
@@ -20,6 +22,7 @@ from transformers import (
 import softprompt
 from reasons.models import fails_on_prompts, infinite, own_loss, router_logits
 from reasons.rows import BATCH, DYNAMIC, Row, patched
+from softprompt.compiling import ONE_GRAPH
 
 
 def call_with(**changes):
@@ -41,7 +44,7 @@ def ask_in_the_configuration(model):
         model.get_base_model().config.output_hidden_states = False
 
 
-_PADDED_ONLY = "{} was asked for, which only the padded forward has"
+_PADDED_ONLY = "{} was asked for, which only PEFT's own forward has"
 
 # name -> (call, sentence)
 CALLS = {
@@ -50,7 +53,7 @@ CALLS = {
     "output_attentions": (call_with(output_attentions=True), _PADDED_ONLY),
     "use_cache": (
         call_with(use_cache=True),
-        "use_cache=True was asked for, and the packed row has no cache",
+        "use_cache=True was asked for, and the fast route keeps none",
     ),
     "evaluation without labels": (
         evaluate_without_labels,
@@ -58,7 +61,7 @@ CALLS = {
     ),
     "unknown arguments": (
         call_with(labels=None, use_cache=False, logits_to_keep=2),
-        "the call has arguments that the packed route does not serve: {}",
+        "the call has arguments that the fast route does not serve: {}",
     ),
 }
 
@@ -105,7 +108,7 @@ ADAPTERS = {
     ),
     "hooks of the language model": (
         hooked_language_model,
-        "the language model itself has hooks or a replaced forward, which the packed route would skip",
+        "the language model itself has hooks or a replaced forward, which the fast route would skip",
     ),
 }
 
@@ -131,6 +134,35 @@ def called(call):
 def called_on_stock(kit):
     model = patched(own_loss)(kit)
     model(**BATCH)
+    return model
+
+
+def scored_by_trl(change=lambda base: None, **given):
+    """A call of the fused head that TRL's trainers put on a language model."""
+
+    def act(kit):
+        utils = pytest.importorskip("trl.trainer.utils")
+        model = softprompt.patch(kit.llama())
+        change(model.get_base_model())
+        utils.add_fused_lm_head(model.get_base_model())
+        with contextlib.suppress(TypeError):  # of TRL, which needs labels and does not say so
+            model(**(BATCH | given), use_cache=False, fused_lm_head=True)
+        return model
+
+    return act
+
+
+def foreign_forward(base):
+    own = base.forward
+    base.forward = lambda *args, **kwargs: own(*args, **kwargs)
+
+
+def one_graph(kit):
+    """As a compiler that allows no break traces a call."""
+    model = softprompt.patch(kit.llama())
+    with kit.monkeypatch.context() as tracing:
+        tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+        model(**BATCH)
     return model
 
 
@@ -189,7 +221,10 @@ def rows():
         "of this batch may take {}",
         scaled_attention,
     )
-    yield Row("{} is not a causal language model (task type CAUSAL_LM)", classifier)
+    yield Row(
+        "{} is not a causal language model (task type CAUSAL_LM), and no encoder-decoder (SEQ_2_SEQ_LM)",
+        classifier,
+    )
     yield Row("{} has a {} of its own, which the packed forward would not call", own_class)
     yield Row("the model's get_prompt was replaced on the instance", replaced("get_prompt"))
     yield Row(
@@ -198,6 +233,18 @@ def rows():
         replaced("forward"),
     )
     yield Row("the model's own forward is used: {}", called_on_stock)
+    yield Row(
+        "the call has arguments that the fast route does not serve: {}",
+        scored_by_trl(labels=None),
+        name="TRL's head without labels",
+        reads="does not serve: fused_lm_head",
+    )
+    yield Row(
+        "the language model itself has hooks or a replaced forward, which the fast route would skip",
+        scored_by_trl(foreign_forward),
+        name="TRL's head around a foreign forward",
+    )
+    yield Row(ONE_GRAPH, one_graph)
     yield Row("no faster route gives the numbers of the model's own forward: ", patched(own_loss))
     yield Row("{}: loss off by {}, prompt gradient by {}", patched(own_loss))
     yield Row(

@@ -194,14 +194,25 @@ def rows():
     yield row("the forward of a {} was replaced on the instance", explained(wrapped_attention, "gpt_neo"))
     yield row("BLOOM with pretraining_tp > 1 and slow_but_exact", explained(slow_but_exact, "bloom"))
     yield row("layer {} has {} modules with {}, expected 1", explained(derived_attention(1), "bloom"))
-    yield row("the embedding is a {}", explained(as_it_is, "gemma"))
+    yield Row(
+        "the embedding is {}", explained(as_it_is, "gemma"), "explain", reads="the embedding is a Gemma"
+    )
     yield row("the embedding has hooks", explained(hooked("model.embed_tokens")))
-    yield row("the embedding's table is a {} ({})", explained(weight_of_a_class("model.embed_tokens")))
+    for sentence, reads in (
+        ("{} is a {}", "the embedding's table is a Weight"),
+        ("the embedding's table", "called as a module: the embedding's table is a Weight"),
+    ):
+        yield Row(sentence, explained(weight_of_a_class("model.embed_tokens")), "explain", reads=reads)
     yield row("the embedding's table is trainable", explained(trainable("model.embed_tokens")))
     yield row("the embedding renormalises its table (max_norm)", explained(renormalised))
-    yield row("the head is a {}", explained(head_of_a_class))
+    yield Row("the head is {}", explained(head_of_a_class), "explain", reads="the head is a _Head")
     yield row("the head has hooks", explained(hooked("lm_head")))
-    yield row("the head's weight is a {} ({})", explained(weight_of_a_class("lm_head")))
+    yield Row(
+        "the head's weight",
+        explained(weight_of_a_class("lm_head")),
+        "explain",
+        reads="the head's weight is a Weight",
+    )
     yield row("the model has a loss function of its own ({})", explained(named_loss))
     yield row("the fused head gave other numbers than the model's own: ", explained(changed_behind_the_head))
     yield row("the model's mask is neither causal nor a sliding window of {}", chunked)

@@ -25,17 +25,22 @@ class Row:
     make: object
     said: str = "warning"  # "warning", "error", or "explain": the fast route is taken without it
     name: str = ""
+    reads: str = ""  # what is looked for, where the sentence is a part of it or hardly more than its values
+
+    @property
+    def pattern(self):
+        return pattern_of(self.reads or self.sentence)
 
     @property
     def id(self):
-        return self.name or " ".join(self.sentence.replace("{}", "").split()[:7])
+        return self.name or " ".join((self.reads or self.sentence).replace("{}", "").split()[:7])
 
 
-def patched(change, name="llama", **options):
+def patched(change, name="llama", settings=None, **options):
     """Changes the language model, then patches."""
 
     def act(kit):
-        model = prompted(name)
+        model = prompted(name, **(settings or {}))
         change(model.get_base_model())
         return softprompt.patch(model, **options)
 
