@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from torch import nn
 
+from softprompt.engine import sharding
 from softprompt.engine.answers import LOGITS
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
@@ -164,7 +165,7 @@ def _obstacle(model: PeftModel, options: PatchOptions) -> str | None:
         return obstacle_to(plan_of(model), compact=compact)
     if options.placement != "prefix":
         return f'placement="{options.placement}" is for decoder-only models, whose texts begin with BOS'
-    return obstacle_to(seq2seq_plan_for(base), compact=compact)
+    return obstacle_to(seq2seq_plan_for(base, sharded=sharding.is_fsdp(model)), compact=compact)
 
 
 def _refusal(model: PeftModel) -> str | None:

@@ -86,7 +86,7 @@ def explain(model: CausalLM) -> Report:
     state = state_of(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
-    plan = seq2seq_plan_for(base) if seq2seq else plan_for(base, sharded=sharding.is_fsdp(model))
+    plan = (seq2seq_plan_for if seq2seq else plan_for)(base, sharded=sharding.is_fsdp(model))
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, _SERVED):
         refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)

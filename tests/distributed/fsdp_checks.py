@@ -12,7 +12,9 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from batches_of_ranks import WORLD_SIZE, batches, half, joined_batch, mean_over_ranks, three
 from parity import assert_close, prompt_of
 from peft import PromptTuningConfig
-from tiny_models import prompted
+from seq2seq_models import prompted as encoder_decoder
+from seq2seq_models import seq2seq_batch
+from tiny_models import pair, prompted
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -303,6 +305,26 @@ def check_a_model_that_was_sharded_before_stays_on_pefts_forward(rank):
     stock(**half(joined_batch(), rank)).loss.backward()
     alone(**joined_batch()).loss.backward()
     assert_close(whole(prompt_of(stock).grad), prompt_of(alone).grad, 2e-6, "gradient")
+
+
+def check_an_encoder_decoder_stays_on_pefts_forward(rank):
+    batch, sentence = seq2seq_batch(), "fully_shard, which is served for decoder-only models"
+    for patched_first in (True, False):
+        alone, fast = pair(encoder_decoder("t5"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if patched_first:
+                softprompt.patch(fast)
+            shard(fast)
+            if not patched_first:
+                softprompt.patch(fast)
+            fast(**batch).loss.backward()
+        assert len([w for w in caught if sentence in str(w.message)]) == 1
+        report = softprompt.explain(fast)
+        assert report.route == "stock"
+        assert sentence in report.reason
+        alone(**batch).loss.backward()
+        assert_close(whole(prompt_of(fast).grad), prompt_of(alone).grad, 2e-6, "gradient")
 
 
 def check_what_is_not_forward_is_refused_by_name(rank):

@@ -54,6 +54,9 @@ _OF_RANKS = {
     sharding.UNCHECKED: "call softprompt.patch before fully_shard",
     sharding.DISAGREE: "not the same on all ranks",
     f"softprompt: {sharding.ROWS_OF_ADAPTERS}": "leaves the prompts whole",
+    "the weights are sharded by fully_shard, which is served for decoder-only models": (
+        "served for decoder-only models"
+    ),
     sharding.ONLY_FORWARD: "only forward gathers them",
     f"softprompt: {sharding.ONLY_FORWARD}": "softprompt.ensemble.losses(fast",
     f"softprompt: {sharding.ONLY_FORWARD}: generate does not": "fast.generate(",

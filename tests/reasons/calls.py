@@ -23,6 +23,7 @@ import softprompt
 from reasons.models import fails_on_prompts, infinite, own_loss, router_logits
 from reasons.rows import BATCH, DYNAMIC, Row, patched
 from softprompt.compiling import ONE_GRAPH
+from softprompt.engine import sharding
 
 
 def call_with(**changes):
@@ -152,6 +153,15 @@ def scored_by_trl(change=lambda base: None, **given):
     return act
 
 
+def scored_by_trl_where_sharded(kit):
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = softprompt.patch(kit.llama())
+    utils.add_fused_lm_head(model.get_base_model())
+    kit.monkeypatch.setattr(sharding, "by_fsdp", lambda model: True)
+    model(**BATCH, fused_lm_head=True)
+    return model
+
+
 def foreign_forward(base):
     own = base.forward
     base.forward = lambda *args, **kwargs: own(*args, **kwargs)
@@ -243,6 +253,10 @@ def rows():
         "the language model itself has hooks or a replaced forward, which the fast route would skip",
         scored_by_trl(foreign_forward),
         name="TRL's head around a foreign forward",
+    )
+    yield Row(
+        "TRL's fused head reads a weight that fully_shard gathers for the model's own forward only",
+        scored_by_trl_where_sharded,
     )
     yield Row(ONE_GRAPH, one_graph)
     yield Row("no faster route gives the numbers of the model's own forward: ", patched(own_loss))
