@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softprompt import encoders
 from softprompt.engine import Plan, families, sharding
 from softprompt.engine.batch import check_texts
+from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import obstacle_to, prompt_width
 from softprompt.engine.token_scores import ASKED, scores_tokens
 from softprompt.layout import raise_out_of_range
@@ -156,7 +157,7 @@ def refuse_joined_texts(attention_mask: Tensor | None, extra: dict[str, Any]) ->
     """
     found = [name for name in _JOINED if extra.get(name) is not None]
     position_ids = extra.get("position_ids")
-    whole = attention_mask is None and extra.get("past_key_values") is None
+    whole = attention_mask is None and all(extra.get(name) is None for name in NAMES)
     if whole and isinstance(position_ids, Tensor) and bool((position_ids[..., 1:] == 0).any()):
         found.append("position_ids that begin again")
     if found:

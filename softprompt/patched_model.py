@@ -22,6 +22,7 @@ from softprompt.compiling import asked_for, stock_is_traced
 from softprompt.encoders import prompt_of, with_tensor_of_tasks
 from softprompt.engine import Plan, families, plan_for, run_plan, sharding
 from softprompt.engine.answers import trimmed
+from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.token_scores import ASKED
@@ -96,7 +97,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             reason = sharding.DISAGREE
         if reason is not None:
             fall_back(self, reason, adapter_names)
-            if extra.get("past_key_values") is None:
+            if all(extra.get(name) is None for name in NAMES):
                 check_stock_input(self.get_base_model(), **texts)
             return self._stock_forward(texts, extra, return_dict)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=extra)

@@ -4,15 +4,20 @@ import contextlib
 import functools
 from unittest import mock
 
+import pytest
 import torch
 from parity import make_batch
+from peft import PeftModel
 from tiny_models import VOCABULARY, build, prompt_config, with_prompt
 from torch import nn
 
 import softprompt
 from softprompt.engine import families
+from softprompt.generation import call
+from softprompt.state import state_of
 
 NEW = 8
+PEFTS_CACHE = pytest.mark.skipif(not call.PEFT_KNOWS_CACHE, reason="PEFT is too old for this transformers")
 BATCH = make_batch(side="left", labels=None)
 
 
@@ -39,6 +44,14 @@ def two_adapters(name):
 def patched(model, **options):
     """The model patched so that nothing falls back to PEFT's generate unseen."""
     return softprompt.patch(model, **({"on_unsupported": "error"} | options))
+
+
+def tokens(model, batch=BATCH, seed=0, **kwargs):
+    """What generate gives. A PEFT that does not find the cache of this transformers gets none."""
+    if state_of(model) is None and isinstance(model, PeftModel) and not call.PEFT_KNOWS_CACHE:
+        kwargs.setdefault("use_cache", False)
+    torch.manual_seed(seed)
+    return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
 
 
 def row_of(batch, row):

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from generating import BATCH, NEW, counted_tokens, patched, random_ids, row_of, speaker, two_adapters
+from generating import (
+    BATCH,
+    NEW,
+    PEFTS_CACHE,
+    counted_tokens,
+    patched,
+    random_ids,
+    row_of,
+    speaker,
+    tokens,
+    two_adapters,
+)
 from parity import make_batch, prompt_of
 from tiny_models import PACKED, pair, with_prompt
 from transformers import (
@@ -27,11 +38,6 @@ METHODS = {
     "sampled beams": {"do_sample": True, "num_beams": 2},
     "penalties": {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
 }
-
-
-def tokens(model, batch=BATCH, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -114,6 +120,9 @@ def test_beams_do_not_multiply_the_prefill():
 
 def test_one_prefill_serves_models_whose_attention_is_their_own():
     fast = patched(speaker("gptj"))
+    base = fast.get_base_model()
+    if prefill_for(base, plan_for(base)).way == "packed":
+        pytest.skip("this transformers lets the packed row reach its attention")
     tokens(fast)
     with counted_tokens(fast) as counts:
         tokens(fast, max_new_tokens=1)
@@ -130,6 +139,7 @@ def test_all_rows_share_the_memory_of_the_prompt_until_they_grow():
 
 
 # -------------------------------------------------------------------------------------- arguments of generate
+@PEFTS_CACHE
 def test_max_length_counts_the_ids_alone():
     stock, fast = pair(speaker("llama"))
     config = GenerationConfig(max_length=12, pad_token_id=0)
@@ -181,6 +191,7 @@ def test_an_end_token_stops_each_row_as_in_peft():
     assert (tokens(fast, **end) == 0).any()
 
 
+@PEFTS_CACHE
 def test_positional_ids_a_missing_mask_and_a_missing_text_are_as_in_peft():
     stock, fast = pair(speaker("llama"))
     patched(fast)

@@ -7,17 +7,12 @@ import warnings
 
 import pytest
 import torch
-from generating import BATCH, NEW, patched, speaker, two_adapters
+from generating import PEFTS_CACHE, patched, speaker, tokens, two_adapters
 from parity import make_batch, prompt_of
 from peft import LoraConfig
 from tiny_models import pair
 
 import softprompt
-
-
-def tokens(model, batch=BATCH, seed=0, **kwargs):
-    torch.manual_seed(seed)
-    return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
 
 
 # ---------------------------------------------------------------------------------------------- what it keeps
@@ -82,6 +77,7 @@ def test_a_changed_prompt_or_model_is_computed_again(change):
     assert torch.equal(tokens(fast), expected)
 
 
+@PEFTS_CACHE
 def test_layers_of_lora_in_the_base_model_that_are_switched_or_merged_are_noticed():
     stock, fast = pair(speaker("llama"))
     for model in (stock, fast):

@@ -6,16 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from generating import BATCH, NEW, patched, speaker, two_adapters
+from generating import BATCH, NEW, patched, speaker, tokens, two_adapters
 from parity import make_batch
 from tiny_models import pair
 from transformers import LogitsProcessor
 
 import softprompt
-
-
-def tokens(model, batch=BATCH, **kwargs):
-    return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
 
 
 def test_threads_that_share_a_model_get_their_own_tokens():
@@ -135,7 +131,7 @@ def test_an_interrupted_generate_of_peft_does_not_change_later_calls():
 def test_warnings_name_the_line_of_the_call():
     fast = softprompt.patch(speaker("gpt2-dropout"))
     with pytest.warns(UserWarning, match="PEFT's own generate") as caught:
-        tokens(fast, use_cache=False)
+        fast.generate(**BATCH, max_new_tokens=NEW, use_cache=False)
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="PEFT's own forward") as caught:
         fast(**BATCH, output_hidden_states=True)

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from softprompt.engine import families
 from softprompt.engine.attention import IN_USE, runs_the_op
 from softprompt.engine.batch import Batch
+from softprompt.engine.caches import cache_argument
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packed import check_length, embed_rows, packed_layout, run_body
 from softprompt.engine.packing import Packing
@@ -248,9 +249,9 @@ def _first_step(model: CausalLM, plan: Plan, batch: Batch, way: str) -> Tensor:
     output = model(
         input_ids=batch.input_ids[:, -num_new:] if batch.input_ids is not None else None,
         attention_mask=start.mask,
-        past_key_values=filled_cache(model, start.states, batch.shape[0]),
         use_cache=True,
         return_dict=True,
+        **{cache_argument(model): filled_cache(model, start.states, batch.shape[0])},
         **extra,
     )
     logits: Tensor = output.logits[:, -1]

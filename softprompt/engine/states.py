@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from softprompt.engine import families
+from softprompt.engine.caches import cache_argument
 from softprompt.engine.families import CausalLM
 
 
@@ -34,12 +35,13 @@ def prompt_states(model: CausalLM, prompt: Tensor) -> LayerStates:  # prompt: [P
     # Quantised tables and hooks decide about the dtype of what they return.
     dtype = embedding(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
     cache = DynamicCache()  # made without a configuration, it also keeps what has left a sliding window
-    families.body_of(model)(
+    body = families.body_of(model)
+    body(
         inputs_embeds=prompt.detach().to(device, dtype)[None],
         attention_mask=torch.ones(1, prompt.shape[0], dtype=torch.int64, device=device),
-        past_key_values=cache,
         use_cache=True,
         return_dict=True,
+        **{cache_argument(body): cache},
     )
     return LayerStates(
         tuple(layer.keys.detach() for layer in cache.layers),

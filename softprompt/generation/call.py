@@ -11,17 +11,23 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import parse
+from peft import PeftModelForCausalLM
 from torch import Tensor
 from transformers.generation import GenerationMode
 
 from softprompt.calls import adapter_obstacle, adapters_of_rows
 from softprompt.engine import Plan, families, sharding
+from softprompt.engine.caches import CACHE, NAMES, OLD
 from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.prefill import prefill_for
 
 # Older releases cut the first step as if the cache of the prompt were empty.
 CHUNKS_BEHIND_A_CACHE = parse(transformers.__version__) >= parse("5.21")
+# transformers 5.24 renamed the cache; a PEFT that looks for the old name feeds the prompt in every step.
+PEFT_KNOWS_CACHE = CACHE == OLD or f'"{CACHE}"' in inspect.getsource(
+    PeftModelForCausalLM.prepare_inputs_for_generation
+)
 _STATIC = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 _GROWING = (None, "dynamic")
 _MODES = (
@@ -31,7 +37,7 @@ _MODES = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
-_TEXT = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache")
+_TEXT = ("inputs", "input_ids", "inputs_embeds", "attention_mask", *NAMES, "use_cache")
 _IGNORED_BY_PEFT = ("position_ids", "token_type_ids", "task_ids")
 _KNOWN = ("tokenizer", "assistant_tokenizer", "trust_remote_code", "logits_to_keep")
 
@@ -112,7 +118,7 @@ def read_call(
     if given["inputs"] is not None and given["input_ids"] is not None:
         raise ValueError("the texts were given twice: as the first argument and as input_ids")
     ids = given["input_ids"] if given["inputs"] is None else given["inputs"]
-    embeds, mask, cache = given["inputs_embeds"], given["attention_mask"], given["past_key_values"]
+    embeds, mask, cache = given["inputs_embeds"], given["attention_mask"], _cache_of(given)
     _check_kinds(ids, embeds, mask, cache)
     own = arguments.get("generation_config")
     use_cache = given["use_cache"] is not False and getattr(own, "use_cache", None) is not False
@@ -140,6 +146,13 @@ def read_call(
     )
     _check_together(base, call)
     return call
+
+
+def _cache_of(given: dict[str, Any]) -> Any:
+    caches = {name: given[name] for name in NAMES if given[name] is not None}
+    if len(caches) > 1:
+        raise ValueError(f"the cache was given twice: as {' and as '.join(caches)}")
+    return next(iter(caches.values()), None)
 
 
 def _check_kinds(ids: Any, embeds: Any, mask: Any, cache: Any) -> None:
@@ -313,6 +326,8 @@ def _wrong_in_peft(call: GenerateCall, *, conversations: bool = True) -> str | N
         return "assisted decoding"
     if call.config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
+    if not PEFT_KNOWS_CACHE and call.use_cache:
+        return f"generate with a cache, which PEFT does not find in transformers {transformers.__version__},"
     if conversations and call.cache is not None and int(call.cache.get_seq_length()) > 0:
         return "past_key_values that holds a conversation"
     return None

@@ -13,6 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from softprompt.engine import Plan, families
+from softprompt.engine.caches import CACHE
 from softprompt.engine.families import CausalLM
 from softprompt.generation.call import GenerateCall
 
@@ -30,7 +31,7 @@ class Columns:
 
 def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache: Cache) -> Any:
     _check_room(model, call, columns, cache)
-    arguments = dict(call.arguments, past_key_values=cache, attention_mask=columns.mask)
+    arguments = {**call.arguments, CACHE: cache, "attention_mask": columns.mask}
     if call.config.use_cache is not True:
         arguments["use_cache"] = True
     if call.config.cache_implementation is not None:
@@ -46,7 +47,7 @@ def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache
     prepare = functools.partial(
         _prepare_inputs,
         model.prepare_inputs_for_generation,
-        cache=cache,
+        own_cache=cache,
         mask=columns.mask,
         room=_room(plan, columns),
         given=0 if columns.input_ids is None else columns.input_ids.shape[1],
@@ -57,7 +58,7 @@ def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache
     process = functools.partial(
         _logits_processor,
         model._get_logits_processor,
-        cache=cache,
+        own_cache=cache,
         text_mask=None if no_ids else columns.text_mask,
     )
     own = {"prepare_inputs_for_generation": prepare, "_get_logits_processor": process}
@@ -86,12 +87,11 @@ def _prepare_inputs(
     stock: Callable[..., dict[str, Any]],
     input_ids: Tensor,
     next_sequence_length: int | None = None,
-    past_key_values: Cache | None = None,
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     is_first_iteration: bool | None = False,
     *,
-    cache: Cache,
+    own_cache: Cache,
     mask: Tensor,
     room: int | None,
     given: int,
@@ -105,19 +105,18 @@ def _prepare_inputs(
         stock: the model's own; so are all arguments but those below.
         input_ids: [rows, columns] so far.
         next_sequence_length: of the last columns that count.
-        past_key_values: cache.
         attention_mask: [rows, slots] or None.
         inputs_embeds: [rows, L, H] or None.
         is_first_iteration: of the call.
-        cache: of this call; an assistant may be the same model with another one.
+        own_cache: of this call; an assistant may be the same model with another one.
         mask: [B, W] slots of prompt and text.
         room: see `_room`.
         given: columns of `input_ids` that the call began with.
         chunked: transformers cuts the first step itself.
         from_mask: the model takes its positions from the mask, where pads have place -1.
-        kwargs: others.
+        kwargs: others, with the cache among them.
     """
-    ours = past_key_values is cache
+    ours = kwargs.get(CACHE) is own_cache
     num_new = input_ids.shape[1] - given
     if ours and room is not None and num_new > room:
         # On a GPU, reading outside the table would end the process.
@@ -128,14 +127,13 @@ def _prepare_inputs(
     if ours and not (chunked and is_first_iteration):
         width = mask.shape[1] + num_new
         if is_first_iteration:
-            next_sequence_length = width - int(cache.get_seq_length())
+            next_sequence_length = width - int(own_cache.get_seq_length())
         if attention_mask is not None and attention_mask.shape[1] != width:
             # Assisted decoding cuts it to the columns of the ids; it has one row only.
             attention_mask = nn.functional.pad(mask, (0, width - mask.shape[1]), value=1)
     inputs = stock(
         input_ids,
         next_sequence_length=next_sequence_length,
-        past_key_values=past_key_values,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
         is_first_iteration=is_first_iteration,
@@ -149,11 +147,11 @@ def _prepare_inputs(
 
 
 def _logits_processor(
-    stock: Callable[..., Any], *, cache: Cache, text_mask: Tensor | None, **kwargs: Any
+    stock: Callable[..., Any], *, own_cache: Cache, text_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     """The model's own processors of logits, with the mask of the ids, where one of them looks for pads."""
     others = kwargs.get("model_kwargs") or {}
-    if others.get("past_key_values") is not cache:  # of another call, inside of this one
+    if others.get(CACHE) is not own_cache:  # of another call, inside of this one
         return stock(**kwargs)
     mask = others.get("attention_mask")
     if mask is not None and text_mask is not None:
