@@ -86,13 +86,15 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         if adapter_names is not None and sharding.is_fsdp(self):
             raise UnsupportedModelError(f"softprompt: {sharding.ROWS_OF_ADAPTERS}")
         plan = plan_of(self)
+        # Asked before anything that may differ between ranks: one that did not ask would let the others wait.
+        agreed = not _is_sharded(self) or sharding.all_agree(self.get_base_model(), plan.choice)
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = (0, 0)
         if isinstance(given, Tensor) and given.ndim > 1:
             shape = (given.shape[0], given.shape[1])
         compact = self._softprompt.options.positions == "compact"
         reason = reason_for_stock(self, plan, names, texts["labels"], shape, extra, compact=compact)
-        if reason is None and _is_sharded(self) and not sharding.all_agree(self.get_base_model(), plan):
+        if reason is None and not agreed:
             reason = sharding.DISAGREE
         if reason is not None:
             fall_back(self, reason, adapter_names)

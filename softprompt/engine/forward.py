@@ -104,7 +104,9 @@ def forward(
     compact = positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
     rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
+    agreed = not sharding.by_fsdp(model) or sharding.all_agree(model, plan.choice)
     obstacle = obstacle_to(plan, compact=compact, longest=longest, rows=rows)
+    obstacle = obstacle or (None if agreed else sharding.DISAGREE)
     if obstacle is not None:
         if on_unsupported == "error" or compact or len(set(batch.prompt_lengths)) > 1:
             raise UnsupportedModelError(obstacle)

@@ -179,14 +179,14 @@ def whole(module: Any) -> Iterator[None]:
 _AGREED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
-def all_agree(model: nn.Module, choice: Any) -> bool:
+def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
     """Whether all ranks chose the same for a model; they gather weights together, so they must.
 
-    Every rank has to ask. The answer is kept as long as the choice is the same object.
+    Every rank has to ask, whatever it chose. The answer is kept as long as the choice is the same.
     """
     known = _AGREED.get(model)
-    if known is None or known[0] is not choice:
+    if known is None or known[0] != choice:
         chosen: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(chosen, repr(choice))
+        torch.distributed.all_gather_object(chosen, choice)
         known = _AGREED[model] = (choice, len(set(chosen)) == 1)
     return known[1]

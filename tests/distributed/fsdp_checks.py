@@ -1,5 +1,6 @@
 """FSDP2 (`fully_shard`) around a patched model: what one process makes of the joined batch with PEFT."""
 
+import dataclasses
 import tempfile
 import warnings
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import softprompt
+from softprompt.engine import plan_for, sharding
 
 
 def shard(*modules, **options):
@@ -340,26 +342,50 @@ def check_what_is_not_forward_is_refused_by_name(rank):
             call()
 
 
-def check_ranks_that_chose_different_routes_all_take_pefts_forward(rank):
-    """Such as ranks that got no weights yet (RAM-efficient loading)."""
-    alone, stock, fast = three()
-    model = fast
-    if rank == 1:
-        model = stock
-        handle = model.get_base_model().model.layers[0].register_forward_hook(lambda m, a, o: o.cumsum(1))
-        softprompt.patch(model)
-        assert softprompt.explain(model).route == "padded"
-        handle.remove()
-    else:
-        softprompt.patch(model)
-    around_the_peft_model(model)
+def _padded(model):
+    """The route of a model whose layer has a hook; the hook is gone afterwards."""
+    handle = model.get_base_model().model.layers[0].register_forward_hook(lambda m, a, o: o.cumsum(1))
+    softprompt.patch(model)
+    assert softprompt.explain(model).route == "padded"
+    handle.remove()
+
+
+def _stock(model):
+    """As on a rank that got no weights yet (RAM-efficient loading)."""
+    head = model.get_base_model().lm_head
+    weight = head.weight
+    head.weight = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model(**half(joined_batch(), rank)).loss.backward()
-    alone(**joined_batch()).loss.backward()
-    assert_close(whole(prompt_of(model).grad), prompt_of(alone).grad, 2e-6, "gradient")
-    ((reason, _),) = softprompt.explain(model).fallbacks
-    assert "not the same on all ranks" in reason
+        softprompt.patch(model)
+    assert softprompt.explain(model).route == "stock"
+    head.weight = weight
+
+
+def check_ranks_that_chose_different_routes_all_take_pefts_forward(rank):
+    for other in (_padded, _stock):
+        alone, stock, fast = three()
+        model = softprompt.patch(fast)
+        if rank == 1:
+            model = stock
+            other(model)
+        around_the_peft_model(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                model(**half(joined_batch(), rank)).loss.backward()
+        alone(**joined_batch()).loss.backward()
+        assert_close(whole(prompt_of(model).grad) / 2, prompt_of(alone).grad, 2e-6, "gradient")
+        ((reason, count),) = softprompt.explain(model).fallbacks
+        assert count == 2
+        expected = "meta device" if rank == 1 and other is _stock else "not the same on all ranks"
+        assert expected in reason
+
+
+def check_self_checks_that_differ_in_the_last_digits_are_the_same_route(rank):
+    fast = three()[2]
+    plan = plan_for(fast.get_base_model())
+    assert sharding.all_agree(fast, dataclasses.replace(plan, loss_error=1e-9 * (1 + rank)).choice)
 
 
 def check_unpatching_a_sharded_model_is_a_clear_error(rank):
