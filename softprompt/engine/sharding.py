@@ -134,7 +134,7 @@ def obstacle(model: nn.Module) -> str | None:
     if hasattr(model, "hf_split_points"):
         return "the model is cut into pipeline stages, each with layers of its own"
     weight = next(model.parameters(), None)
-    if getattr(weight, "_fsdp_flattened", False) or (_in_group() and _any_of(_FSDP1, structure_of(model)[1])):
+    if _is_flattened(model, weight) or (_in_group() and _any_of(_FSDP1, structure_of(model)[1])):
         return (
             "FSDP1 (FullyShardedDataParallel) flattens the weights: "
             "FSDP2 (fully_shard, fsdp_version 2) is served"
@@ -145,6 +145,12 @@ def obstacle(model: nn.Module) -> str | None:
             "ZeRO-1, ZeRO-2 and FSDP2 are served"
         )
     return None
+
+
+def _is_flattened(model: nn.Module, weight: Any) -> bool:
+    """Whether FSDP1 around the model has put its weights into one, which it cuts up again for a forward."""
+    cut = bool(getattr(model, "_is_fsdp_managed_module", False)) and not isinstance(weight, nn.Parameter)
+    return cut or getattr(weight, "_fsdp_flattened", False)
 
 
 def inside(model: Any, run: Callable[[], Answer]) -> Answer:

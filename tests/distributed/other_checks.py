@@ -95,11 +95,16 @@ def check_fsdp1_is_refused_by_name(rank):
 
 
 def check_fsdp1_around_the_whole_model(rank):
-    """Its weights are whole in the forward."""
-    alone, _, fast = three()
+    """Its weights look whole in the forward, where each is cut out of the flat one."""
+    alone, stock, _ = three()
+    fast = softprompt.patch(stock)
     parallel = FullyShardedDataParallel(fast, device_id=torch.device("cpu"), use_orig_params=True)
-    loss = parallel(**half(joined_batch(), rank)).loss
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = parallel(**half(joined_batch(), rank)).loss
     loss.backward()
+    assert any("FSDP1 (FullyShardedDataParallel)" in str(w.message) for w in caught)
+    assert [count for _, count in softprompt.explain(fast).fallbacks] == [1]
     assert_close(mean_over_ranks(loss.detach()), alone(**joined_batch()).loss.detach(), 2e-6, "loss")
     assert "FSDP1 (FullyShardedDataParallel)" in softprompt.explain(fast).reason
 
