@@ -161,11 +161,14 @@ def inside(model: Any, run: Callable[[], Answer]) -> Answer:
     def forward(*args: Any, **kwargs: Any) -> Answer:
         return run()
 
+    before = model.__dict__.get("forward")  # such as TRL's
     model.__dict__["forward"] = forward
     try:
         answer: Answer = model()
     finally:
         del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
     return answer
 
 

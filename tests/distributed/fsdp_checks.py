@@ -293,6 +293,15 @@ def check_the_functional_form(rank):
     assert_close(mean_over_ranks(prompt.grad), prompt_of(alone).grad, 2e-6, "gradient")
 
 
+def check_a_forward_that_was_set_on_a_sharded_model_stays_there(rank):
+    """TRL sets one."""
+    base = three()[2].get_base_model()
+    shard(*layers_of(base), base)
+    base.forward = forward = lambda **kwargs: None
+    assert sharding.inside(base, lambda: 3) == 3
+    assert base.forward is forward
+
+
 def check_a_model_that_was_sharded_before_stays_on_pefts_forward(rank):
     alone, stock, _ = three()
     around_the_peft_model(stock)
