@@ -97,6 +97,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         if reason is None and not agreed:
             reason = sharding.DISAGREE
         if reason is not None:
+            _refuse_without_peft(self, reason)
             fall_back(self, reason, adapter_names)
             if extra.get("past_key_values") is None:
                 check_stock_input(self.get_base_model(), **texts)
@@ -160,6 +161,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
             reason = stock_reason(self, plan, call)
             if reason is not None:
+                _refuse_without_peft(self, reason)
                 fall_back(self, reason, adapter_names, "generate")
                 return super().generate(*args, **kwargs)
             self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
@@ -191,6 +193,12 @@ def plan_of(model: Any) -> Plan:
 
 def _is_sharded(model: Any) -> bool:
     return sharding.is_fsdp(model) or sharding.by_fsdp(model.get_base_model())
+
+
+def _refuse_without_peft(model: Any, reason: str) -> None:
+    """Raises UnsupportedModelError where PEFT's own forward and generate fail on a sharded model."""
+    if sharding.embeds_in_parts(model.get_base_model()) and not sharding.is_fsdp(model):
+        raise UnsupportedModelError(f"softprompt: {reason}; {sharding.NOT_EMBEDDED}")
 
 
 def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:

@@ -42,6 +42,10 @@ ROWS_OF_ADAPTERS = (
     "model.get_base_model(), which leaves the prompts whole"
 )
 ONLY_FORWARD = "the weights are sharded by fully_shard, and only forward gathers them"
+NOT_EMBEDDED = (
+    "PEFT's own, which is left, embeds the texts outside of the model that was sharded by fully_shard: call "
+    "fully_shard on the PEFT model instead of model.get_base_model()"
+)
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -52,6 +56,12 @@ def is_fsdp(module: nn.Module) -> bool:
 def by_fsdp(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or a part of it."""
     return _in_group() and _any_of(_FSDP2, structure_of(model)[1])
+
+
+def embeds_in_parts(model: nn.Module) -> bool:
+    """Whether the embedding of a language model is whole in a call of the model alone."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return is_fsdp(model) and not is_fsdp(embedding) and is_part(getattr(embedding, "weight", None))
 
 
 def _in_group() -> bool:
@@ -142,7 +152,7 @@ def obstacle(model: nn.Module) -> str | None:
     if hasattr(weight, "ds_id"):
         return (
             "DeepSpeed ZeRO-3 partitions the weights and gathers them for the model's own forward only: "
-            "ZeRO-1, ZeRO-2 and FSDP2 are served"
+            "FSDP2 is served, and ZeRO-1 and ZeRO-2 leave the weights whole"
         )
     return None
 

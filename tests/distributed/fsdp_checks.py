@@ -291,6 +291,9 @@ def check_the_functional_form(rank):
     softprompt.forward(base, prompt, **half(joined_batch(), rank)).loss.backward()
     alone(**joined_batch()).loss.backward()
     assert_close(mean_over_ranks(prompt.grad), prompt_of(alone).grad, 2e-6, "gradient")
+    base.config._attn_implementation = "eager"  # another model than the one that was checked
+    with pytest.raises(softprompt.UnsupportedModelError, match="before fully_shard"):
+        softprompt.forward(base, prompt, **half(joined_batch(), rank))
 
 
 def check_a_forward_that_was_set_on_a_sharded_model_stays_there(rank):
@@ -349,6 +352,22 @@ def check_what_is_not_forward_is_refused_by_name(rank):
     ):
         with pytest.raises(softprompt.UnsupportedModelError, match="only forward gathers them"):
             call()
+
+
+def check_what_is_left_to_peft_where_only_the_base_is_sharded_is_refused_by_name(rank):
+    """PEFT embeds outside of the base, where the weight is not whole."""
+    batch = half(joined_batch(), rank)
+    _, stock, fast = three()
+    around_the_base(stock)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        stock(**batch)
+    softprompt.patch(fast)
+    around_the_base(fast)
+    ids = {"input_ids": batch["input_ids"], "max_new_tokens": 1}
+    for call in (lambda: fast(**batch, output_hidden_states=True), lambda: fast.generate(**ids)):
+        with pytest.raises(softprompt.UnsupportedModelError, match="embeds the texts outside of the model"):
+            call()
+    fast(**batch).loss.backward()
 
 
 def _padded(model):
