@@ -203,6 +203,8 @@ def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
 
     Every rank has to ask, whatever it chose. The answer is kept as long as the choice is the same.
     """
+    if not _in_group():
+        return True
     known = _AGREED.get(model)
     if known is None or known[0] != choice:
         chosen: list[Any] = [None] * torch.distributed.get_world_size()
