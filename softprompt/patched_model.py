@@ -87,15 +87,18 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         if adapter_names is not None and sharding.is_fsdp(self):
             raise UnsupportedModelError(f"softprompt: {sharding.ROWS_OF_ADAPTERS}")
         plan = plan_of(self)
+        # Asked before anything that may differ between ranks: one that did not ask would let the others wait.
+        agreed = not _is_sharded(self) or sharding.all_agree(self.get_base_model(), plan.choice)
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = (0, 0)
         if isinstance(given, Tensor) and given.ndim > 1:
             shape = (given.shape[0], given.shape[1])
         compact = self._softprompt.options.positions == "compact"
         reason = reason_for_stock(self, plan, names, texts["labels"], shape, extra, compact=compact)
-        if reason is None and _is_sharded(self) and not sharding.all_agree(self.get_base_model(), plan):
+        if reason is None and not agreed:
             reason = sharding.DISAGREE
         if reason is not None:
+            _refuse_without_peft(self, reason)
             fall_back(self, reason, adapter_names)
             if all(extra.get(name) is None for name in NAMES):
                 check_stock_input(self.get_base_model(), **texts)
@@ -159,6 +162,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
             reason = stock_reason(self, plan, call)
             if reason is not None:
+                _refuse_without_peft(self, reason)
                 fall_back(self, reason, adapter_names, "generate")
                 return super().generate(*args, **kwargs)
             self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
@@ -190,6 +194,12 @@ def plan_of(model: Any) -> Plan:
 
 def _is_sharded(model: Any) -> bool:
     return sharding.is_fsdp(model) or sharding.by_fsdp(model.get_base_model())
+
+
+def _refuse_without_peft(model: Any, reason: str) -> None:
+    """Raises UnsupportedModelError where PEFT's own forward and generate fail on a sharded model."""
+    if sharding.embeds_in_parts(model.get_base_model()) and not sharding.is_fsdp(model):
+        raise UnsupportedModelError(f"softprompt: {reason}; {sharding.NOT_EMBEDDED}")
 
 
 def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:

@@ -305,3 +305,12 @@ def test_dropout_has_the_expectation_of_peft():
             losses[name] = torch.stack([model(**BATCH).loss for _ in range(60)])
     spread = (losses["stock"].var() / 60 + losses["fast"].var() / 60).sqrt()
     assert (losses["stock"].mean() - losses["fast"].mean()).abs() < 4 * spread
+
+
+def test_the_loss_has_no_way_through_the_logits_so_that_their_hooks_see_other_losses_alone(models):
+    for model, expected in zip(models, (2, 1), strict=True):
+        output, seen = model(**BATCH), []
+        output.logits.register_hook(seen.append)
+        output.loss.backward(retain_graph=True)
+        output.logits.sum().backward()
+        assert len(seen) == expected

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     sweep = Sweep(args, over)
     starts = sweep.starts(sweep.missing())
-    with held(output, "another sweep"):
+    with held(output):
         _check_fields(output, list(over))  # again: another sweep may have ended in the meantime
         return _train(args, over, sweep, starts, output)
 

@@ -16,6 +16,7 @@ from softprompt.cli.options import (
 )
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 from softprompt.tasks.folders import (
+    held,
     holds_adapter,
     latest_checkpoint,
     publish_adapter,
@@ -24,7 +25,8 @@ from softprompt.tasks.folders import (
 )
 
 if TYPE_CHECKING:
-    from softprompt.tasks.trainer import PromptTrainer
+    from softprompt.cli.progress import TrainingProgress
+    from softprompt.tasks.trainer import PromptTrainer, StopAtStepEnd
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -101,13 +103,28 @@ def run(args: argparse.Namespace) -> int:
     from softprompt.cli.build import build_trainer, read_tables
     from softprompt.cli.models import quiet_libraries
     from softprompt.cli.progress import TrainingProgress
-    from softprompt.cli.resume import say_how_to_resume, stop_on_interrupt
 
     quiet_libraries()
     tables = read_tables(args)
     progress = TrainingProgress()
     trainer, stop = build_trainer(args, *tables, checkpoint=checkpoint, progress=progress)
-    output.mkdir(parents=True, exist_ok=True)
+    with held(output):
+        # Again: another run may have ended in the meantime.
+        if _check_output(output, overwrite=args.overwrite, resume=args.resume) != checkpoint:
+            raise UsageError(f"--resume: another run has gone on from {checkpoint}: start again")
+        return _train(args, trainer, stop, progress, checkpoint, output)
+
+
+def _train(
+    args: argparse.Namespace,
+    trainer: "PromptTrainer",
+    stop: "StopAtStepEnd",
+    progress: "TrainingProgress",
+    checkpoint: Path | None,
+    output: Path,
+) -> int:
+    from softprompt.cli.resume import say_how_to_resume, stop_on_interrupt
+
     if checkpoint is None:
         remove_checkpoints(output)
     start = time.perf_counter()

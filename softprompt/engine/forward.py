@@ -104,9 +104,12 @@ def forward(
     compact = positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
     rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
+    agreed = not sharding.by_fsdp(model) or sharding.all_agree(model, plan.choice)
     obstacle = obstacle_to(plan, compact=compact, longest=longest, rows=rows)
+    obstacle = obstacle or (None if agreed else sharding.DISAGREE)
     if obstacle is not None:
-        if on_unsupported == "error" or compact or len(set(batch.prompt_lengths)) > 1:
+        without_stock = compact or len(set(batch.prompt_lengths)) > 1 or sharding.embeds_in_parts(model)
+        if on_unsupported == "error" or without_stock:
             raise UnsupportedModelError(obstacle)
         warnings.warn(f"softprompt: {obstacle}", stacklevel=2)
         raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(model))

@@ -51,6 +51,11 @@ class Plan:
     rotary_switch: int | None = None  # see `families.rotary_switch`
     row_limit: int | None = None  # see `families.row_limit`
 
+    @property
+    def choice(self) -> tuple[Any, ...]:
+        """What ranks have to agree on; the errors of their self-checks may differ in the last digits."""
+        return self.route, self.seam, self.positions, self.fused_head
+
     def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> HiddenRows:
         """The hidden rows of a batch on this route.
 

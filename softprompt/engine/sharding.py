@@ -42,6 +42,10 @@ ROWS_OF_ADAPTERS = (
     "model.get_base_model(), which leaves the prompts whole"
 )
 ONLY_FORWARD = "the weights are sharded by fully_shard, and only forward gathers them"
+NOT_EMBEDDED = (
+    "PEFT's own, which is left, embeds the texts outside of the model that was sharded by fully_shard: call "
+    "fully_shard on the PEFT model instead of model.get_base_model()"
+)
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -52,6 +56,12 @@ def is_fsdp(module: nn.Module) -> bool:
 def by_fsdp(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or a part of it."""
     return _in_group() and _any_of(_FSDP2, structure_of(model)[1])
+
+
+def embeds_in_parts(model: nn.Module) -> bool:
+    """Whether the embedding of a language model is whole in a call of the model alone."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return is_fsdp(model) and not is_fsdp(embedding) and is_part(getattr(embedding, "weight", None))
 
 
 def _in_group() -> bool:
@@ -134,7 +144,7 @@ def obstacle(model: nn.Module) -> str | None:
     if hasattr(model, "hf_split_points"):
         return "the model is cut into pipeline stages, each with layers of its own"
     weight = next(model.parameters(), None)
-    if getattr(weight, "_fsdp_flattened", False) or (_in_group() and _any_of(_FSDP1, structure_of(model)[1])):
+    if _is_flattened(model, weight) or (_in_group() and _any_of(_FSDP1, structure_of(model)[1])):
         return (
             "FSDP1 (FullyShardedDataParallel) flattens the weights: "
             "FSDP2 (fully_shard, fsdp_version 2) is served"
@@ -142,9 +152,15 @@ def obstacle(model: nn.Module) -> str | None:
     if hasattr(weight, "ds_id"):
         return (
             "DeepSpeed ZeRO-3 partitions the weights and gathers them for the model's own forward only: "
-            "ZeRO-1, ZeRO-2 and FSDP2 are served"
+            "FSDP2 is served, and ZeRO-1 and ZeRO-2 leave the weights whole"
         )
     return None
+
+
+def _is_flattened(model: nn.Module, weight: Any) -> bool:
+    """Whether FSDP1 around the model has put its weights into one, which it cuts up again for a forward."""
+    cut = bool(getattr(model, "_is_fsdp_managed_module", False)) and not isinstance(weight, nn.Parameter)
+    return cut or getattr(weight, "_fsdp_flattened", False)
 
 
 def inside(model: Any, run: Callable[[], Answer]) -> Answer:
@@ -155,11 +171,14 @@ def inside(model: Any, run: Callable[[], Answer]) -> Answer:
     def forward(*args: Any, **kwargs: Any) -> Answer:
         return run()
 
+    before = model.__dict__.get("forward")  # such as TRL's
     model.__dict__["forward"] = forward
     try:
         answer: Answer = model()
     finally:
         del model.__dict__["forward"]
+        if before is not None:
+            model.__dict__["forward"] = before
     return answer
 
 
@@ -179,14 +198,16 @@ def whole(module: Any) -> Iterator[None]:
 _AGREED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
-def all_agree(model: nn.Module, choice: Any) -> bool:
+def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
     """Whether all ranks chose the same for a model; they gather weights together, so they must.
 
-    Every rank has to ask. The answer is kept as long as the choice is the same object.
+    Every rank has to ask, whatever it chose. The answer is kept as long as the choice is the same.
     """
+    if not _in_group():
+        return True
     known = _AGREED.get(model)
-    if known is None or known[0] is not choice:
+    if known is None or known[0] != choice:
         chosen: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(chosen, repr(choice))
+        torch.distributed.all_gather_object(chosen, choice)
         known = _AGREED[model] = (choice, len(set(chosen)) == 1)
     return known[1]

@@ -56,7 +56,11 @@ def remove_checkpoints(folder: Path, *, keep: int = 0, also: Path | None = None)
 
 @contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder inside `folder` for files on their way to it; it is gone afterwards."""
+    """Yield an empty folder inside `folder` for files on their way to it; it is gone afterwards.
+
+    There is one for each folder, and what a crash left in it goes: whoever uses it has `folder` to himself,
+    see `held`.
+    """
     stage = folder / STAGING
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -67,14 +71,10 @@ def staging(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path, owner: str) -> Iterator[None]:
-    """Keep other processes from writing to `folder`, which is made where it is not there.
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs and sweeps from writing to `folder`, which is made where it is not there.
 
     The operating system lets go of the lock when the process ends, however it ends; the file stays.
-
-    Args:
-        folder: to be held.
-        owner: what holds it, for the error.
 
     Raises:
         TaskError: another process holds it.
@@ -85,7 +85,8 @@ def held(folder: Path, owner: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise TaskError(
-            f"{owner} is already writing to {folder}: wait until it has ended, or name another folder"
+            f"another run or sweep is already writing to {folder}: wait until it has ended, or name another "
+            "folder"
         ) from error
     try:
         yield

@@ -1,7 +1,10 @@
 """A random-weights BLOOM with its own tokenizer, and small tables, made where the tests run."""
 
+import contextlib
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,3 +156,30 @@ def run(capsys):
 @pytest.fixture
 def read_json():
     return lambda path: json.loads(path.read_text(encoding="utf-8"))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from softprompt.tasks.folders import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held_by_another():
+    """A block in which another process writes to a folder, and at whose end it is killed."""
+
+    @contextlib.contextmanager
+    def block(folder):
+        arguments = [sys.executable, "-c", HOLDER, str(folder)]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+            try:
+                assert holder.stdout.readline() == "held\n"
+                yield
+            finally:
+                holder.kill()
+
+    return block

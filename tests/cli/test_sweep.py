@@ -1,8 +1,6 @@
 """`softprompt sweep` against `softprompt train`, run by run."""
 
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -348,27 +346,14 @@ def test_the_table_of_other_fields_is_not_replaced(sweep, tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").glob("sweep.*")}
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from softprompt.tasks.folders import held
-with held(Path(sys.argv[1]), "another sweep"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_two_sweeps_do_not_write_to_one_folder_and_a_killed_one_holds_nothing(
-    sweep, tmp_path, trained_together
+    sweep, tmp_path, trained_together, held_by_another
 ):
-    arguments = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with held_by_another(tmp_path / "out"):
         code, out, error = sweep("--over", "learning-rate", 0.1, "--seeds", 1)
         assert (code, out) == (2, "")
-        assert "another sweep is already writing to" in error
+        assert "another run or sweep is already writing to" in error
         assert trained_together == []
-        holder.kill()
     assert sweep("--over", "learning-rate", 0.1, "--seeds", 1)[0] == 0
 
 

@@ -58,6 +58,7 @@ def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, t
     loaded = PeftModel.from_pretrained(base, folder)
     assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, prompt_in(folder))
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -259,6 +260,48 @@ def test_an_output_folder_with_an_adapter_is_left_alone(train, tmp_path, kind):
     assert code == 2
     assert f"{folder} holds an adapter already: name another --output, replace it with --overwrite" in err
     assert [(path.name, path.stat().st_mtime_ns) for path in folder.iterdir()] == before
+
+
+@pytest.mark.usefixtures("without_figure")
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)], ids=str)
+def test_two_runs_do_not_write_to_one_folder_and_a_killed_one_holds_nothing(
+    train, tmp_path, held_by_another, more
+):
+    folder = tmp_path / "out"
+    if "--resume" in more:
+        train()
+    with held_by_another(folder):
+        before = sorted(path.name for path in folder.iterdir())
+        code, out, error = train(*more)
+        assert (code, out) == (2, "")
+        assert f"another run or sweep is already writing to {folder}" in error
+        assert sorted(path.name for path in folder.iterdir()) == before
+    assert train(*more)[0] == 0
+
+
+@pytest.mark.usefixtures("without_figure")
+def test_a_run_that_another_has_overtaken_does_not_start(train, tmp_path, monkeypatch):
+    from softprompt.cli import build
+
+    original = build.build_trainer
+
+    def meanwhile(*args, **options):
+        built = original(*args, **options)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "checkpoint-9").mkdir()
+        (tmp_path / "out" / "checkpoint-9" / "trainer_state.json").write_text("{}")
+        return built
+
+    monkeypatch.setattr(build, "build_trainer", meanwhile)
+    code, _, error = train()
+    assert code == 2
+    assert "holds an adapter already" in error
+    monkeypatch.undo()
+    assert train("--overwrite")[0] == 0
+    monkeypatch.setattr(build, "build_trainer", meanwhile)
+    code, _, error = train("--resume")
+    assert code == 2
+    assert "--resume: another run has gone on from" in error
 
 
 @pytest.mark.usefixtures("without_figure")

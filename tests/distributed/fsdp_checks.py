@@ -1,5 +1,6 @@
 """FSDP2 (`fully_shard`) around a patched model: what one process makes of the joined batch with PEFT."""
 
+import dataclasses
 import tempfile
 import warnings
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import softprompt
+from softprompt.engine import plan_for, sharding
 
 
 def shard(*modules, **options):
@@ -289,6 +291,18 @@ def check_the_functional_form(rank):
     softprompt.forward(base, prompt, **half(joined_batch(), rank)).loss.backward()
     alone(**joined_batch()).loss.backward()
     assert_close(mean_over_ranks(prompt.grad), prompt_of(alone).grad, 2e-6, "gradient")
+    base.config._attn_implementation = "eager"  # another model than the one that was checked
+    with pytest.raises(softprompt.UnsupportedModelError, match="before fully_shard"):
+        softprompt.forward(base, prompt, **half(joined_batch(), rank))
+
+
+def check_a_forward_that_was_set_on_a_sharded_model_stays_there(rank):
+    """TRL sets one."""
+    base = three()[2].get_base_model()
+    shard(*layers_of(base), base)
+    base.forward = forward = lambda **kwargs: None
+    assert sharding.inside(base, lambda: 3) == 3
+    assert base.forward is forward
 
 
 def check_a_model_that_was_sharded_before_stays_on_pefts_forward(rank):
@@ -340,26 +354,66 @@ def check_what_is_not_forward_is_refused_by_name(rank):
             call()
 
 
-def check_ranks_that_chose_different_routes_all_take_pefts_forward(rank):
-    """Such as ranks that got no weights yet (RAM-efficient loading)."""
-    alone, stock, fast = three()
-    model = fast
-    if rank == 1:
-        model = stock
-        handle = model.get_base_model().model.layers[0].register_forward_hook(lambda m, a, o: o.cumsum(1))
-        softprompt.patch(model)
-        assert softprompt.explain(model).route == "padded"
-        handle.remove()
-    else:
-        softprompt.patch(model)
-    around_the_peft_model(model)
+def check_what_is_left_to_peft_where_only_the_base_is_sharded_is_refused_by_name(rank):
+    """PEFT embeds outside of the base, where the weight is not whole."""
+    batch = half(joined_batch(), rank)
+    _, stock, fast = three()
+    around_the_base(stock)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        stock(**batch)
+    softprompt.patch(fast)
+    around_the_base(fast)
+    ids = {"input_ids": batch["input_ids"], "max_new_tokens": 1}
+    for call in (lambda: fast(**batch, output_hidden_states=True), lambda: fast.generate(**ids)):
+        with pytest.raises(softprompt.UnsupportedModelError, match="embeds the texts outside of the model"):
+            call()
+    fast(**batch).loss.backward()
+
+
+def _padded(model):
+    """The route of a model whose layer has a hook; the hook is gone afterwards."""
+    handle = model.get_base_model().model.layers[0].register_forward_hook(lambda m, a, o: o.cumsum(1))
+    softprompt.patch(model)
+    assert softprompt.explain(model).route == "padded"
+    handle.remove()
+
+
+def _stock(model):
+    """As on a rank that got no weights yet (RAM-efficient loading)."""
+    head = model.get_base_model().lm_head
+    weight = head.weight
+    head.weight = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model(**half(joined_batch(), rank)).loss.backward()
-    alone(**joined_batch()).loss.backward()
-    assert_close(whole(prompt_of(model).grad), prompt_of(alone).grad, 2e-6, "gradient")
-    ((reason, _),) = softprompt.explain(model).fallbacks
-    assert "not the same on all ranks" in reason
+        softprompt.patch(model)
+    assert softprompt.explain(model).route == "stock"
+    head.weight = weight
+
+
+def check_ranks_that_chose_different_routes_all_take_pefts_forward(rank):
+    for other in (_padded, _stock):
+        alone, stock, fast = three()
+        model = softprompt.patch(fast)
+        if rank == 1:
+            model = stock
+            other(model)
+        around_the_peft_model(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                model(**half(joined_batch(), rank)).loss.backward()
+        alone(**joined_batch()).loss.backward()
+        assert_close(whole(prompt_of(model).grad) / 2, prompt_of(alone).grad, 2e-6, "gradient")
+        ((reason, count),) = softprompt.explain(model).fallbacks
+        assert count == 2
+        expected = "meta device" if rank == 1 and other is _stock else "not the same on all ranks"
+        assert expected in reason
+
+
+def check_self_checks_that_differ_in_the_last_digits_are_the_same_route(rank):
+    fast = three()[2]
+    plan = plan_for(fast.get_base_model())
+    assert sharding.all_agree(fast, dataclasses.replace(plan, loss_error=1e-9 * (1 + rank)).choice)
 
 
 def check_unpatching_a_sharded_model_is_a_clear_error(rank):

@@ -2,17 +2,20 @@
 
 import contextlib
 import io
+import tempfile
 import warnings
 
 import pytest
 import torch
 from batches_of_ranks import WORLD_SIZE, half, joined_batch, mean_over_ranks, three
 from parity import assert_close, prompt_of
+from peft import PromptTuningConfig, get_peft_model
+from tiny_models import build
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import softprompt
 from softprompt.cli import main
@@ -75,6 +78,34 @@ def check_tensor_parallel_weights_equal_whole_ones(rank):
     return routes
 
 
+def check_the_tensor_parallel_plan_of_transformers(rank):
+    if torch.cuda.is_available():  # transformers would take it
+        return
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with tempfile.TemporaryDirectory() as mine:
+        if rank == 0:  # the only one that transformers lets save
+            build("llama").save_pretrained(mine)
+        folders = [mine]
+        torch.distributed.broadcast_object_list(folders)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            cut = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32, tp_plan="auto")
+        alone = get_peft_model(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32), config)
+        torch.distributed.barrier()
+    fast = get_peft_model(cut, config)
+    with torch.no_grad():
+        for model in (fast, alone):  # the same on both ranks
+            prompt_of(model).copy_(torch.linspace(-1, 1, prompt_of(model).numel()).view_as(prompt_of(model)))
+    assert isinstance(cut.model.layers[0].self_attn.q_proj.weight, DTensor)
+    softprompt.patch(fast, on_unsupported="error")
+    losses = [model(**joined_batch("everywhere")).loss for model in (fast, alone)]
+    for loss in losses:
+        loss.backward()
+    assert_close(losses[0].detach(), losses[1].detach(), 2e-6, "loss")
+    assert_close(prompt_of(fast).grad, prompt_of(alone).grad, 2e-5, "gradient")
+    assert softprompt.explain(fast).route == "packed"
+
+
 def check_fsdp1_is_refused_by_name(rank):
     alone, stock, _ = three()
     fast = softprompt.patch(stock)
@@ -95,11 +126,16 @@ def check_fsdp1_is_refused_by_name(rank):
 
 
 def check_fsdp1_around_the_whole_model(rank):
-    """Its weights are whole in the forward."""
-    alone, _, fast = three()
+    """Its weights look whole in the forward, where each is cut out of the flat one."""
+    alone, stock, _ = three()
+    fast = softprompt.patch(stock)
     parallel = FullyShardedDataParallel(fast, device_id=torch.device("cpu"), use_orig_params=True)
-    loss = parallel(**half(joined_batch(), rank)).loss
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = parallel(**half(joined_batch(), rank)).loss
     loss.backward()
+    assert any("FSDP1 (FullyShardedDataParallel)" in str(w.message) for w in caught)
+    assert [count for _, count in softprompt.explain(fast).fallbacks] == [1]
     assert_close(mean_over_ranks(loss.detach()), alone(**joined_batch()).loss.detach(), 2e-6, "loss")
     assert "FSDP1 (FullyShardedDataParallel)" in softprompt.explain(fast).reason
 
