@@ -60,6 +60,7 @@ _OF_RANKS = {
     sharding.ONLY_FORWARD: "only forward gathers them",
     f"softprompt: {sharding.ONLY_FORWARD}": "softprompt.ensemble.losses(fast",
     f"softprompt: {sharding.ONLY_FORWARD}: generate does not": "fast.generate(",
+    f"softprompt: {{}}; {sharding.NOT_EMBEDDED}": "embeds the texts outside of the model",
 }
 # Reasons that other tests bring about: sentence -> (file below tests/, what it looks for)
 ELSEWHERE = {

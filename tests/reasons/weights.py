@@ -67,7 +67,7 @@ def rows():
     )
     yield Row(
         "DeepSpeed ZeRO-3 partitions the weights and gathers them for the model's own forward only: "
-        "ZeRO-1, ZeRO-2 and FSDP2 are served",
+        "FSDP2 is served, and ZeRO-1 and ZeRO-2 leave the weights whole",
         marked(partitioned),
     )
     yield Row(
