@@ -7,7 +7,8 @@ columns at the end that no row uses, and all of the head but the rows that predi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,16 +139,13 @@ def decoded_rows(
     longest = max(batch.prompt_lengths)
     columns = longest + batch.shape[1]
     if trims:
-        batch = _first_columns(batch, max(used, 1))
+        batch = _first_columns(_embedded(embedding, batch), max(used, 1))
     embeds, mask = prompted_texts(embedding, batch, backend)
     labels, decoder = _decoder_inputs(model, batch, answers, embedding)
     num_rows, length = next(value for value in decoder.values() if value is not None).shape[:2]
     _check_positions(position_limit, embeds.shape[1], length)
     watch = _Watch(0 if skips_head else 1)
-    with (
-        replaced(model.get_encoder(), forward=watch.encoder(model.get_encoder().forward)),
-        replaced(model.get_decoder(), forward=watch.decoder(model.get_decoder().forward)),
-    ):
+    with watch.on(model.get_encoder(), watch.encoder), watch.on(model.get_decoder(), watch.decoder):
         model(
             inputs_embeds=embeds,
             attention_mask=mask if masked or len(set(batch.prompt_lengths)) > 1 else None,
@@ -176,20 +174,27 @@ class _Watch:
         self.output_class: type = object
         self._columns = columns
 
-    def encoder(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.encoded = forward(*args, **(kwargs | {"return_dict": True}))
-            return self.encoded
+    @contextlib.contextmanager
+    def on(self, part: nn.Module, keep: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+        """In the block `keep` gets what a part of the model gives, behind the hooks of others."""
+        forward = part.forward
 
-        return watched
+        def with_names(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **(kwargs | {"return_dict": True}))
 
-    def decoder(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **(kwargs | {"return_dict": True}))
-            self.hidden, self.output_class = output.last_hidden_state, type(output)
-            return type(output)(last_hidden_state=self.hidden.detach()[:, : self._columns])
+        with replaced(part, forward=with_names):
+            handle = part.register_forward_hook(keep)
+            try:
+                yield
+            finally:
+                handle.remove()
 
-        return watched
+    def encoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.encoded = output
+
+    def decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.hidden, self.output_class = output.last_hidden_state, type(output)
+        return type(output)(last_hidden_state=self.hidden.detach()[:, : self._columns])
 
 
 def own_logits(model: CausalLM, hidden: Tensor, encoded: Any, output_class: type) -> Tensor:
@@ -257,6 +262,13 @@ def _counts(batch: Batch, answers: Answers, num_embeddings: int, vocab_size: int
         ids = answers.input_ids.to(device)
         counts[4] = ((ids < 0) | (ids >= vocab_size)).sum()
     return torch.stack(counts)
+
+
+def _embedded(embedding: nn.Module, batch: Batch) -> Batch:
+    """The batch through an embedding that has to be called: its hooks may count the columns, as NEFTune does."""
+    if batch.input_ids is None or families.embedding_obstacle(embedding) is None:
+        return batch
+    return replace(batch, input_ids=None, inputs_embeds=embedding(batch.input_ids))
 
 
 def _first_columns(batch: Batch, columns: int) -> Batch:
