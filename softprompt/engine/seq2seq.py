@@ -197,7 +197,7 @@ def _may_end_early(model: CausalLM, answers: Answers) -> bool:
     Their logits are computed when they are looked at: from the encoder's hidden states alone, and by weights
     that are then as now.
     """
-    given = (answers.input_ids, answers.inputs_embeds, answers.attention_mask, answers.prompts)
+    given = (answers.inputs_embeds, answers.attention_mask, answers.prompts)
     if answers.labels is None or any(value is not None for value in given):
         return False
     return not any(parameter.requires_grad for parameter in model.get_decoder().parameters())
