@@ -28,13 +28,15 @@ class Lengths:
 
     name: str
     pad_to: int  # L
-    labels: tuple[int, int]  # fewest and most labels of a row; T is the most
+    labels: tuple[int, int]  # fewest and most labels of a row
+    pad_labels_to: int = 0  # T, where it is more than the most labels
 
 
 CASES = (
     Lengths("a label of 4 tokens", TEXT, (4, 4)),
     Lengths("labels of 4 to 32 tokens", TEXT, (4, 32)),
     Lengths('a label of 4 tokens, padding="max_length" of 128', 128, (4, 4)),
+    Lengths("the same with labels padded to 128", 128, (4, 4), 128),
 )
 
 
@@ -60,11 +62,12 @@ def batch_of(case: Lengths) -> dict[str, Tensor]:
     lengths = torch.linspace(24, TEXT, ROWS).long()[:, None]
     fewest, most = case.labels
     answers = torch.linspace(fewest, most, ROWS).long()[:, None]
-    labels = torch.randint(3, VOCABULARY, (ROWS, most), generator=generator)
+    width = max(most, case.pad_labels_to)
+    labels = torch.randint(3, VOCABULARY, (ROWS, width), generator=generator)
     return {
         "input_ids": torch.randint(3, VOCABULARY, (ROWS, case.pad_to), generator=generator),
         "attention_mask": (torch.arange(case.pad_to) < lengths).long(),
-        "labels": labels.masked_fill(torch.arange(most) >= answers, -100),
+        "labels": labels.masked_fill(torch.arange(width) >= answers, -100),
     }
 
 

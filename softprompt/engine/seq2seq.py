@@ -2,12 +2,14 @@
 rows.
 
 The encoder sees a row's prompt and text both ways, so the rows cannot share their prompt. What can go are the
-columns at the end that no row uses, and all of the head but the rows that predict a label.
+columns at the end that no row uses, in the encoder and in the decoder, and all of the head but the rows that
+predict a label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softprompt.engine import families
+from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
-from softprompt.engine.head import IGNORE_INDEX, answering, replaced
+from softprompt.engine.head import IGNORE_INDEX, replaced
 from softprompt.engine.packed import raise_too_long
 from softprompt.layout import raise_out_of_range
 from softprompt.ops.library import AUTO
@@ -40,11 +43,13 @@ class Answers:
 class DecodedRows:
     """What the decoder made of a batch, before any logit."""
 
-    hidden: Tensor  # [B * T, H] hidden states as the decoder gives them
+    hidden: Tensor  # [B * C, H] hidden states as the decoder gives them
     label_rows: Tensor  # [M]
     label_targets: Tensor  # [M]
     num_labels: int
-    shape: tuple[int, int]  # B, T
+    shape: tuple[int, int]  # B, C
+    length: int  # T, with the columns behind C, which no label needs
+    rest: Callable[[Tensor], Tensor] | None  # their logits, from the encoder's hidden states
     encoded: Any  # the encoder's output
     columns: int  # of the encoder's inputs, before those that no row uses were dropped
     output_class: type  # of the decoder
@@ -102,6 +107,7 @@ def decoded_rows(
     embedding: nn.Module,
     *,
     trims: bool,
+    ends_early: bool,
     position_limit: int | None,
     vocab_size: int,
     masked: bool = True,
@@ -117,6 +123,7 @@ def decoded_rows(
         answers: what the decoder reads, and its labels.
         embedding: makes the texts' embeddings.
         trims: drop the columns at the end of the texts that no row uses.
+        ends_early: leave out the decoder's columns behind the last label, where the call allows it.
         position_limit: length of the model's position table, None where there is none.
         vocab_size: V of the head.
         masked: whether the texts have a mask at all.
@@ -130,41 +137,70 @@ def decoded_rows(
     """
     num_embeddings = int(getattr(embedding, "num_embeddings", 0)) or vocab_size
     counts = _counts(batch, answers, num_embeddings, vocab_size).tolist()
-    num_labels, used = counts[:2]
-    if any(counts[2:]):
+    num_labels, used, answered = counts[:3]
+    if any(counts[3:]):
         raise_out_of_range(batch.input_ids, None, num_embeddings)
         raise_out_of_range(None, answers.labels, vocab_size)
         raise_out_of_range(answers.input_ids, None, vocab_size, name_of_ids="decoder_input_ids")
     longest = max(batch.prompt_lengths)
     columns = longest + batch.shape[1]
     if trims:
-        batch = _first_columns(batch, max(used, 1))
+        batch = _first_columns(_embedded(embedding, batch), max(used, 1))
     embeds, mask = prompted_texts(embedding, batch, backend)
     labels, decoder = _decoder_inputs(model, batch, answers, embedding)
     num_rows, length = next(value for value in decoder.values() if value is not None).shape[:2]
     _check_positions(position_limit, embeds.shape[1], length)
+    seen = max(answered, 1) if ends_early and _may_end_early(model, answers) else length
+    asked = {
+        "attention_mask": mask if masked or len(set(batch.prompt_lengths)) > 1 else None,
+        "use_cache": use_cache,
+        "return_dict": True,
+    }
     watch = _Watch(0 if skips_head else 1)
-    with (
-        replaced(model.get_encoder(), forward=watch.encoder(model.get_encoder().forward)),
-        replaced(model.get_decoder(), forward=watch.decoder(model.get_decoder().forward)),
-    ):
-        model(
-            inputs_embeds=embeds,
-            attention_mask=mask if masked or len(set(batch.prompt_lengths)) > 1 else None,
-            use_cache=use_cache,
-            return_dict=True,
-            **decoder,
-        )
+    with watch.on(model.get_encoder(), watch.encoder), watch.on(model.get_decoder(), watch.decoder):
+        first = {name: None if value is None else value[:, :seen] for name, value in decoder.items()}
+        model(inputs_embeds=embeds, **asked, **first)
     if watch.hidden is None or watch.encoded is None:
         raise RuntimeError(f"{type(model).__name__} does not call the encoder and the decoder that it names")
-    hidden = watch.hidden.reshape(num_rows * length, -1)
+    hidden = watch.hidden.reshape(num_rows * seen, -1)
     rows = targets = torch.empty(0, dtype=torch.int64, device=hidden.device)
     if labels is not None:
-        flat = labels.reshape(-1).to(hidden.device)
+        flat = labels[:, :seen].reshape(-1).to(hidden.device)
         rows = torch.nonzero_static(flat != IGNORE_INDEX, size=num_labels)[:, 0]
         targets = flat[rows].long()
-    shape = (num_rows, length)
-    return DecodedRows(hidden, rows, targets, num_labels, shape, watch.encoded, columns, watch.output_class)
+    encoded = watch.encoded
+
+    def rest(states: Tensor) -> Tensor:
+        with IN_USE:
+            output = model(encoder_outputs=type(encoded)(last_hidden_state=states), **asked, **decoder)
+        logits: Tensor = output.logits[:, seen:]
+        return logits
+
+    return DecodedRows(
+        hidden,
+        rows,
+        targets,
+        num_labels,
+        (num_rows, seen),
+        length,
+        rest if seen < length else None,
+        encoded,
+        columns,
+        watch.output_class,
+    )
+
+
+def _may_end_early(model: CausalLM, answers: Answers) -> bool:
+    """Whether the decoder may leave out the columns at the end that no label needs.
+
+    It is causal, so they change nothing; but where a mask hides all that a column sees, it sees all columns.
+    Their logits are computed when they are looked at: from the encoder's hidden states alone, and by weights
+    that are then as now.
+    """
+    given = (answers.inputs_embeds, answers.attention_mask, answers.prompts)
+    if answers.labels is None or any(value is not None for value in given):
+        return False
+    return not any(parameter.requires_grad for parameter in model.get_decoder().parameters())
 
 
 class _Watch:
@@ -176,40 +212,27 @@ class _Watch:
         self.output_class: type = object
         self._columns = columns
 
-    def encoder(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.encoded = forward(*args, **(kwargs | {"return_dict": True}))
-            return self.encoded
+    @contextlib.contextmanager
+    def on(self, part: nn.Module, keep: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+        """In the block `keep` gets what a part of the model gives, behind the hooks of others."""
+        forward = part.forward
 
-        return watched
+        def with_names(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **(kwargs | {"return_dict": True}))
 
-    def decoder(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **(kwargs | {"return_dict": True}))
-            self.hidden, self.output_class = output.last_hidden_state, type(output)
-            return type(output)(last_hidden_state=self.hidden.detach()[:, : self._columns])
+        with replaced(part, forward=with_names):
+            handle = part.register_forward_hook(keep)
+            try:
+                yield
+            finally:
+                handle.remove()
 
-        return watched
+    def encoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.encoded = output
 
-
-def own_logits(model: CausalLM, hidden: Tensor, encoded: Any, output_class: type) -> Tensor:
-    """The model's own logits of what its decoder gave: its forward with parts that answer.
-
-    Args:
-        model: the encoder-decoder.
-        hidden: [B, T, H] as the decoder gives them.
-        encoded: the encoder's output.
-        output_class: of the decoder.
-
-    Returns:
-        [B, T, V].
-    """
-    ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with answering(model.get_decoder(), output_class(last_hidden_state=hidden)):
-        logits: Tensor = model(
-            encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False, return_dict=True
-        ).logits
-    return logits
+    def decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.hidden, self.output_class = output.last_hidden_state, type(output)
+        return type(output)(last_hidden_state=self.hidden.detach()[:, : self._columns])
 
 
 def shifted(model: CausalLM, labels: Tensor, *, as_bart: bool = False) -> Tensor:
@@ -230,33 +253,37 @@ def shifted(model: CausalLM, labels: Tensor, *, as_bart: bool = False) -> Tensor
     return ids.masked_fill(ids == IGNORE_INDEX, config.pad_token_id)
 
 
-def head_bias(model: CausalLM) -> Tensor | None:
-    """[V] what the model adds to the product with its head's weight, or None."""
-    own, added = model.get_output_embeddings().bias, getattr(model, "final_logits_bias", None)
-    if added is None:
-        return own  # type: ignore[no-any-return]
-    added = added.reshape(-1)
-    return added if own is None else own + added
-
-
 def _counts(batch: Batch, answers: Answers, num_embeddings: int, vocab_size: int) -> Tensor:
-    """[5]: labels, columns up to the last that a row uses; ids, labels and decoder ids out of range."""
+    """[6]: labels; columns up to the last that a row uses, and up to the last label; ids, labels and decoder
+    ids out of range.
+    """
     device = batch.attention_mask.device
-    used = (batch.attention_mask != 0).any(0)
-    place = torch.arange(1, used.shape[0] + 1, device=device)
     none = torch.zeros((), dtype=torch.int64, device=device)
-    counts = [none, (used * place).amax() if used.shape[0] else none, none, none, none]
+    counts = [none, _last_column(batch.attention_mask != 0), none, none, none, none]
     if batch.input_ids is not None:
-        counts[2] = ((batch.input_ids < 0) | (batch.input_ids >= num_embeddings)).sum()
+        counts[3] = ((batch.input_ids < 0) | (batch.input_ids >= num_embeddings)).sum()
     if answers.labels is not None:
         labels = answers.labels.to(device)
         labelled = labels != IGNORE_INDEX
-        counts[0] = labelled.sum()
-        counts[3] = (labelled & ((labels < 0) | (labels >= vocab_size))).sum()
+        counts[0], counts[2] = labelled.sum(), _last_column(labelled)
+        counts[4] = (labelled & ((labels < 0) | (labels >= vocab_size))).sum()
     if answers.input_ids is not None:
         ids = answers.input_ids.to(device)
-        counts[4] = ((ids < 0) | (ids >= vocab_size)).sum()
+        counts[5] = ((ids < 0) | (ids >= vocab_size)).sum()
     return torch.stack(counts)
+
+
+def _last_column(chosen: Tensor) -> Tensor:
+    """Columns of [B, N] up to the last in which a row has something chosen."""
+    place = torch.arange(1, chosen.shape[1] + 1, device=chosen.device)
+    return (chosen.any(0) * place).amax() if chosen.shape[1] else place.sum()
+
+
+def _embedded(embedding: nn.Module, batch: Batch) -> Batch:
+    """The batch through an embedding that has to be called: its hooks may count the columns (NEFTune)."""
+    if batch.input_ids is None or families.embedding_obstacle(embedding) is None:
+        return batch
+    return replace(batch, input_ids=None, inputs_embeds=embedding(batch.input_ids))
 
 
 def _first_columns(batch: Batch, columns: int) -> Batch:

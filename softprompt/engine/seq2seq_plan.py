@@ -27,7 +27,8 @@ from softprompt.engine.plan import (
     tolerances,
 )
 from softprompt.engine.precision import whole_batch_obstacle
-from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows, head_bias, own_logits
+from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows
+from softprompt.engine.seq2seq_logits import head_bias, logits_source, own_logits
 from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_entropy
 
@@ -35,7 +36,7 @@ from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_en
 # windows and blocks that the length is rounded up to, and experts whose places go to the first rows.
 _LENGTH_MATTERS = ("attention_window", "local_radius", "block_size", "expert_capacity")
 _UNSCALED = ("mt5",)  # relatives of T5 without the scale in front of a tied head
-# Decoders that mask pads only where they keep no cache.
+# Decoders that mask pads of their own accord, and only where they keep no cache.
 _CACHE_MATTERS = ("t5gemma", "t5gemma2")
 REASON = (
     "rows stay padded, since the encoder sees prompt and text of a row both ways; "
@@ -124,11 +125,14 @@ def trimming_obstacle(model: CausalLM) -> str | None:
 
 
 def _probe(model: CausalLM) -> tuple[Batch, Answers]:
-    """Two rows with a hole, pads of their own and one that they share; some labels do not count."""
+    """Two rows with a hole, pads of their own and one that they share; some labels do not count, nor does a
+    last column of them.
+    """
     batch = probe_batch(model)
     mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]], device=batch.attention_mask.device)
     labels = cast(Tensor, batch.input_ids).flip(1)[:, :4].clone()
     labels[0, 1] = labels[1, 2:] = -100
+    labels = nn.functional.pad(labels, (0, 1), value=-100)
     return replace(batch, attention_mask=mask, labels=None), Answers(labels)
 
 
@@ -188,7 +192,8 @@ def _first_that_holds(
             loss = loss_of_decoded(model, plan, rows, None)
             (grad,) = torch.autograd.grad(loss, batch.prompts[0])
             with torch.no_grad():
-                got = own_logits(model, rows.hidden.view(*rows.shape, -1), rows.encoded, rows.output_class)
+                source, values_of = logits_source(model, rows)
+                got = values_of(source)
         except Exception as error:  # the reason is kept, and the stock forward takes over
             first_line = str(error).splitlines()[0] if str(error) else ""
             rejected.append(f"{name}: {type(error).__name__}: {first_line}")
@@ -248,6 +253,7 @@ def run_decoder(
         answers,
         model.get_input_embeddings() if embedding is None else embedding,
         trims=plan.trims,
+        ends_early=plan.trims and model.config.model_type not in _CACHE_MATTERS,
         position_limit=plan.position_limit,
         vocab_size=plan.vocab_size,
         masked=masked,
@@ -296,7 +302,7 @@ def run_seq2seq(
     backend: str = AUTO,
 ) -> tuple[Tensor | None, Tensor, Tensor, bool]:
     """Loss (None without labels), lazy logits [B, T, V], the encoder's hidden states [B, P + L, H], and
-    whether columns were dropped: the encoder's states are zero there.
+    whether columns were dropped: the encoder's states are zero in those of its own.
     """
     check_num_items(num_items)
     rows = run_decoder(
@@ -312,22 +318,19 @@ def run_seq2seq(
     loss = None if answers.labels is None else loss_of_decoded(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
         warn_of_no_labels(stacklevel=3)
-
-    def values_of(hidden: Tensor) -> Tensor:
-        return own_logits(model, hidden.view(*rows.shape, -1), rows.encoded, rows.output_class)
-
+    source, values_of = logits_source(model, rows)
     bias = getattr(model, "final_logits_bias", None)
     logits = logits_of(
-        rows.hidden,
+        source,
         values_of,
-        (*rows.shape, plan.vocab_size),
+        (rows.shape[0], rows.length, plan.vocab_size),
         plan.logits_dtype,
         added=None if bias is None else bias.dtype,
     )
     encoded: Tensor = rows.encoded.last_hidden_state
     missing = rows.columns - encoded.shape[1]
     if missing <= 0:
-        return loss, logits, encoded, False
+        return loss, logits, encoded, rows.rest is not None
 
     def filled(states: Tensor) -> Tensor:
         return nn.functional.pad(states, (0, 0, 0, missing))

@@ -15,7 +15,7 @@ from peft import PeftType
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 import softprompt
-from softprompt import patched_model
+from softprompt import patched_model, patched_seq2seq
 
 PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 
@@ -48,15 +48,15 @@ def patching() -> Iterator[Counts]:
 
         return init
 
-    def counted(name: str, what: str) -> Any:
-        stock = getattr(patched_model, name)
+    def counted(owner: Any, name: str, what: str) -> Any:
+        stock = getattr(owner, name)
 
         @functools.wraps(stock)
         def call(*args: Any, **kwargs: Any) -> Any:
             counts.calls[what] += 1
             return stock(*args, **kwargs)
 
-        return mock.patch.object(patched_model, name, call)
+        return mock.patch.object(owner, name, call)
 
     def fall_back(model: Any, reason: str, names: Any, method: str = "forward") -> None:
         counts.calls[f"PEFT's own {method}: {reason}"] += 1
@@ -66,7 +66,9 @@ def patching() -> Iterator[Counts]:
     with contextlib.ExitStack() as stack:
         for owner in {*MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
             stack.enter_context(mock.patch.object(owner, "__init__", patch_when_made(owner.__init__, owner)))
-        stack.enter_context(counted("_fast", "fast forward"))
-        stack.enter_context(counted("_generate", "fast generate"))
-        stack.enter_context(mock.patch.object(patched_model, "fall_back", fall_back))
+        stack.enter_context(counted(patched_model, "_fast", "fast forward of a causal model"))
+        stack.enter_context(counted(patched_model, "_generate", "fast generate of a causal model"))
+        stack.enter_context(counted(patched_seq2seq, "_fast", "fast forward of an encoder-decoder"))
+        for module in (patched_model, patched_seq2seq):
+            stack.enter_context(mock.patch.object(module, "fall_back", fall_back))
         yield counts

@@ -56,7 +56,7 @@ def test_cases_on_prompts_are_run_with_and_without_the_patch(tmp_path):
     assert "passes without the patch only: tests/test_models.py::test_class" in done.stdout
     assert "fails without the patch, too: tests/test_models.py::test_of_an_unknown_model" in done.stdout
     assert "models: 2 x packed: PeftModelForCausalLM" in done.stdout
-    assert "calls: 1 x fast forward" in done.stdout
+    assert "calls: 1 x fast forward of a causal model" in done.stdout
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["test_models.py", "test_other.py", "tests"]
 
 
