@@ -37,9 +37,13 @@ ENVIRONMENTS = {
 TESTS = (
     "tests/models",
     "tests/contract",
+    "tests/test_encoders.py",
     "tests/test_fuzz.py",
     "tests/test_peft_calls.py",
+    "tests/test_seq2seq.py",
+    "tests/test_seq2seq_calls.py",
     "tests/test_generate.py",
+    "tests/test_generate_corners.py",
 )
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- environments:begin -->", "<!-- environments:end -->"
