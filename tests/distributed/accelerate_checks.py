@@ -5,15 +5,15 @@ import os
 import tempfile
 from pathlib import Path
 
-import page
+import distributed_page as page
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
 from batches_of_ranks import mean_over_ranks, three
 from parity import assert_close, prompt_of
+from runs_of_ranks import all_rows, by_hand, loop, losses_of, train
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from trainer_runs import all_rows, by_hand, loop, losses_of, train
 
 import softprompt
 

@@ -5,7 +5,7 @@ import tempfile
 import warnings
 from types import SimpleNamespace
 
-import page
+import distributed_page as page
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin

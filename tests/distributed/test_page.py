@@ -1,7 +1,7 @@
 """The sentences of docs/distributed.md are those of the library."""
 
 import pytest
-from page import PAGE
+from distributed_page import PAGE
 
 from softprompt.engine import sharding
 
