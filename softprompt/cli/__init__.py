@@ -1,5 +1,6 @@
 """The command line: `softprompt train`, `sweep`, `predict`, `inspect`, `export`, `demo`, `doctor`."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,9 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a wrong call or unusable input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # PEFT imports torchao where it is installed, which reports each of its CUDA libraries without CUDA.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         refuse_several_processes()
         parsed = build_parser().parse_args(arguments)

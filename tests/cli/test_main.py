@@ -1,9 +1,10 @@
+import logging
 import subprocess
 import sys
 
 import pytest
 
-from softprompt.cli import build_parser, errors
+from softprompt.cli import build_parser, errors, main
 
 
 def test_help_does_not_import_torch():
@@ -84,3 +85,10 @@ def test_ctrl_c_outside_training_is_exit_code_130(run, monkeypatch):
 
     monkeypatch.setattr("softprompt.cli.demo.run", interrupted)
     assert run("demo") == (130, "", "softprompt: interrupted\n")
+
+
+def test_what_torchao_says_of_its_libraries_stays_out_of_the_output(capsys):
+    main(["doctor"])
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).warning("Failed to load a library")
+    assert "Failed to load" not in capsys.readouterr().err
