@@ -109,6 +109,8 @@ def test_two_kinds_of_cache_at_once_are_an_error():
     + [(name, "compact") for name in ("bloom", "llama", "qwen2-window")],
 )
 def test_assisted_decoding_gives_the_tokens_of_greedy_decoding(name, positions):
+    if name == "qwen2-window" and not call.CHUNKS_BEHIND_A_CACHE:
+        pytest.skip("transformers before 5.21: a RuntimeError")
     fast = patched(speaker(name), positions=positions)
     one = {name: value[1:2] for name, value in BATCH.items()}  # with pads
     for row in (ROW, one):
@@ -288,7 +290,7 @@ def test_caches_that_do_not_fit_the_call_are_an_error():
     mask = torch.ones_like(turn["attention_mask"])
     with pytest.raises(ValueError, match="differs from that of the call that began"):
         tokens(fast, turn | {"attention_mask": mask}, past_key_values=cache)
-    with pytest.raises(ValueError, match="alone, without prefill_chunk_size"):
+    with pytest.raises(ValueError, match=r"alone, without prefill_chunk_size|needs transformers 5\.21"):
         tokens(fast, turn, past_key_values=cache, prefill_chunk_size=4)
     with torch.no_grad():
         fast.prompt_encoder["default"].embedding.weight.add_(1.0)

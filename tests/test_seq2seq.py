@@ -14,6 +14,7 @@ from tiny_models import VOCABULARY, pair
 import softprompt
 from softprompt.engine.lazy import LazyLogits
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
+from softprompt.generation.call import CHUNKS_BEHIND_A_CACHE
 
 
 def assert_same_answers(fast, stock, batch, bound=1e-12, **kwargs):
@@ -34,6 +35,8 @@ def models():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_takes_the_route_and_gives_the_numbers_of_peft(name):
+    if name == "umt5" and not CHUNKS_BEHIND_A_CACHE:
+        pytest.skip("transformers before 5.21: the self-check leaves it to PEFT")
     # LED's own gradient is NaN in fp64 where a row has pads.
     stock, fast = pair(prompted(name, torch.float32 if name == "led" else torch.float64))
     softprompt.patch(fast, on_unsupported="error")
