@@ -29,7 +29,7 @@ from softprompt.instances import is_own_method, subclass_of
 from softprompt.ops.library import AUTO
 from softprompt.patched_model import PatchedCausalLM, plan_of
 from softprompt.patched_seq2seq import PatchedSeq2SeqLM
-from softprompt.state import STATE, PatchOptions, PatchState, give_state
+from softprompt.state import STATE, PatchOptions, PatchState, give_state, take_state
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -127,7 +127,7 @@ def unpatch(model: Model) -> Model:
             )
         _drop_bound_methods(model)
         model.__class__ = state.stock_class
-        delattr(model, STATE)
+        take_state(model)
     return model
 
 

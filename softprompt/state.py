@@ -59,9 +59,17 @@ def state_of(model: nn.Module) -> PatchState | None:
 
 
 def give_state(model: nn.Module, state: PatchState) -> None:
-    """Makes this the state of a model."""
+    """Makes this the state of a model, in place of one that it has."""
+    take_state(model)
     setattr(model, STATE, state)
     _MODELS[state.name] = model
+
+
+def take_state(model: nn.Module) -> None:
+    """Takes the state of a model away."""
+    state: PatchState | None = model.__dict__.pop(STATE, None)
+    if state is not None and _MODELS.get(state.name) is model:
+        del _MODELS[state.name]
 
 
 def model_named(name: str) -> nn.Module:

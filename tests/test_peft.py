@@ -12,6 +12,7 @@ from peft import PeftModel, PeftModelForCausalLM
 from tiny_models import pair, prompted
 
 import softprompt
+from softprompt import state
 
 BATCH = make_batch(side="left", labels="everywhere")
 
@@ -252,3 +253,14 @@ def test_a_hook_on_the_wrapper_still_runs(model):
     model.register_forward_hook(lambda module, args, output: seen.append(output.loss.item()))
     loss = step(model, BATCH).loss
     assert seen == [loss.item()]
+
+
+def test_patching_again_and_again_leaves_nothing_behind():
+    model = prompted("llama")
+    for _ in range(3):
+        softprompt.patch(model)
+        with softprompt.patched(model, positions="compact"):
+            assert state.model_named(state.state_of(model).name) is model
+        assert state.model_named(state.state_of(model).name) is model
+        softprompt.unpatch(model)
+    assert not [name for name, known in state._MODELS.items() if known is model]
