@@ -17,7 +17,7 @@
 #include <optional>
 
 // Of the arguments. softprompt/ops/library.py refuses a module whose number is not its own.
-#define SOFTPROMPT_INTERFACE 1
+#define SOFTPROMPT_INTERFACE 2
 
 namespace softprompt {
 

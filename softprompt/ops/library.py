@@ -22,7 +22,7 @@ BACKENDS = ("reference", "triton", "native")
 PREFERRED = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 BUILD_COMMAND = "pip install --no-build-isolation ."
 _NATIVE_MODULES = {"cpu": "softprompt._native_cpu", "cuda": "softprompt._native_cuda"}
-_NATIVE_INTERFACE = 1  # SOFTPROMPT_INTERFACE in csrc/tensors.h
+_NATIVE_INTERFACE = 2  # SOFTPROMPT_INTERFACE in csrc/tensors.h
 _LIBRARY = torch.library.Library("softprompt", "DEF")
 
 

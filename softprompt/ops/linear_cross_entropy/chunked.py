@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from softprompt.ops.library import choose_backend, define
+from softprompt.ops.linear_cross_entropy.products import d_rows_of, logits_of
 
 # A chunk reads the whole weight, so below about 200 rows on a GPU its time does not depend on the rows.
 _GPU_CHUNK_BYTES, _GPU_CHUNK_ROWS = 128 << 20, 1024
 _CPU_CHUNK_BYTES, _CPU_CHUNK_ROWS = 128 << 20, 1
 _ACCUMULATOR_BYTES = 64 << 20
-_FORWARD_BLOCKS, _BACKWARD_BLOCKS, _SMALLEST_BLOCK = 128, 4, 1024
 # Rows of the logits start at multiples of 16 entries, so that kernels can use vector loads for any V.
 _ROW_ALIGNMENT = 16
 
@@ -72,8 +71,10 @@ class _Head:
         label_rows: Tensor | None,  # [M]
         targets: Tensor,  # [M]
         ignore_index: int,
+        backend: str,
         **options: Any,
     ) -> None:
+        self.backend = choose_backend("linear_cross_entropy", backend, hidden.device)
         self.weight = weight
         self.bias = bias
         self.options = {"ignore_index": ignore_index, **options}
@@ -95,13 +96,12 @@ class _Head:
         self,
         losses: Tensor,  # [rows]
         grad_losses: Tensor | None,  # [rows]
-        backend: str,
         *,
         gradient: bool,
     ) -> Iterator[tuple[slice, Tensor]]:
         """Fills `losses` and yields each chunk's rows with its d(logits), valid until the next chunk."""
         num_rows, vocab_size = self.rows.shape[0], self.weight.shape[0]
-        row_function = _row_function(backend, self.rows.device)
+        row_function = _row_function(self.backend)
         row_length = -(-vocab_size // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         row_bytes = row_length * self.weight.element_size()
         bounds = list(chunk_bounds(num_rows, row_bytes, self.rows.device.type))
@@ -109,7 +109,7 @@ class _Head:
         buffer = self.weight.new_empty(most, row_length)
         for chunk in bounds:
             logits = buffer[: chunk.stop - chunk.start, :vocab_size]
-            _logits_of(self.rows[chunk], self.weight, logits)
+            logits_of(self.rows[chunk], self.weight, logits, self.backend)
             row_function(
                 logits,
                 self.bias,
@@ -133,46 +133,10 @@ def loss_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _vocabulary_blocks(weight: Tensor, most: int) -> int:
-    """Into how many equal blocks of the vocabulary a product is split; 1 where that is not known to pay.
-
-    On a CPU a product of few rows with a large fp32 weight is split badly between threads by BLAS. As a
-    batch of products it took 0.7 of the time with 8 to 32 rows, two threads and a vocabulary of 250,880.
-    """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return 1
-    blocks = math.gcd(weight.shape[0], most)
-    return blocks if weight.shape[0] // blocks >= _SMALLEST_BLOCK else 1
-
-
-def _logits_of(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`out = rows @ weight.T`: [m, H] and [V, H] to [m, V]."""
-    blocks = _vocabulary_blocks(weight, _FORWARD_BLOCKS)
-    if blocks == 1:
-        torch.mm(rows, weight.t(), out=out)
-        return
-    torch.bmm(
-        rows.expand(blocks, -1, -1),
-        weight.unflatten(0, (blocks, -1)).transpose(1, 2),
-        out=out.unflatten(1, (blocks, -1)).transpose(0, 1),
-    )
-
-
-def _d_rows_of(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`out = d_logits @ weight`: [m, V] and [V, H] to [m, H]."""
-    blocks = _vocabulary_blocks(weight, _BACKWARD_BLOCKS)
-    if blocks == 1:
-        torch.mm(d_logits, weight, out=out)
-        return
-    shares = torch.bmm(d_logits.unflatten(1, (blocks, -1)).transpose(0, 1), weight.unflatten(0, (blocks, -1)))
-    torch.sum(shares, 0, out=out)
-
-
-def _row_function(backend: str, device: torch.device) -> Callable[..., None]:
-    chosen = choose_backend("linear_cross_entropy", backend, device)
-    if chosen == "triton":
+def _row_function(backend: str) -> Callable[..., None]:
+    if backend == "triton":
         from softprompt.ops.linear_cross_entropy.triton import rows_loss_and_gradient_ as implementation
-    elif chosen == "native":
+    elif backend == "native":
         from softprompt.ops.linear_cross_entropy.native import rows_loss_and_gradient_ as implementation
     else:
         from softprompt.ops.linear_cross_entropy.reference import rows_loss_and_gradient_ as implementation
@@ -210,6 +174,7 @@ def _losses(
         label_rows,
         targets,
         ignore_index,
+        backend,
         softcap=softcap,
         logit_scale=logit_scale,
         label_smoothing=label_smoothing,
@@ -217,9 +182,9 @@ def _losses(
     num_scored = head.rows.shape[0]
     losses = weight.new_empty(num_scored, dtype=head.loss_dtype)
     d_rows = weight.new_empty(num_scored if gradient else 0, hidden.shape[1])
-    for chunk, d_logits in head.chunks(losses, None, backend, gradient=gradient):
+    for chunk, d_logits in head.chunks(losses, None, gradient=gradient):
         if gradient:
-            _d_rows_of(d_logits, weight, d_rows[chunk])
+            d_rows_of(d_logits, weight, d_rows[chunk], head.backend)
     num_rows = targets.shape[0]
     return head.spread(losses, num_rows), head.spread(d_rows, num_rows) if gradient else d_rows
 
@@ -297,6 +262,7 @@ def _d_head(
         label_rows,
         targets,
         ignore_index,
+        backend,
         softcap=softcap,
         logit_scale=logit_scale,
         label_smoothing=label_smoothing,
@@ -307,7 +273,7 @@ def _d_head(
     vocab_size, width = weight.shape
     d_weight = weight.new_zeros(vocab_size if weight_gradient else 0, width, dtype=head.loss_dtype)
     d_bias = weight.new_zeros(vocab_size if bias_gradient else 0, dtype=head.loss_dtype)
-    for chunk, d_logits in head.chunks(losses, grad_losses.contiguous(), backend, gradient=True):
+    for chunk, d_logits in head.chunks(losses, grad_losses.contiguous(), gradient=True):
         if weight_gradient:
             if d_weight.dtype == d_logits.dtype:
                 d_weight.addmm_(d_logits.t(), head.rows[chunk])
