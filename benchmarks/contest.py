@@ -152,7 +152,7 @@ class Contest:
         record["reason"] = runner.variant.doubt(runner.model)
         if record["reason"] is not None or not record["check"]["passed"]:
             return None
-        record["peak_bytes"] = peak_of(runner, self.case, self.batch.inputs, before)
+        record["peak_bytes"] = peak_of(runner, self.case, before)
         return runner
 
     def _guarded(self, variant: Variant, work: Callable[[], Runner | None]) -> Runner | None:

@@ -3,18 +3,16 @@
 On CUDA: the most bytes that torch's allocator gave out during one warmed-up step, less what was given out
 before the variant was built. A recorded step (CUDA graph) works in a private pool, whose blocks are not given
 out again when it is replayed: the pools count as a whole, with what lies unused in them. Variants whose
-graphs share a pool are charged with all of it. On the CPU: see `softprompt.tasks.compare`.
+graphs share a pool are charged with all of it. On the CPU: `softprompt.tasks.compare.profiled_peak_bytes`.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from benchmarks.cases import STEP, Case
+from benchmarks.cases import GENERATE, Case
 from benchmarks.runner import Runner
-from softprompt.tasks.compare import measure_peak_bytes
+from softprompt.tasks.compare import profiled_peak_bytes
 
 _DEFAULT_POOL = (0, 0)
 
@@ -24,10 +22,10 @@ def allocated(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
-def peak_of(runner: Runner, case: Case, inputs: dict[str, Any], before: int) -> int | None:
+def peak_of(runner: Runner, case: Case, before: int) -> int | None:
     """Peak of one step of a runner that is warmed up; `before` is what `allocated` said before it was built.
 
-    None on a CPU for what is no plain model with a batch, which only CUDA's counters see.
+    None on a CPU for generation and for peers, whose memory only CUDA's counters see.
     """
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -39,9 +37,14 @@ def peak_of(runner: Runner, case: Case, inputs: dict[str, Any], before: int) -> 
             reserved, given_out = private_pools()
             peak += reserved - given_out
         return int(peak)
-    if case.kind == STEP and (runner.variant.own or runner.name == "peft"):
-        return measure_peak_bytes(runner.model, inputs)
-    return None
+    if case.kind == GENERATE or not (runner.variant.own or runner.name == "peft"):
+        return None
+
+    def step() -> None:
+        runner.forward_backward()
+        runner.forget()
+
+    return profiled_peak_bytes(step)
 
 
 def private_pools() -> tuple[int, int]:

@@ -96,7 +96,7 @@ def measure_peak_bytes(model: Any, batch: Batch) -> int:
     for _ in range(WARM_UP_STEPS):
         _forward_backward(model, batch)
     if not cuda:
-        return _profiled_peak(lambda: _forward_backward(model, batch))
+        return profiled_peak_bytes(lambda: _forward_backward(model, batch))
     torch.cuda.reset_peak_memory_stats(model.device)
     _forward_backward(model, batch)
     return int(torch.cuda.max_memory_allocated(model.device) - before)
@@ -107,7 +107,8 @@ def _forward_backward(model: Any, batch: Batch) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _profiled_peak(step: Callable[[], None]) -> int:
+def profiled_peak_bytes(step: Callable[[], None]) -> int:
+    """Return the most bytes of torch's CPU allocator that a warmed-up step held above what was held before."""
     with tempfile.TemporaryDirectory() as folder:
         trace = str(Path(folder) / "trace.json")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
