@@ -108,7 +108,7 @@ def _forward_backward(model: Any, batch: Batch) -> None:
 
 
 def profiled_peak_bytes(step: Callable[[], None]) -> int:
-    """Return the most bytes of torch's CPU allocator that a warmed-up step held above what was held before."""
+    """Return the most bytes that a warmed-up step held in torch's CPU allocator above those before it."""
     with tempfile.TemporaryDirectory() as folder:
         trace = str(Path(folder) / "trace.json")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
