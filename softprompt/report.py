@@ -20,6 +20,7 @@ from softprompt.engine.prefill import describe, prefill_for
 from softprompt.engine.seq2seq_plan import Seq2SeqPlan, seq2seq_plan_for, trimming_obstacle
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
+from softprompt.ops.shared_prompt_attention.api import usual_backend
 from softprompt.state import PatchState, state_of
 
 _OPS_OF_ROUTE = {
@@ -32,6 +33,7 @@ _SERVED = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
 
 _ATTENTION = {
     "triton": "kernels for heads of up to 256; SDPA for wider ones, fp64 and dropout",
+    "native": "compiled for the CPU; SDPA under dropout",
     "sdpa": "PyTorch's SDPA on gathered texts",
     "reference": "dense, in fp32 or better",
 }
@@ -210,10 +212,9 @@ def _backends(route: str, plan: Plan, backend: str, device: torch.device) -> tup
     for op in _OPS_OF_ROUTE[route]:
         if op == "shared_prompt_attention":
             if plan.seam is not None and runs_the_op(plan.seam):
-                chosen = attention_backend(backend)
+                chosen = attention_backend(backend, device)
                 if chosen == AUTO:
-                    on_gpu = device.type == "cuda" and triton_availability("cuda").usable
-                    chosen = "triton" if on_gpu else "sdpa"
+                    chosen = usual_backend(device.type)
                 rows.append((op, chosen, _ATTENTION[chosen]))
             continue
         if op == "linear_cross_entropy" and not plan.fused_head:

@@ -3,6 +3,7 @@
 import importlib
 
 import torch
+from backends import DEVICE, backend_parameter
 
 from softprompt.layout import build_layout
 from softprompt.ops.shared_prompt_attention import configs, shared_prompt_attention
@@ -10,8 +11,7 @@ from softprompt.ops.shared_prompt_attention.reference import visible
 
 sdpa = importlib.import_module("softprompt.ops.shared_prompt_attention.sdpa")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "dense", "padded", "triton"]
+BACKENDS = ["reference", "dense", "padded", "triton", backend_parameter("native", "cpu")]
 HEADS = [(4, 4, 8, 8), (4, 2, 8, 6), (3, 1, 6, 8)]  # Hq, Hkv, D, Dv
 OPTIONS = {
     "none": {},
@@ -128,7 +128,7 @@ def hold(monkeypatch, name):
     "dense" and "padded" are "sdpa" held to one of its forms, "triton" has blocks so small that small problems
     have many.
     """
-    if name == "reference":
+    if name in ("reference", "native"):
         return name
     if name == "triton":
         blocks = dict.fromkeys(configs.KINDS, configs.LaunchConfig(16, 16, 4, 1))

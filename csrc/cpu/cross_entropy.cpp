@@ -3,15 +3,9 @@
 // A row is read twice and written once; where a row fits the second-level cache the second read comes from
 // there. Rows are shared out to threads, and where there are fewer rows than threads, shares of rows.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
-#include <type_traits>
-#include <vector>
 
-#include "../tensors.h"
+#include "lanes.h"
 
 namespace softprompt {
 namespace {
@@ -44,11 +38,8 @@ struct Sums {
   }
 };
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#define SOFTPROMPT_TARGETS 1
-#endif
-
 namespace baseline {
+#include "elementary.h"
 #include "cross_entropy_rows.h"
 }
 
@@ -56,12 +47,14 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
+#include "elementary.h"
 #include "cross_entropy_rows.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
+#include "elementary.h"
 #include "cross_entropy_rows.h"
 }
 #pragma GCC pop_options
@@ -74,11 +67,11 @@ struct Passes {
 
   Passes() {
 #if defined(SOFTPROMPT_TARGETS)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    const Instructions instructions = instructions_of("best");
+    if (instructions == Instructions::kAvx512) {
       sums_of = &avx512::sums_of<Logit, Sum>;
       write_gradient = &avx512::write_gradient<Logit, Sum>;
-    } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    } else if (instructions == Instructions::kAvx2) {
       sums_of = &avx2::sums_of<Logit, Sum>;
       write_gradient = &avx2::write_gradient<Logit, Sum>;
     }

@@ -1,20 +1,7 @@
 // Products of a few rows with a large fp32 matrix on a CPU, which BLAS leaves slower than memory and arithmetic allow:
 // the label rows of a batch and the frozen head.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <string>
-#include <type_traits>
-#include <vector>
-
-#include "../tensors.h"
-
-#if defined(__GNUC__)
-#define SOFTPROMPT_UNROLL _Pragma("GCC unroll 8")
-#else
-#define SOFTPROMPT_UNROLL
-#endif
+#include "lanes.h"
 
 namespace softprompt {
 namespace {
@@ -36,61 +23,15 @@ struct Rows {
   }
 };
 
-// Which tile of rows this is: each asks for its own share of the next weights.
-struct Turn {
-  int64_t mine;
-  int64_t all;
-};
-
-inline void foresee(const float* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 2);
-#else
-  (void)address;
-#endif
-}
-
 inline int64_t weights_of_a_block(int64_t width, int64_t multiple) {
   const int64_t fitting = kBlockBytes / (std::max<int64_t>(1, width) * static_cast<int64_t>(sizeof(float)));
   return std::max(multiple, fitting / multiple * multiple);
 }
 
-#if defined(__GNUC__)
-template <int Size>
-struct Lanes {
-  typedef float type __attribute__((vector_size(Size)));
-};
-#else
-template <int Size>
-struct Lanes {
-  struct type {
-    float lanes[Size / 4] = {};
-    friend type operator*(const type& a, const type& b) {
-      type product;
-      for (int i = 0; i < Size / 4; ++i) product.lanes[i] = a.lanes[i] * b.lanes[i];
-      return product;
-    }
-    friend type operator*(float a, const type& b) {
-      type product;
-      for (int i = 0; i < Size / 4; ++i) product.lanes[i] = a * b.lanes[i];
-      return product;
-    }
-    type& operator+=(const type& other) {
-      for (int i = 0; i < Size / 4; ++i) lanes[i] += other.lanes[i];
-      return *this;
-    }
-  };
-};
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#define SOFTPROMPT_TARGETS 1
-#endif
-
 // A tile's sums and what they are made of fit the registers: 16 of them, or 32 with AVX-512.
 namespace baseline {
-using Vector = Lanes<16>::type;
-constexpr int kTileRows = 3, kTileColumns = 4;
+constexpr int kVectorBytes = 16, kTileRows = 3, kTileColumns = 4;
+#include "products.h"
 #include "few_rows.h"
 }  // namespace baseline
 
@@ -98,16 +39,16 @@ constexpr int kTileRows = 3, kTileColumns = 4;
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
-using Vector = Lanes<32>::type;
-constexpr int kTileRows = 3, kTileColumns = 4;
+constexpr int kVectorBytes = 32, kTileRows = 3, kTileColumns = 4;
+#include "products.h"
 #include "few_rows.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
-using Vector = Lanes<64>::type;
-constexpr int kTileRows = 6, kTileColumns = 4;
+constexpr int kVectorBytes = 64, kTileRows = 6, kTileColumns = 4;
+#include "products.h"
 #include "few_rows.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -118,19 +59,17 @@ struct Products {
   decltype(&baseline::add_weighted) add_weighted = &baseline::add_weighted;
 };
 
-// "best": the widest that this processor has. The others are there to be tested.
-Products products_of(const std::string& instructions) {
-  const bool best = instructions == "best";
+Products products_of(const std::string& name) {
+  switch (instructions_of(name)) {
 #if defined(SOFTPROMPT_TARGETS)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512 && (best || instructions == "avx512")) return {&avx512::dot_rows, &avx512::add_weighted};
-  if (has_avx2 && (best || instructions == "avx2")) return {&avx2::dot_rows, &avx2::add_weighted};
+    case Instructions::kAvx512:
+      return {&avx512::dot_rows, &avx512::add_weighted};
+    case Instructions::kAvx2:
+      return {&avx2::dot_rows, &avx2::add_weighted};
 #endif
-  STD_TORCH_CHECK(
-      best || instructions == "baseline", "this processor or build has no instructions '", instructions, "'");
-  return {};
+    default:
+      return {};
+  }
 }
 
 Rows rows_of(const Tensor& tensor) {

@@ -98,16 +98,16 @@ def attend(
         alibi_slopes=None if slopes is None else slopes(packing),
         sinks=sinks,
         dropout_p=dropout_p,
-        backend=attention_backend(packing.backend) if dropout_p == 0 else "sdpa",
+        backend=attention_backend(packing.backend, query.device) if dropout_p == 0 else "sdpa",
     )
     if packing.states is not None:
         out = out[:, out.shape[1] - num_texts :]
     return out.transpose(0, 1)[None]
 
 
-def attention_backend(backend: str) -> str:
-    """The attention's back end where all ops were asked to use `backend`: there is no compiled attention."""
-    return AUTO if backend == "native" else backend
+def attention_backend(backend: str, device: torch.device) -> str:
+    """The attention's back end where all ops were asked to use `backend`: it is compiled for the CPU only."""
+    return AUTO if backend == "native" and device.type != "cpu" else backend
 
 
 @functools.cache

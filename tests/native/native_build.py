@@ -45,8 +45,8 @@ def build(kind: str, folder: Path, flags: Sequence[str] = ()) -> Path:
         return target
 
     parts = [path for path in (sources / kind).iterdir() if path.suffix in (".cpp", ".cu")]
-    if kind == "cuda":  # on CPU tensors the op takes its products from here
-        parts.append(sources / "cpu" / "few_rows.cpp")
+    if kind == "cuda":  # what ops on CPU tensors take from the CPU's sources alone
+        parts += [sources / "cpu" / name for name in ("few_rows.cpp", "attention.cpp")]
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compiled, sorted(parts))]
     module = folder / f"_native_{kind}.abi3.so"

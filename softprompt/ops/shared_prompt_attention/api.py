@@ -8,11 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_same_device, define, triton_availability
+from softprompt.ops.library import (
+    AUTO,
+    check_same_device,
+    define,
+    native_availability,
+    triton_availability,
+)
 from softprompt.ops.shared_prompt_attention.configs import LARGEST_HEAD_DIM
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
+from softprompt.ops.shared_prompt_attention.native import shared_prompt_attention as native
+from softprompt.ops.shared_prompt_attention.triton_op import TRITON
 
-BACKENDS = (AUTO, "reference", "sdpa", "triton")
+BACKENDS = (AUTO, "reference", "sdpa", "triton", "native")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Slots and rows are int32 and fewer than this: a wider window hides nothing, and its sums would overflow.
 _WIDEST_WINDOW = 1 << 30
@@ -56,8 +64,9 @@ def shared_prompt_attention(
             get no gradient; pass one tensor to all layers, so that they share its bias.
         sinks: [Hq] one more logit per head in the softmax's denominator (gpt-oss).
         dropout_p: of the probabilities; "sdpa" only.
-        backend: "auto", "reference", "sdpa" or "triton". "auto" is Triton on a GPU, and SDPA on a CPU, for
-            fp64, for heads wider than 256, for texts with branches and under dropout.
+        backend: "auto", "reference", "sdpa", "triton" or "native". "auto" is Triton on a GPU and the compiled
+            op on a CPU; SDPA where that is not built, under dropout, and on a GPU for fp64, for heads wider
+            than 256 and for texts with branches.
 
     Returns:
         [Hq, T, Dv] in the dtype of value, differentiable once in query, key, value and sinks.
@@ -176,7 +185,7 @@ def _check_options(
         raise ValueError(
             f"shared_prompt_attention: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}"
         )
-    if dropout_p > 0 and backend in ("reference", "triton"):
+    if dropout_p > 0 and backend in ("reference", "triton", "native"):
         raise ValueError(
             f"{backend!r} takes no dropout, got dropout_p = {dropout_p}; expected 0, or backend='sdpa'"
         )
@@ -197,17 +206,38 @@ def triton_obstacle(query: Tensor, value: Tensor, branches: Tensor | None = None
     return None
 
 
+def usual_backend(device_type: str) -> str:
+    """What "auto" takes on a device for tensors that nothing stands against."""
+    if device_type == "cuda":
+        return "triton" if triton_availability("cuda").usable else "sdpa"
+    return "native" if device_type == "cpu" and native_availability("cpu").usable else "sdpa"
+
+
+def native_obstacle(query: Tensor) -> str | None:
+    """Why the compiled op does not serve these tensors, or None."""
+    if query.device.type != "cpu":
+        return f"the compiled attention is for CPU tensors, got {query.device.type}"
+    availability = native_availability("cpu")
+    return None if availability.usable else availability.reason
+
+
 def _chosen(
     query: Tensor, value: Tensor, dropout_p: float, backend: str, branches: Tensor | None = None
 ) -> str:
-    """The back end that serves this call: "reference", "sdpa" or "triton"."""
+    """The back end that serves this call: "reference", "sdpa", "triton" or "native"."""
     if backend == AUTO:
-        serves = query.is_cuda and dropout_p == 0 and triton_obstacle(query, value, branches) is None
-        return "triton" if serves else "sdpa"
+        if dropout_p > 0:
+            return "sdpa"
+        if query.is_cuda:
+            return "triton" if triton_obstacle(query, value, branches) is None else "sdpa"
+        return "native" if native_obstacle(query) is None else "sdpa"
+    obstacle = None
     if backend == "triton":
         obstacle = triton_obstacle(query, value, branches)
-        if obstacle is not None:
-            raise ValueError(f"shared_prompt_attention: backend='triton' cannot be used: {obstacle}")
+    elif backend == "native":
+        obstacle = native_obstacle(query)
+    if obstacle is not None:
+        raise ValueError(f"shared_prompt_attention: backend={backend!r} cannot be used: {obstacle}")
     return backend
 
 
@@ -234,8 +264,10 @@ def _run(
         "sinks": sinks,
     }
     backend = _chosen(query, value, dropout_p, backend, layout.branches)
+    if backend == "native":
+        return native(query, key, value, layout, **options)
     if backend == "triton":
-        return _TRITON(
+        return TRITON(
             query,
             key,
             value,
@@ -325,83 +357,4 @@ _OP = define(
     " int? sliding_window=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None,"
     ' float dropout_p=0.0, str backend="auto", Tensor? branches=None) -> Tensor',
     _kernel,
-)
-
-
-def _triton_kernel(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    from softprompt.ops.shared_prompt_attention.triton import forward
-
-    layout, options = arguments[:9], arguments[10:]
-    return forward(query, *layout, *options)
-
-
-def _triton_fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    heads, rows, _ = query.shape
-    out = value.new_empty(rows, heads, value.shape[2]).transpose(0, 1)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(heads, rows, dtype=wide)
-
-
-def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *layout = inputs[:10]
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[10:14]
-    ctx.save_for_backward(query, key, value, *output, *layout, *inputs[14:16])
-
-
-def _triton_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    none = (None,) * 16
-    if grad_out is None:
-        return none
-    query, key, value, out, lse, *layout, alibi_slopes, sinks = ctx.saved_tensors
-    query_grad, key_grad, value_grad, sinks_grad = _TRITON_BACKWARD(
-        grad_out, query, key, value, out, lse, *layout, *ctx.options, alibi_slopes, sinks
-    )
-    return query_grad, key_grad, value_grad, *none[:12], None if sinks is None else sinks_grad
-
-
-def _triton_backward_kernel(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from softprompt.ops.shared_prompt_attention.triton import backward
-
-    return backward(grad_out, *arguments)
-
-
-def _triton_backward_fake(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    def rows_first(like: Tensor) -> Tensor:
-        heads, rows, width = like.shape
-        return like.new_empty(rows, heads, width).transpose(0, 1)
-
-    sinks = arguments[-1]
-    return (
-        *(rows_first(tensor) for tensor in (query, key, value)),
-        lse.new_empty(0) if sinks is None else torch.empty_like(sinks),
-    )
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    # Without this, autograd would take the gradients for constants: a wrong second derivative and a warning.
-    raise RuntimeError("shared_prompt_attention can be differentiated once, got a second derivative")
-
-
-_LAYOUT_SCHEMA = (
-    "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts,"
-    " Tensor cu_texts, SymInt prompt_tokens, float scale, int? sliding_window, float? softcap,"
-    " Tensor? alibi_slopes, Tensor? sinks"
-)
-_TRITON_BACKWARD = define(
-    "shared_prompt_attention_triton_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
-    f" Tensor out, Tensor lse, {_LAYOUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _triton_backward_kernel,
-    fake=_triton_backward_fake,
-    backward=_no_second_derivative,
-)
-_TRITON = define(
-    f"shared_prompt_attention_triton(Tensor query, Tensor key, Tensor value, {_LAYOUT_SCHEMA})"
-    " -> (Tensor, Tensor)",
-    _triton_kernel,
-    fake=_triton_fake,
-    backward=_triton_backward,
-    setup_context=_triton_setup,
 )

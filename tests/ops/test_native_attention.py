@@ -1,0 +1,80 @@
+"""The compiled attention with every set of instructions that is there, and on more threads than heads."""
+
+import pytest
+import torch
+from attention_problem import BATCHES, HEADS, OPTIONS, layout_of, results, tensors, with_vectors
+
+from softprompt.ops.library import native_availability
+from softprompt.ops.shared_prompt_attention import native as functions
+from softprompt.ops.shared_prompt_attention import shared_prompt_attention
+from softprompt.ops.shared_prompt_attention.api import native_obstacle
+
+pytestmark = pytest.mark.skipif(not native_availability("cpu").usable, reason="the native ops are not built")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instructions(request, monkeypatch):
+    """Holds the compiled functions to one set of instructions."""
+    for name in ("_FORWARD", "_BACKWARD"):
+        compiled = getattr(functions, name)
+        monkeypatch.setattr(
+            functions, name, lambda *given, compiled=compiled: compiled(*given[:-1], request.param)
+        )
+    layout = layout_of("ragged prompts")
+    try:
+        shared_prompt_attention(*tensors(layout), layout, backend="native")
+    except RuntimeError as error:
+        if "has no instructions" not in str(error):
+            raise
+        pytest.skip(f"no {request.param} here")
+
+
+def assert_equals_the_reference(layout, heads, options, dtype):
+    inputs = tensors(layout, heads, dtype)
+    vectors = with_vectors(options, heads[0], dtype)
+    precision = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+    truth = results(inputs, layout, vectors, backend="reference")
+    for ours, expected in zip(results(inputs, layout, vectors, backend="native"), truth, strict=True):
+        torch.testing.assert_close(ours, expected, **precision)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("heads", [*HEADS, (2, 1, 70, 67)], ids=str)
+def test_every_set_of_instructions_gives_the_numbers_of_the_reference(instructions, heads, dtype):
+    for batch in BATCHES:
+        assert_equals_the_reference(layout_of(batch), heads, OPTIONS["all"], dtype)
+
+
+@pytest.mark.parametrize("options", ["none", "all"])
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_any_number_of_threads_gives_the_same_numbers(threads, count, options):
+    threads(count)
+    for batch in BATCHES:
+        assert_equals_the_reference(layout_of(batch), HEADS[2], OPTIONS[options], torch.float64)
+
+
+def test_a_number_that_is_none_stays_in_its_text():
+    layout = layout_of("ragged prompts")
+    query, key, value = tensors(layout)
+    rows = slice(int(layout.cu_texts[0]), int(layout.cu_texts[1]))
+    spoiled = query.detach().clone()
+    spoiled[:, rows] = float("nan")
+    clean = shared_prompt_attention(query, key, value, layout, backend="native").detach()
+    out = shared_prompt_attention(spoiled, key, value, layout, backend="native").detach()
+    assert out[:, rows].isnan().all()
+    out[:, rows] = clean[:, rows]
+    torch.testing.assert_close(out, clean, rtol=0, atol=0)
+
+
+def test_the_compiled_attention_takes_cpu_tensors_only():
+    assert native_obstacle(torch.ones(1, 1, 1)) is None
+    refused = native_obstacle(torch.ones(1, 1, 1, device="meta"))
+    assert refused == "the compiled attention is for CPU tensors, got meta"
