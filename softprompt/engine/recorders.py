@@ -49,7 +49,7 @@ class CudaGraphRecorder:
         self._pools: dict[torch.device, Any] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._last_turn: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
-        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._graphs: dict[torch.device, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
         self._failed: list[torch.cuda.CUDAGraph] = []
 
     @contextlib.contextmanager
@@ -79,8 +79,9 @@ class CudaGraphRecorder:
         with torch.cuda.device(device):
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
-            if not any(True for _ in self._graphs):
-                self._pools.clear()  # the last graph of a pool takes the pool with it
+            graphs = self._graphs.setdefault(device, weakref.WeakSet())
+            if not graphs:
+                self._pools.pop(device, None)  # the last graph of a pool takes the pool with it
             if device not in self._pools:
                 self._pools[device] = torch.cuda.graph_pool_handle()
             current, side = torch.cuda.current_stream(device), self._streams[device]
@@ -97,8 +98,11 @@ class CudaGraphRecorder:
             gc.collect()  # nothing may be freed in the middle of a capture
             try:
                 # Other threads (data loaders that pin memory) may go on with their own calls.
-                with torch.cuda.graph(
-                    graph, pool=self._pools[device], stream=side, capture_error_mode="thread_local"
+                with (
+                    _workspaces_in_the_pool(),
+                    torch.cuda.graph(
+                        graph, pool=self._pools[device], stream=side, capture_error_mode="thread_local"
+                    ),
                 ):
                     run()
             except BaseException as error:
@@ -112,7 +116,7 @@ class CudaGraphRecorder:
                 if not isinstance(error, Exception):
                     raise
                 raise RecordingError(f"the capture failed: {first_line(error)}") from error
-            self._graphs.add(graph)
+            graphs.add(graph)
 
         def replay() -> None:
             with torch.cuda.device(device):
@@ -121,6 +125,21 @@ class CudaGraphRecorder:
         # The capture itself computes nothing.
         replay()
         return replay
+
+
+@contextlib.contextmanager
+def _workspaces_in_the_pool() -> Iterator[None]:
+    """Around a capture: what cuBLAS works in is made anew inside, in the graph's pool, and left there.
+
+    PyTorch keeps one such workspace for each stream. That of the runs before the capture would lie outside of
+    the pool, and is freed when something else forgets all of them, as `torch.compile` does where it makes
+    CUDA graphs: replays would then write to memory that is others'.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _without_waits(run: Run) -> None:

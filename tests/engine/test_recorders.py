@@ -46,6 +46,7 @@ class Cuda:
     def __init__(self):
         self.current, self.pools, self.open_pools = Stream(), 0, set()
         self.capturing = False
+        self.workspaces = {}  # of cuBLAS: stream -> the pool that it lies in
         Graph.replay = lambda graph: self.current.work("replay")
 
     def device(self, device):
@@ -74,7 +75,7 @@ class Cuda:
         before, self.current = self.current, stream
         if pool in self.open_pools:
             raise RuntimeError("already recording to this pool")
-        self.capturing = True
+        self.capturing = pool
         try:
             yield
         except BaseException as error:
@@ -83,6 +84,10 @@ class Cuda:
         finally:
             self.capturing = False
         self.current = before
+
+    def multiply(self):
+        """The pool of the workspace that a product on the current stream uses; made where there is none."""
+        return self.workspaces.setdefault(self.current, self.capturing or "no pool")
 
     def get_sync_debug_mode(self):
         return 0
@@ -94,7 +99,8 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch):
     cuda = Cuda()
-    monkeypatch.setattr(recorders, "torch", types.SimpleNamespace(cuda=cuda))
+    fake = types.SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: cuda.workspaces.clear())
+    monkeypatch.setattr(recorders, "torch", types.SimpleNamespace(cuda=cuda, _C=fake))
     return cuda
 
 
@@ -146,3 +152,27 @@ def test_a_turn_that_an_exception_ended_has_ended(cuda):
     cuda.current = Stream()
     with recorder.turn(DEVICE):
         assert "a write" in cuda.current.before
+
+
+def test_what_a_graph_multiplies_in_lies_in_its_pool_and_nothing_else_keeps_it(cuda):
+    recorder, used = CudaGraphRecorder(), []
+    for _ in range(2):
+        recorder.record(lambda: used.append(cuda.multiply()), DEVICE)
+        assert used[-1] == cuda.pools
+        assert cuda.pools not in cuda.workspaces.values()
+
+
+def test_the_last_graph_of_a_device_takes_the_pool_of_that_device_alone(cuda):
+    other, recorder, pools = torch.device("cuda", 1), CudaGraphRecorder(), []
+
+    def record(device):
+        return recorder.record(lambda: pools.append(cuda.capturing), device)
+
+    kept, dropped = record(DEVICE), record(other)
+    first = pools[-1]
+    del dropped
+    again = record(other)
+    assert pools[-1] not in (False, first)
+    assert kept is not again
+    record(DEVICE)
+    assert pools[-1] == 1
