@@ -70,6 +70,10 @@ class CudaGraphRecorder:
             event.record(stream)
             self._last_turn[device] = (stream, event)
 
+    def pools(self) -> frozenset[Any]:
+        """Ids of the memory pools, as `torch.cuda.memory_snapshot` has them."""
+        return frozenset(self._pools.values())
+
     def record(self, run: Run, device: torch.device) -> Run:
         """See `Recorder`. The first run compiles what has to be compiled; the second has to be free of waits.
 

@@ -176,3 +176,10 @@ def test_the_last_graph_of_a_device_takes_the_pool_of_that_device_alone(cuda):
     assert kept is not again
     record(DEVICE)
     assert pools[-1] == 1
+
+
+def test_a_recorder_names_the_pools_that_it_fills(cuda):
+    recorder = CudaGraphRecorder()
+    assert recorder.pools() == frozenset()
+    recorder.record(lambda: None, DEVICE)
+    assert recorder.pools() == {cuda.pools}
