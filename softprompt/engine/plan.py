@@ -21,6 +21,7 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
+from softprompt.engine.watch import Watch
 from softprompt.ops.library import AUTO
 
 # Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
@@ -82,7 +83,7 @@ class Plan:
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
+def plan_for(model: CausalLM, *, sharded: bool = False, watch: Watch | None = None) -> Plan:
     """The plan of a causal LM: made on first use, and again after its attention, modules, kinds of weights,
     dtype, head or hooks have changed.
 
@@ -91,16 +92,53 @@ def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
     Args:
         model: the causal LM.
         sharded: whether FSDP2 has sharded it together with something around it.
+        watch: of this model, where there is one: it sees sooner that nothing has changed.
     """
     with IN_USE:
-        key = fingerprint(model)
-        known = _PLANS.get(model)
-        if sharded or sharding.by_fsdp(model):
-            return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
-        if known is None or known[0] != key:
-            known = (key, make_plan(model))
-            _PLANS[model] = known
-        return known[1]
+        if watch is None or sharded or sharding.in_group():
+            return _plan_by_fingerprint(model, sharded)
+        sight = watch.look()
+        unchanged = sight.same and not sight.hooked
+        known: _Known | None = watch.notes.get("plan")
+        if unchanged and known is not None and known.settings == _settings(model, known.embedding):
+            return known.plan
+        plan = _plan_by_fingerprint(model, sharded)
+        watch.notes.pop("plan", None)
+        if unchanged:
+            embedding = model.get_input_embeddings()
+            watch.notes["plan"] = _Known(plan, embedding, _settings(model, embedding))
+        return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A plan, and what has to stay as it is beside modules, hooks, parameters and buffers."""
+
+    plan: Plan
+    embedding: Any
+    settings: tuple[Any, ...]
+
+
+def _settings(model: CausalLM, embedding: Any) -> tuple[Any, ...]:
+    state, config = vars(model), getattr(model, "config", None)
+    return (
+        getattr(config, "_attn_implementation", None),
+        bool(getattr(config, "output_router_logits", False)),
+        getattr(embedding, "max_norm", None),
+        id(state.get("_loss_function")),
+        state.get("loss_type"),
+    )
+
+
+def _plan_by_fingerprint(model: CausalLM, sharded: bool) -> Plan:
+    key = fingerprint(model)
+    known = _PLANS.get(model)
+    if sharded or sharding.by_fsdp(model):
+        return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
+    if known is None or known[0] != key:
+        known = (key, make_plan(model))
+        _PLANS[model] = known
+    return known[1]
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)
