@@ -156,7 +156,5 @@ def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
 
 def _of_tasks(model: Any, name: str, tasks: list[int], tokens: Tensor) -> list[tuple[int, Tensor]]:
     """Each task with its [P, H]."""
-    prompts = model.prompt_encoder[name](
-        tokens.expand(len(tasks), -1), integers_on(tokens.device, tasks)
-    )
+    prompts = model.prompt_encoder[name](tokens.expand(len(tasks), -1), integers_on(tokens.device, tasks))
     return list(zip(tasks, prompts, strict=True))
