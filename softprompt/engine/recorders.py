@@ -50,7 +50,6 @@ class CudaGraphRecorder:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._last_turn: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
         self._graphs: dict[torch.device, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
-        self._failed: list[torch.cuda.CUDAGraph] = []
 
     @contextlib.contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
@@ -101,25 +100,11 @@ class CudaGraphRecorder:
             graph = torch.cuda.CUDAGraph()
             gc.collect()  # nothing may be freed in the middle of a capture
             try:
-                # Other threads (data loaders that pin memory) may go on with their own calls.
-                with (
-                    _workspaces_in_the_pool(),
-                    torch.cuda.graph(
-                        graph, pool=self._pools[device], stream=side, capture_error_mode="thread_local"
-                    ),
-                ):
+                with capture(graph, device, side, self._pools[device]):
                     run()
-            except BaseException as error:
-                # A capture that was invalidated cannot be ended: its stream is then still the current one,
-                # its pool takes no other capture, and the allocator keeps a pointer to the graph. One that
-                # could be ended (memory ran out) keeps what it has of the pool until it is reset.
-                torch.cuda.set_stream(current)
-                del self._pools[device]
-                graph.reset()
-                self._failed.append(graph)
-                if not isinstance(error, Exception):
-                    raise
-                raise RecordingError(f"the capture failed: {first_line(error)}") from error
+            except BaseException:
+                del self._pools[device]  # takes no other capture
+                raise
             graphs.add(graph)
 
         def replay() -> None:
@@ -129,6 +114,38 @@ class CudaGraphRecorder:
         # The capture itself computes nothing.
         replay()
         return replay
+
+
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+@contextlib.contextmanager
+def capture(
+    graph: torch.cuda.CUDAGraph, device: torch.device, stream: torch.cuda.Stream, pool: Any = None
+) -> Iterator[None]:
+    """Captures what the block does on `stream` of `device`, in memory of its own or of a pool.
+
+    Raises:
+        RecordingError: it cannot be captured. The pool then takes no other capture.
+    """
+    current = torch.cuda.current_stream(device)
+    try:
+        # Other threads (data loaders that pin memory) may go on with their own calls.
+        with (
+            _workspaces_in_the_pool(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield
+    except BaseException as error:
+        # A capture that was invalidated cannot be ended: its stream is then still the current one, and the
+        # allocator keeps a pointer to the graph. One that could be ended (memory ran out) keeps what it has
+        # of the pool until it is reset.
+        torch.cuda.set_stream(current)
+        graph.reset()
+        _FAILED.append(graph)
+        if not isinstance(error, Exception):
+            raise
+        raise RecordingError(f"the capture failed: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

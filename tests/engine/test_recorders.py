@@ -1,13 +1,15 @@
 """The order of streams around captures and replays, with as much of `torch.cuda` as the recorder uses."""
 
 import contextlib
+import gc
 import types
+import weakref
 
 import pytest
 import torch
 
 from softprompt.engine import recorders
-from softprompt.engine.recorders import CudaGraphRecorder, RecordingError
+from softprompt.engine.recorders import CudaGraphRecorder, RecordingError, capture
 
 DEVICE = torch.device("cuda", 0)
 
@@ -183,3 +185,15 @@ def test_a_recorder_names_the_pools_that_it_fills(cuda):
     assert recorder.pools() == frozenset()
     recorder.record(lambda: None, DEVICE)
     assert recorder.pools() == {cuda.pools}
+
+
+def test_a_capture_that_fails_keeps_its_graph_and_gives_the_stream_back(cuda):
+    """The allocator has a pointer to the graph."""
+    caller, graph = cuda.current, Graph()
+    with pytest.raises(RecordingError, match="operation failed"), capture(graph, DEVICE, Stream()):
+        raise ValueError("not in a capture")
+    assert cuda.current is caller
+    alive = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert alive() is not None
