@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, hooks, precision, sharding
+from softprompt.engine import families, precision, sharding
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
+from softprompt.engine.fingerprint import fingerprint, settings
 from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
@@ -100,13 +101,13 @@ def plan_for(model: CausalLM, *, sharded: bool = False, watch: Watch | None = No
         sight = watch.look()
         unchanged = sight.same and not sight.hooked
         known: _Known | None = watch.notes.get("plan")
-        if unchanged and known is not None and known.settings == _settings(model, known.embedding):
+        if unchanged and known is not None and known.settings == settings(model, known.embedding):
             return known.plan
         plan = _plan_by_fingerprint(model, sharded)
         watch.notes.pop("plan", None)
         if unchanged:
             embedding = model.get_input_embeddings()
-            watch.notes["plan"] = _Known(plan, embedding, _settings(model, embedding))
+            watch.notes["plan"] = _Known(plan, embedding, settings(model, embedding))
         return plan
 
 
@@ -117,17 +118,6 @@ class _Known:
     plan: Plan
     embedding: Any
     settings: tuple[Any, ...]
-
-
-def _settings(model: CausalLM, embedding: Any) -> tuple[Any, ...]:
-    state, config = vars(model), getattr(model, "config", None)
-    return (
-        getattr(config, "_attn_implementation", None),
-        bool(getattr(config, "output_router_logits", False)),
-        getattr(embedding, "max_norm", None),
-        id(state.get("_loss_function")),
-        state.get("loss_type"),
-    )
 
 
 def _plan_by_fingerprint(model: CausalLM, sharded: bool) -> Plan:
@@ -142,39 +132,6 @@ def _plan_by_fingerprint(model: CausalLM, sharded: bool) -> Plan:
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)
-
-
-def fingerprint(model: CausalLM) -> tuple[Any, ...]:
-    """Cheap signs that a model is no longer the one that was checked."""
-    config = getattr(model, "config", None)
-    weight = next(iter(model.parameters()), None)
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    lasting = (
-        getattr(config, "_attn_implementation", None),
-        id(embedding),
-        id(head),
-        id(getattr(model, "_loss_function", None)),
-        bool(getattr(config, "output_router_logits", False)),
-        _unanswered(model),
-        sharding.obstacle(model),
-    )
-    passing = (  # FSDP2 changes these
-        None if weight is None else (weight.dtype, weight.device.type),
-        precision.make_of(model),
-        None if not isinstance(embedding, nn.Module) else families.embedding_obstacle(embedding),
-        None if head is None else families.head_obstacle(model),
-        sharding.has_parts(model),
-    )
-    return lasting, passing
-
-
-def _unanswered(model: CausalLM) -> str | None:
-    """Why a model whose attention modules are answered one by one has one that cannot be."""
-    model_type = getattr(families.config_of(model), "model_type", None)
-    if model_type not in hooks.FAMILIES:
-        return None
-    return hooks.obstacle(families.body_of(model), str(model_type))
 
 
 def make_plan(model: CausalLM) -> Plan:
