@@ -63,11 +63,13 @@ OUT ?= benchmarks/results
 GPU_BUDGET ?= 240
 KERNEL_BUDGET ?= 90
 REHEARSAL = build/rehearsal
+# Most of the tests' time is that of compilers, which fill a core each.
+IN_PARALLEL = import importlib.util as u, os; print(f"-n {min(8, os.cpu_count())}" if u.find_spec("xdist") else "")
 
 # Everything is run even where a check fails, and the table comes last; then the exit code says so.
 gpu: $(GPU_READY) extension
 	@failed=0; \
-	$(PYTHON_BIN) -m pytest -q -m gpu || failed=1; \
+	$(PYTHON_BIN) -m pytest -q -m gpu $$($(PYTHON_BIN) -c '$(IN_PARALLEL)') || failed=1; \
 	$(PYTHON_BIN) -m benchmarks run --suite gpu --budget $(GPU_BUDGET) --output $(OUT) || failed=1; \
 	$(PYTHON_BIN) -m benchmarks run --suite kernels --budget $(KERNEL_BUDGET) --output $(OUT) || failed=1; \
 	$(PYTHON_BIN) -m benchmarks report --results $(sort benchmarks/results $(OUT)) || failed=1; \

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.cases import Case, StepBatch
 from benchmarks.gate import Truth, truth_of
-from benchmarks.memory import allocated, capacity, peak_of
+from benchmarks.memory import Before, allocated, capacity, look_before, peak_of
 from benchmarks.runner import Runner, make_runner
 from benchmarks.timing import WARM_UP_ROUNDS, Budget, interleaved, summary
 from benchmarks.variants import REFERENCE, Variant
@@ -109,7 +109,7 @@ class Contest:
 
     def _reference(self) -> Runner | None:
         """PEFT, admitted, and the truth."""
-        before = allocated(self.case.device)
+        before = look_before(self.case.device, own=False)
         runner = self._guarded(REFERENCE, lambda: self._warmed_up(REFERENCE))
         # Without PEFT on the whole batch, PEFT on a few rows at a time says what is right.
         self.truth = truth_of(self.case, self.base, self.batch, runner)
@@ -138,10 +138,10 @@ class Contest:
         record["reason"] = variant.obstacle() or self._budget.refuses(variant.seconds(self.case), reserved)
         if record["reason"] is not None:
             return None
-        before = allocated(self.case.device)
+        before = look_before(self.case.device, own=variant.own)
         return self._guarded(variant, lambda: self._check(self._warmed_up(variant), before))
 
-    def _check(self, runner: Runner, before: int) -> Runner | None:
+    def _check(self, runner: Runner, before: Before) -> Runner | None:
         """The check, then the memory. Of replays the worst of two counts: one may differ from the next."""
         if self.truth is None:
             raise ValueError(f"{self.case.name}: nothing to compare with")

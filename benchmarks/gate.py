@@ -78,8 +78,9 @@ def _narrow_truth(case: Case, base: Any, batch: StepBatch, own: tuple[float, Ten
         wide = copy.deepcopy(base).float()
         loss, grad = _by_rows(case, wide, batch)
     except torch.OutOfMemoryError:
-        # 0.05: what bf16 costs the gradient of a deep model, seen on no GPU yet.
-        return Truth(*own, f"PEFT in {case.dtype} (no memory for float32)", 2e-2, 5e-2)
+        # PEFT and softprompt in bf16 are 2 % apart with BLOOM-560m and 3 % with Llama-3.2-1B (on a CPU, with
+        # random weights), each as far from float32 as the other; in deeper models they are further apart.
+        return Truth(*own, f"PEFT in {case.dtype} (no memory for float32)", 2e-2, 1e-1)
     finally:
         wide = None
         gc.collect()

@@ -13,6 +13,8 @@ import torch
 from peft import PeftType
 from torch import Tensor
 
+from softprompt.engine.batch import integers_on
+
 SERVED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 
 
@@ -154,7 +156,5 @@ def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
 
 def _of_tasks(model: Any, name: str, tasks: list[int], tokens: Tensor) -> list[tuple[int, Tensor]]:
     """Each task with its [P, H]."""
-    prompts = model.prompt_encoder[name](
-        tokens.expand(len(tasks), -1), torch.tensor(tasks, device=tokens.device)
-    )
+    prompts = model.prompt_encoder[name](tokens.expand(len(tasks), -1), integers_on(tokens.device, tasks))
     return list(zip(tasks, prompts, strict=True))

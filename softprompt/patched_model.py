@@ -31,7 +31,7 @@ from softprompt.instances import PatchedInstance
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
 from softprompt.ops.library import AUTO
-from softprompt.state import graphs_of
+from softprompt.state import graphs_of, state_of
 
 
 class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
@@ -189,7 +189,10 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
 
 def plan_of(model: Any) -> Plan:
     """The plan of the base model."""
-    return plan_for(model.get_base_model(), sharded=sharding.is_fsdp(model))
+    base, state = model.get_base_model(), state_of(model)
+    graphs = None if state is None else state.graphs
+    watch = graphs.watch if graphs is not None and graphs.are_of(base) else None
+    return plan_for(base, sharded=sharding.is_fsdp(model), watch=watch)
 
 
 def _is_sharded(model: Any) -> bool:

@@ -153,7 +153,7 @@ def test_a_frozen_head_that_is_called_gives_the_same_losses(monkeypatch):
     batch = make_batch((7, 3, 5), "left", "answer")
     fused = ensemble.losses(model, **batch)
     plan = ensembles.plan_for(model.get_base_model())
-    monkeypatch.setattr(ensembles, "plan_for", lambda _: ensembles_replace(plan))
+    monkeypatch.setattr(ensembles, "plan_for", lambda _, **options: ensembles_replace(plan))
     assert_close(ensemble.losses(model, **batch).each, fused.each, 1e-9, "losses")
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from softprompt.engine.recorders import RecordingError, capture
+
 _GRAPH_SECONDS = 1e-3  # of a call that is recorded, at most
 _SAMPLE_SECONDS = 2e-3  # of one sample, at least
 _MOST_CALLS = 64
@@ -88,12 +90,12 @@ def _recorded(function: Callable[[], object], calls: int) -> tuple[torch.cuda.CU
         return None, "it waits for the device"
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=side):
+        with capture(graph, side.device, side):
             for _ in range(calls):
                 function()
-    except RuntimeError as error:
+    except RecordingError as error:
         torch.cuda.synchronize()
-        return None, f"not recordable: {str(error).splitlines()[0][:80]}"
+        return None, f"not recordable: {str(error)[:80]}"
     graph.replay()
     torch.cuda.synchronize()
     return graph, ""

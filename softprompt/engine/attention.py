@@ -54,21 +54,27 @@ def _layout_mask(*args: Any, mask_function: Any, local_size: int | None = None, 
     The window is the tensor's shape, since attributes are lost where checkpointing or a compiler copies it.
     """
     packing = current()
+    device = packing.layout.slots.device
     if packing.examine:
-        _check_rule(mask_function, local_size)
-    return torch.empty(0, local_size or 0, device=packing.layout.slots.device)
+        _check_rule(mask_function, local_size, device)
+    return torch.empty(0, local_size or 0, device=device)
 
 
-def _check_rule(mask_function: Callable[..., Tensor], local_size: int | None) -> None:
+def _check_rule(mask_function: Callable[..., Tensor], local_size: int | None, device: torch.device) -> None:
     """Raises unless the model's mask is causal, with a sliding window of `local_size` where that is given."""
     edge = local_size or 4
-    slots = torch.tensor(sorted({0, 1, 2, edge - 1, edge, edge + 1, 2 * edge, 2 * edge + 1, 3 * edge}))
-    zero = torch.zeros(1, 1, dtype=torch.int64)
+    # On the model's device: a mask function may compare them with what the model keeps there.
+    slots = torch.tensor(
+        sorted({0, 1, 2, edge - 1, edge, edge + 1, 2 * edge, 2 * edge + 1, 3 * edge}), device=device
+    )
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     query, key = slots[:, None], slots[None, :]
     expected = key <= query
     if local_size is not None:
         expected = expected & (query - key < local_size)
-    if not torch.equal(torch.as_tensor(mask_function(zero, zero, query, key)).expand_as(expected), expected):
+    if not torch.equal(
+        torch.as_tensor(mask_function(zero, zero, query, key), device=device).expand_as(expected), expected
+    ):
         raise UnsupportedAttentionError(
             f"the model's mask is neither causal nor a sliding window of {local_size}"
         )

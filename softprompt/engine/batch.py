@@ -137,6 +137,10 @@ def _checked_rows(
     for row, number in enumerate(numbers):
         if not 0 <= number < num_prompts:
             raise ValueError(f"prompt_of_row[{row}] = {number} is not one of the {num_prompts} prompts")
-    rows = torch.tensor(numbers, dtype=torch.int32)
-    # From pinned memory the host need not wait for the copy.
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    return integers_on(device, numbers, torch.int32)
+
+
+def integers_on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """[N] numbers that the host knows, on a device; it does not wait for the copy."""
+    made = torch.tensor(numbers, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -91,7 +91,7 @@ def losses_of_prompts(
         labels=repeated(labels),
         prompt_of_row=[number for number in range(count) for _ in range(rows_each)],
     )
-    plan, compact = plan_for(model), positions == "compact"
+    plan, compact = plan_for(model, watch=graphs_of(model).watch), positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
     most_rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
     reason = obstacle_to(plan, compact=compact, longest=longest, rows=most_rows)

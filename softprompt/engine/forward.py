@@ -100,7 +100,7 @@ def forward(
         labels=labels,
         prompt_of_row=prompt_of_row,
     )
-    plan = plan_for(model)
+    plan = plan_for(model, watch=graphs_of(model).watch if cuda_graphs else None)
     compact = positions == "compact"
     longest = max(batch.prompt_lengths) + batch.shape[1]
     rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]

@@ -85,7 +85,7 @@ class StepGraphs:
         self._enabled = cuda_graphs
         self._compile = compile
         self._compiled: Callable[..., Any] | None = None
-        self._watch: Watch | None = None
+        self.watch: Watch | None = None  # of the model, where its steps may be recorded
         self._lasting: str | None = None  # obstacle of the model as it is now
         self._modes: dict[Hashable, tuple[int, str | None]] = {}  # mode of the model -> number, obstacle
         self._graphs: OrderedDict[Hashable, RecordedStep] = OrderedDict()
@@ -153,18 +153,20 @@ class StepGraphs:
             return None, f"CUDA graphs need a CUDA device, the batch is on {device.type}"
         if batch.input_ids is None:
             return None, "the batch comes as inputs_embeds"
-        if self._watch is None or not self._watch.same_structure():
+        sight = None if self.watch is None else self.watch.last_look()
+        if sight is None or not sight.same:
             self.clear()
-            self._watch, self._lasting = None, _lasting_obstacle(model, device)
+            self.watch, self._lasting = None, _lasting_obstacle(model, device)
             if self._lasting is None:
-                self._watch = Watch(model)
-        if self._watch is None:
+                self.watch = Watch(model)
+                sight = self.watch.last_look()
+        if self.watch is None or sight is None:
             return None, self._lasting
-        if self._watch.has_hooks() or _global_hooks():
+        if sight.hooked or _global_hooks():
             return None, "modules of the language model have hooks or a replaced forward"
         if torch.is_anomaly_enabled():
             return None, "anomaly detection is on"
-        mode = (self._watch.mode(), plan, _numerics(device.type))
+        mode = (self.watch.mode(), plan, _numerics(device.type))
         if mode not in self._modes:
             self._modes[mode] = (len(self._modes), _passing_obstacle(model, plan, device.type))
         return self._modes[mode]
@@ -206,7 +208,9 @@ class StepGraphs:
             if recorded is None:
                 self.statistics.eager += 1
                 return None
-            exact, model = layout.resized(live, layout.num_labels), self._model()
+            exact, model = layout, self._model()
+            if (layout.num_rows, layout.label_rows.shape[0]) != (live, layout.num_labels):
+                exact = layout.resized(live, layout.num_labels)
 
             def again(prompts: Tensor) -> Tensor:
                 own = replace(batch, prompts=(prompts,), labels=None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompt.engine import families
-from softprompt.engine.batch import Batch
+from softprompt.engine.batch import Batch, integers_on
 from softprompt.engine.families import CausalLM
 from softprompt.engine.graphs import StepGraphs, room_of
 from softprompt.engine.head import own_logits
@@ -54,7 +54,7 @@ def losses_of_groups(
     Returns:
         Losses in fp32 (fp64 for fp64 models); the mean of a group without labels is 0.
     """
-    groups = torch.tensor(group_of_prompt, device=batch.attention_mask.device)
+    groups = integers_on(batch.attention_mask.device, group_of_prompt)
     mode = None if graphs is None else graphs.mode_of(plan, batch)
     if graphs is None or mode is None:
         rows = plan.run(model, batch, compact=compact, backend=backend)

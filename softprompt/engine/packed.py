@@ -173,7 +173,7 @@ def raise_too_long(longest: int, position_limit: int) -> None:
 def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> HiddenRows:
     num_rows, row_length = layout.batch_shape
     return HiddenRows(
-        hidden[0],
+        hidden.squeeze(0),
         layout.label_rows,
         layout.label_targets,
         layout.num_labels,

@@ -88,9 +88,10 @@ def attend(
     if packing.states is not None:
         query, key, value = packing.states.join(query, key, value)
     out = shared_prompt_attention(
-        query[0],
-        key[0],
-        value[0],
+        # Not by an index, whose gradient is a tensor of zeros with a copy in it.
+        query.squeeze(0),
+        key.squeeze(0),
+        value.squeeze(0),
         packing.layout.attention,
         scale=scale,
         sliding_window=window,

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, hooks, precision, sharding
+from softprompt.engine import families, precision, sharding
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
+from softprompt.engine.fingerprint import fingerprint, settings
 from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
+from softprompt.engine.watch import Watch
 from softprompt.ops.library import AUTO
 
 # Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
@@ -82,7 +84,7 @@ class Plan:
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
+def plan_for(model: CausalLM, *, sharded: bool = False, watch: Watch | None = None) -> Plan:
     """The plan of a causal LM: made on first use, and again after its attention, modules, kinds of weights,
     dtype, head or hooks have changed.
 
@@ -91,52 +93,45 @@ def plan_for(model: CausalLM, *, sharded: bool = False) -> Plan:
     Args:
         model: the causal LM.
         sharded: whether FSDP2 has sharded it together with something around it.
+        watch: of this model, where there is one: it sees sooner that nothing has changed.
     """
     with IN_USE:
-        key = fingerprint(model)
-        known = _PLANS.get(model)
-        if sharded or sharding.by_fsdp(model):
-            return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
-        if known is None or known[0] != key:
-            known = (key, make_plan(model))
-            _PLANS[model] = known
-        return known[1]
+        if watch is None or sharded or sharding.in_group():
+            return _plan_by_fingerprint(model, sharded)
+        sight = watch.look()
+        unchanged = sight.same and not sight.hooked
+        known: _Known | None = watch.notes.get("plan")
+        if unchanged and known is not None and known.settings == settings(model, known.embedding):
+            return known.plan
+        plan = _plan_by_fingerprint(model, sharded)
+        watch.notes.pop("plan", None)
+        if unchanged:
+            embedding = model.get_input_embeddings()
+            watch.notes["plan"] = _Known(plan, embedding, settings(model, embedding))
+        return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A plan, and what has to stay as it is beside modules, hooks, parameters and buffers."""
+
+    plan: Plan
+    embedding: Any
+    settings: tuple[Any, ...]
+
+
+def _plan_by_fingerprint(model: CausalLM, sharded: bool) -> Plan:
+    key = fingerprint(model)
+    known = _PLANS.get(model)
+    if sharded or sharding.by_fsdp(model):
+        return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
+    if known is None or known[0] != key:
+        known = (key, make_plan(model))
+        _PLANS[model] = known
+    return known[1]
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)
-
-
-def fingerprint(model: CausalLM) -> tuple[Any, ...]:
-    """Cheap signs that a model is no longer the one that was checked."""
-    config = getattr(model, "config", None)
-    weight = next(iter(model.parameters()), None)
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    lasting = (
-        getattr(config, "_attn_implementation", None),
-        id(embedding),
-        id(head),
-        id(getattr(model, "_loss_function", None)),
-        bool(getattr(config, "output_router_logits", False)),
-        _unanswered(model),
-        sharding.obstacle(model),
-    )
-    passing = (  # FSDP2 changes these
-        None if weight is None else (weight.dtype, weight.device.type),
-        precision.make_of(model),
-        None if not isinstance(embedding, nn.Module) else families.embedding_obstacle(embedding),
-        None if head is None else families.head_obstacle(model),
-        sharding.has_parts(model),
-    )
-    return lasting, passing
-
-
-def _unanswered(model: CausalLM) -> str | None:
-    """Why a model whose attention modules are answered one by one has one that cannot be."""
-    model_type = getattr(families.config_of(model), "model_type", None)
-    if model_type not in hooks.FAMILIES:
-        return None
-    return hooks.obstacle(families.body_of(model), str(model_type))
 
 
 def make_plan(model: CausalLM) -> Plan:

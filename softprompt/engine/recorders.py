@@ -49,8 +49,7 @@ class CudaGraphRecorder:
         self._pools: dict[torch.device, Any] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._last_turn: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
-        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self._failed: list[torch.cuda.CUDAGraph] = []
+        self._graphs: dict[torch.device, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
 
     @contextlib.contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
@@ -70,6 +69,10 @@ class CudaGraphRecorder:
             event.record(stream)
             self._last_turn[device] = (stream, event)
 
+    def pools(self) -> frozenset[Any]:
+        """Ids of the memory pools, as `torch.cuda.memory_snapshot` has them."""
+        return frozenset(self._pools.values())
+
     def record(self, run: Run, device: torch.device) -> Run:
         """See `Recorder`. The first run compiles what has to be compiled; the second has to be free of waits.
 
@@ -79,8 +82,9 @@ class CudaGraphRecorder:
         with torch.cuda.device(device):
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
-            if not any(True for _ in self._graphs):
-                self._pools.clear()  # the last graph of a pool takes the pool with it
+            graphs = self._graphs.setdefault(device, weakref.WeakSet())
+            if not graphs:
+                self._pools.pop(device, None)  # the last graph of a pool takes the pool with it
             if device not in self._pools:
                 self._pools[device] = torch.cuda.graph_pool_handle()
             current, side = torch.cuda.current_stream(device), self._streams[device]
@@ -96,23 +100,12 @@ class CudaGraphRecorder:
             graph = torch.cuda.CUDAGraph()
             gc.collect()  # nothing may be freed in the middle of a capture
             try:
-                # Other threads (data loaders that pin memory) may go on with their own calls.
-                with torch.cuda.graph(
-                    graph, pool=self._pools[device], stream=side, capture_error_mode="thread_local"
-                ):
+                with capture(graph, device, side, self._pools[device]):
                     run()
-            except BaseException as error:
-                # A capture that was invalidated cannot be ended: its stream is then still the current one,
-                # its pool takes no other capture, and the allocator keeps a pointer to the graph. One that
-                # could be ended (memory ran out) keeps what it has of the pool until it is reset.
-                torch.cuda.set_stream(current)
-                del self._pools[device]
-                graph.reset()
-                self._failed.append(graph)
-                if not isinstance(error, Exception):
-                    raise
-                raise RecordingError(f"the capture failed: {first_line(error)}") from error
-            self._graphs.add(graph)
+            except BaseException:
+                del self._pools[device]  # takes no other capture
+                raise
+            graphs.add(graph)
 
         def replay() -> None:
             with torch.cuda.device(device):
@@ -121,6 +114,53 @@ class CudaGraphRecorder:
         # The capture itself computes nothing.
         replay()
         return replay
+
+
+_FAILED: list[torch.cuda.CUDAGraph] = []
+
+
+@contextlib.contextmanager
+def capture(
+    graph: torch.cuda.CUDAGraph, device: torch.device, stream: torch.cuda.Stream, pool: Any = None
+) -> Iterator[None]:
+    """Captures what the block does on `stream` of `device`, in memory of its own or of a pool.
+
+    Raises:
+        RecordingError: it cannot be captured. The pool then takes no other capture.
+    """
+    current = torch.cuda.current_stream(device)
+    try:
+        # Other threads (data loaders that pin memory) may go on with their own calls.
+        with (
+            _workspaces_in_the_pool(),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield
+    except BaseException as error:
+        # A capture that was invalidated cannot be ended: its stream is then still the current one, and the
+        # allocator keeps a pointer to the graph. One that could be ended (memory ran out) keeps what it has
+        # of the pool until it is reset.
+        torch.cuda.set_stream(current)
+        graph.reset()
+        _FAILED.append(graph)
+        if not isinstance(error, Exception):
+            raise
+        raise RecordingError(f"the capture failed: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _workspaces_in_the_pool() -> Iterator[None]:
+    """Around a capture: what cuBLAS works in is made anew inside, in the graph's pool, and left there.
+
+    PyTorch keeps one such workspace for each stream. That of the runs before the capture would lie outside of
+    the pool, and is freed when something else forgets all of them, as `torch.compile` does where it makes
+    CUDA graphs: replays would then write to memory that is others'.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _without_waits(run: Run) -> None:

@@ -13,6 +13,7 @@ from softprompt.engine import families, sharding
 from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
+from softprompt.engine.fingerprint import fingerprint
 from softprompt.engine.forward import logits_of, warn_of_no_labels
 from softprompt.engine.head import losses_of_logits, mean_of
 from softprompt.engine.lazy import with_gradient
@@ -21,7 +22,6 @@ from softprompt.engine.plan import (
     StockFailedError,
     errors,
     evaluating,
-    fingerprint,
     missing_part,
     probe_batch,
     tolerances,

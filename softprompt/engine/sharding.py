@@ -55,7 +55,7 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def by_fsdp(model: nn.Module) -> bool:
     """Whether `fully_shard` was called on the model or a part of it."""
-    return _in_group() and _any_of(_FSDP2, structure_of(model)[1])
+    return in_group() and _any_of(_FSDP2, structure_of(model)[1])
 
 
 def embeds_in_parts(model: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def embeds_in_parts(model: nn.Module) -> bool:
     return is_fsdp(model) and not is_fsdp(embedding) and is_part(getattr(embedding, "weight", None))
 
 
-def _in_group() -> bool:
+def in_group() -> bool:
     """Whether there are other processes; without them nothing is looked for, since every step asks."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -85,7 +85,7 @@ def is_part(weight: Any) -> bool:
 
 def has_parts(model: nn.Module) -> bool:
     """Whether any weight is a part of one."""
-    return _in_group() and _any_of(_DTENSOR, _parameters_of(structure_of(model)[1]))
+    return in_group() and _any_of(_DTENSOR, _parameters_of(structure_of(model)[1]))
 
 
 def has_foreign_hooks(module: nn.Module, *, known_forward: bool = False) -> bool:
@@ -144,7 +144,7 @@ def obstacle(model: nn.Module) -> str | None:
     if hasattr(model, "hf_split_points"):
         return "the model is cut into pipeline stages, each with layers of its own"
     weight = next(model.parameters(), None)
-    if _is_flattened(model, weight) or (_in_group() and _any_of(_FSDP1, structure_of(model)[1])):
+    if _is_flattened(model, weight) or (in_group() and _any_of(_FSDP1, structure_of(model)[1])):
         return (
             "FSDP1 (FullyShardedDataParallel) flattens the weights: "
             "FSDP2 (fully_shard, fsdp_version 2) is served"
@@ -203,7 +203,7 @@ def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
 
     Every rank has to ask, whatever it chose. The answer is kept as long as the choice is the same.
     """
-    if not _in_group():
+    if not in_group():
         return True
     known = _AGREED.get(model)
     if known is None or known[0] != choice:

@@ -227,3 +227,18 @@ def test_a_denominator_that_is_none_is_refused_by_name(items, message, before, t
     record(base, prompt)
     assert graphs_of(base).obstacle is None
     assert len(graphs_of(base)) == 1
+
+
+def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(tape):
+    base, prompt = build("llama"), leaf()
+    record(base, prompt)
+    with pytest.raises(ValueError, match="num_items must not be negative"):
+        loss_of(base, prompt, 3, num_items_in_batch=-1)
+    with torch.no_grad():
+        base.lm_head.weight.data = base.lm_head.weight + 1
+    expected = loss_of(copy.deepcopy(base), prompt, 3, recorded=False)
+    assert_close(loss_of(base, prompt, 3).detach(), expected.detach(), EXACT, "loss")
+    watch = graphs_of(base).watch
+    assert watch.last_look() == (True, False)
+    base.lm_head.weight.data = base.lm_head.weight.data.clone()
+    assert watch.last_look() == (False, False)

@@ -14,6 +14,7 @@ import softprompt
 from softprompt.engine import plan as plan_module
 from softprompt.engine import plan_for
 from softprompt.engine.plan import make_plan
+from softprompt.engine.watch import Watch
 
 SEAMS = {
     "gptj": "mask",
@@ -91,19 +92,55 @@ def replace_the_loss(model):
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [cast, change_attention, hook_the_head, hook_the_embedding, replace_the_head, replace_the_loss],
-    ids=lambda change: change.__name__,
-)
-def test_a_plan_is_kept_until_the_model_changes(monkeypatch, change):
+def renormalise_the_embedding(model):
+    model.model.embed_tokens.max_norm = 1.0
+
+
+def ask_for_router_losses(model):
+    model.config.output_router_logits = True
+
+
+def replace_a_layer(model):
+    model.model.layers[0].mlp = copy.deepcopy(model.model.layers[0].mlp)
+
+
+def replace_a_configuration(model):
+    model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
+
+
+CHANGES = [
+    cast,
+    change_attention,
+    hook_the_head,
+    hook_the_embedding,
+    replace_the_head,
+    replace_the_loss,
+    renormalise_the_embedding,
+    ask_for_router_losses,
+    replace_a_layer,
+    replace_a_configuration,
+]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_plan_is_kept_until_the_model_changes(monkeypatch, change, watched):
     counter = Counter(monkeypatch)
     model = build("llama")
-    assert plan_for(model) is plan_for(model)
+    watch = Watch(model) if watched else None
+    assert plan_for(model, watch=watch) is plan_for(model, watch=watch)
     assert counter.made == 1
     change(model)
-    assert plan_for(model) is plan_for(model)
+    assert plan_for(model, watch=watch) is plan_for(model, watch=watch)
     assert counter.made == 2
+
+
+def test_a_watched_model_that_stays_as_it_is_is_not_looked_at_again(monkeypatch):
+    model = build("bloom")
+    watch = Watch(model)
+    plan = plan_for(model, watch=watch)
+    monkeypatch.setattr(plan_module, "fingerprint", None)
+    assert plan_for(model, watch=watch) is plan
 
 
 def test_plans_do_not_keep_models_alive():

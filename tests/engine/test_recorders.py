@@ -1,13 +1,15 @@
 """The order of streams around captures and replays, with as much of `torch.cuda` as the recorder uses."""
 
 import contextlib
+import gc
 import types
+import weakref
 
 import pytest
 import torch
 
 from softprompt.engine import recorders
-from softprompt.engine.recorders import CudaGraphRecorder, RecordingError
+from softprompt.engine.recorders import CudaGraphRecorder, RecordingError, capture
 
 DEVICE = torch.device("cuda", 0)
 
@@ -46,6 +48,7 @@ class Cuda:
     def __init__(self):
         self.current, self.pools, self.open_pools = Stream(), 0, set()
         self.capturing = False
+        self.workspaces = {}  # of cuBLAS: stream -> the pool that it lies in
         Graph.replay = lambda graph: self.current.work("replay")
 
     def device(self, device):
@@ -74,7 +77,7 @@ class Cuda:
         before, self.current = self.current, stream
         if pool in self.open_pools:
             raise RuntimeError("already recording to this pool")
-        self.capturing = True
+        self.capturing = pool
         try:
             yield
         except BaseException as error:
@@ -83,6 +86,10 @@ class Cuda:
         finally:
             self.capturing = False
         self.current = before
+
+    def multiply(self):
+        """The pool of the workspace that a product on the current stream uses; made where there is none."""
+        return self.workspaces.setdefault(self.current, self.capturing or "no pool")
 
     def get_sync_debug_mode(self):
         return 0
@@ -94,7 +101,8 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch):
     cuda = Cuda()
-    monkeypatch.setattr(recorders, "torch", types.SimpleNamespace(cuda=cuda))
+    fake = types.SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: cuda.workspaces.clear())
+    monkeypatch.setattr(recorders, "torch", types.SimpleNamespace(cuda=cuda, _C=fake))
     return cuda
 
 
@@ -146,3 +154,46 @@ def test_a_turn_that_an_exception_ended_has_ended(cuda):
     cuda.current = Stream()
     with recorder.turn(DEVICE):
         assert "a write" in cuda.current.before
+
+
+def test_what_a_graph_multiplies_in_lies_in_its_pool_and_nothing_else_keeps_it(cuda):
+    recorder, used = CudaGraphRecorder(), []
+    for _ in range(2):
+        recorder.record(lambda: used.append(cuda.multiply()), DEVICE)
+        assert used[-1] == cuda.pools
+        assert cuda.pools not in cuda.workspaces.values()
+
+
+def test_the_last_graph_of_a_device_takes_the_pool_of_that_device_alone(cuda):
+    other, recorder, pools = torch.device("cuda", 1), CudaGraphRecorder(), []
+
+    def record(device):
+        return recorder.record(lambda: pools.append(cuda.capturing), device)
+
+    kept, dropped = record(DEVICE), record(other)
+    first = pools[-1]
+    del dropped
+    again = record(other)
+    assert pools[-1] not in (False, first)
+    assert kept is not again
+    record(DEVICE)
+    assert pools[-1] == 1
+
+
+def test_a_recorder_names_the_pools_that_it_fills(cuda):
+    recorder = CudaGraphRecorder()
+    assert recorder.pools() == frozenset()
+    recorder.record(lambda: None, DEVICE)
+    assert recorder.pools() == {cuda.pools}
+
+
+def test_a_capture_that_fails_keeps_its_graph_and_gives_the_stream_back(cuda):
+    """The allocator has a pointer to the graph."""
+    caller, graph = cuda.current, Graph()
+    with pytest.raises(RecordingError, match="operation failed"), capture(graph, DEVICE, Stream()):
+        raise ValueError("not in a capture")
+    assert cuda.current is caller
+    alive = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert alive() is not None

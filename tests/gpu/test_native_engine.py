@@ -149,16 +149,48 @@ def test_five_hundred_steps_need_no_more_memory(cuda_graphs):
 
 @pytest.mark.gpu
 def test_a_step_that_waits_is_refused_before_the_capture():
-    """And leaves random generators and streams as they were."""
-    model = prompted("gptj", torch.float32).cuda()
-    softprompt.patch(model, on_unsupported="error")
+    """And leaves random generators, streams and the pool as they were."""
+    _, waiting = models("llama", "cuda")
+    mlp = waiting.get_base_model().model.layers[0].mlp
+
+    class Waiting(type(mlp)):
+        def forward(self, x):
+            float(x.detach().sum())
+            return super().forward(x)
+
+    mlp.__class__ = Waiting
     batch = on("cuda", make_batch())
-    for _ in range(4):
-        model(**batch).loss.backward()
+    waiting(**batch).loss.backward()
+    with pytest.warns(UserWarning, match="makes the host wait for the device"):
+        waiting(**batch).loss.backward()
+    waiting(**batch).loss.backward()
+    assert waiting._softprompt.graphs.statistics.recorded == 0
     torch.rand(3, device="cuda")
     torch.cuda.synchronize()
-    statistics = model._softprompt.graphs.statistics
-    assert statistics.replayed + statistics.eager == 4
+    stock, fast = models("llama", "cuda")
+    for _ in range(4):
+        assert_close(step(fast, batch).loss, step(stock, batch).loss, 1e-5, "loss")
+    assert fast._softprompt.graphs.statistics.replayed >= 2
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_a_compiler_leave_recorded_steps_their_memory():
+    """A compiler that makes CUDA graphs forgets the workspaces of all products of matrices."""
+    _, fast = models("bloom", "cuda", torch.bfloat16)
+    batch = on("cuda", make_batch())
+    for _ in range(4):
+        expected = step(fast, batch)
+    assert fast._softprompt.graphs.statistics.replayed >= 2
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.zeros(1 << 20, device="cuda") for _ in range(256)]  # takes what was freed
+    for _ in range(4):
+        got = step(fast, batch)
+        assert_close(got.loss, expected.loss, 1e-6, "loss")
+        for key, grad in expected.grads.items():
+            assert_close(got.grads[key], grad, 1e-6, key)
+    assert not any(bool(tensor.any()) for tensor in others)
 
 
 @pytest.mark.gpu

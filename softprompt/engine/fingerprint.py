@@ -1,0 +1,55 @@
+"""Signs that a model is no longer the one that was checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from softprompt.engine import families, hooks, precision, sharding
+from softprompt.engine.families import CausalLM
+
+
+def fingerprint(model: CausalLM) -> tuple[Any, ...]:
+    """Cheap signs that a model is no longer the one that was checked."""
+    config = getattr(model, "config", None)
+    weight = next(iter(model.parameters()), None)
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    lasting = (
+        getattr(config, "_attn_implementation", None),
+        id(embedding),
+        id(head),
+        id(getattr(model, "_loss_function", None)),
+        bool(getattr(config, "output_router_logits", False)),
+        _unanswered(model),
+        sharding.obstacle(model),
+    )
+    passing = (  # FSDP2 changes these
+        None if weight is None else (weight.dtype, weight.device.type),
+        precision.make_of(model),
+        None if not isinstance(embedding, nn.Module) else families.embedding_obstacle(embedding),
+        None if head is None else families.head_obstacle(model),
+        sharding.has_parts(model),
+    )
+    return lasting, passing
+
+
+def _unanswered(model: CausalLM) -> str | None:
+    """Why a model whose attention modules are answered one by one has one that cannot be."""
+    model_type = getattr(families.config_of(model), "model_type", None)
+    if model_type not in hooks.FAMILIES:
+        return None
+    return hooks.obstacle(families.body_of(model), str(model_type))
+
+
+def settings(model: CausalLM, embedding: Any) -> tuple[Any, ...]:
+    """What a fingerprint holds beside modules, hooks, parameters and buffers."""
+    state, config = vars(model), getattr(model, "config", None)
+    return (
+        getattr(config, "_attn_implementation", None),
+        bool(getattr(config, "output_router_logits", False)),
+        getattr(embedding, "max_norm", None),
+        id(state.get("_loss_function")),
+        state.get("loss_type"),
+    )
