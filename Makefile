@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu gpu-tests gpu-steps gpu-kernels gpu-profile gpu-report extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -63,13 +63,39 @@ OUT ?= benchmarks/results
 GPU_BUDGET ?= 240
 KERNEL_BUDGET ?= 90
 REHEARSAL = build/rehearsal
+GPU_TESTS ?= tests/gpu tests/ops tests/test_host_reads.py
+# The tests wait for the compiler most of the time, one process on each second core.
+GPU_WORKERS ?= $(shell expr \( $$(nproc) + 1 \) / 2)
+GPU_TEST_SECONDS ?= 240
+# What records name where there is no repository.
+COMMIT ?= $(shell git rev-parse --short=10 HEAD 2>/dev/null)
+RUN = $(PYTHON_BIN) -m benchmarks run --output $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+# EXTENSION= builds nothing: the ops are there, or those of Triton will do.
+EXTENSION ?= extension
 
 # Everything is run even where a check fails, and the table comes last; then the exit code says so.
-gpu: $(GPU_READY) extension
+GPU_PARTS ?= $(EXTENSION) gpu-tests gpu-steps gpu-kernels gpu-report
+gpu: $(GPU_READY)
 	@failed=0; \
-	$(PYTHON_BIN) -m pytest -q -m gpu || failed=1; \
-	$(PYTHON_BIN) -m benchmarks run --suite gpu --budget $(GPU_BUDGET) --output $(OUT) || failed=1; \
-	$(PYTHON_BIN) -m benchmarks run --suite kernels --budget $(KERNEL_BUDGET) --output $(OUT) || failed=1; \
+	for part in $(GPU_PARTS); do $(MAKE) --no-print-directory EXTENSION= $$part || failed=1; done; \
+	exit $$failed
+
+# One by one, where time is lent in pieces. A record is written after each case, so a run that is stopped leaves some.
+gpu-tests: $(GPU_READY) $(EXTENSION)
+	timeout -k 10 $(GPU_TEST_SECONDS) $(PYTHON_BIN) -m pytest -v --tb=short -m gpu -n $(GPU_WORKERS) $(GPU_TESTS)
+
+gpu-steps: $(GPU_READY) $(EXTENSION)
+	$(RUN) --suite gpu --budget $(GPU_BUDGET)
+
+gpu-kernels: $(GPU_READY) $(EXTENSION)
+	$(RUN) --suite kernels --budget $(KERNEL_BUDGET)
+
+PROFILES ?= gpu-article math 8b
+gpu-profile: $(GPU_READY) $(EXTENSION)
+	$(RUN) --profile $(PROFILES)
+
+gpu-report: $(GPU_READY)
+	@failed=0; \
 	$(PYTHON_BIN) -m benchmarks report --results $(sort benchmarks/results $(OUT)) || failed=1; \
 	$(PYTHON_BIN) -m benchmarks short $(OUT) || failed=1; \
 	exit $$failed
@@ -95,11 +121,21 @@ sanitize-cpu: $(READY)
 installs: $(READY)
 	$(BIN)/python -m pytest -q -o addopts="--import-mode=importlib -ra" tests/install
 
-# Kernel tests under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds.
+# Kernels under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds. Only
+# softprompt's kernels are looked at, since those of PyTorch would take minutes. SANITIZED_TESTS="tests/ops tests/gpu"
+# checks them at more sizes, and takes long.
+SANITIZED_TESTS ?= tests/gpu/test_every_kernel.py
+SANITIZED_KERNELS = softprompt|attention_|_prompt|_pack_layout|_rows_loss|_partial_sums|_of_shares|_reduce_losses
+SANITIZERS ?= memcheck racecheck
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-sanitize: $(GPU_READY) extension
-	compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
-	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
+sanitize: $(GPU_READY) $(EXTENSION)
+	@failed=0; \
+	for tool in $(SANITIZERS); do \
+		compute-sanitizer --tool $$tool --kernel-name "regex=$(SANITIZED_KERNELS)" --error-exitcode 9 \
+			$$(test $$tool = memcheck && echo --report-api-errors no) \
+			$(PYTHON_BIN) -m pytest -v --tb=short -m gpu $(SANITIZED_TESTS) || failed=1; \
+	done; \
+	exit $$failed
 
 # The table of docs/models.md, from the tests of all architectures.
 models: export SOFTPROMPT_RECORD_MODELS = build/models.jsonl
