@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu gpu-tests gpu-steps gpu-kernels gpu-profile gpu-report extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu gpu-tests gpu-steps gpu-kernels gpu-profile gpu-report gpu-device extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -70,28 +70,33 @@ GPU_TEST_SECONDS ?= 240
 # What records name where there is no repository.
 COMMIT ?= $(shell git rev-parse --short=10 HEAD 2>/dev/null)
 RUN = $(PYTHON_BIN) -m benchmarks run --output $(OUT) $(if $(COMMIT),--commit $(COMMIT))
-# EXTENSION= builds nothing: the ops are there, or those of Triton will do.
-EXTENSION ?= extension
+# NEEDS= looks for nothing and builds nothing: the ops are there, or those of Triton will do.
+NEEDS ?= gpu-device extension
 
 # Everything is run even where a check fails, and the table comes last; then the exit code says so.
-GPU_PARTS ?= $(EXTENSION) gpu-tests gpu-steps gpu-kernels gpu-report
-gpu: $(GPU_READY)
+GPU_PARTS ?= extension gpu-tests gpu-steps gpu-kernels gpu-report
+gpu: gpu-device
 	@failed=0; \
-	for part in $(GPU_PARTS); do $(MAKE) --no-print-directory EXTENSION= $$part || failed=1; done; \
+	for part in $(GPU_PARTS); do $(MAKE) --no-print-directory NEEDS= $$part || failed=1; done; \
 	exit $$failed
 
-# One by one, where time is lent in pieces. A record is written after each case, so a run that is stopped leaves some.
-gpu-tests: $(GPU_READY) $(EXTENSION)
-	timeout -k 10 $(GPU_TEST_SECONDS) $(PYTHON_BIN) -m pytest -v --tb=short -m gpu -n $(GPU_WORKERS) $(GPU_TESTS)
+# Without one the tests would be skipped, and kernels be measured on the CPU.
+gpu-device: $(GPU_READY)
+	@$(PYTHON_BIN) -c "import sys, torch; torch.cuda.is_available() or sys.exit(\
+		f'torch {torch.__version__} sees no CUDA device; make gpu-rehearsal does the same at toy sizes without one')"
 
-gpu-steps: $(GPU_READY) $(EXTENSION)
+# One by one, where time is lent in pieces. A record is written after each case, so a run that is stopped leaves some.
+gpu-tests: $(GPU_READY) $(NEEDS)
+	timeout -s INT -k 20 $(GPU_TEST_SECONDS) $(PYTHON_BIN) -m pytest -q --tb=short -m gpu -n $(GPU_WORKERS) $(GPU_TESTS)
+
+gpu-steps: $(GPU_READY) $(NEEDS)
 	$(RUN) --suite gpu --budget $(GPU_BUDGET)
 
-gpu-kernels: $(GPU_READY) $(EXTENSION)
+gpu-kernels: $(GPU_READY) $(NEEDS)
 	$(RUN) --suite kernels --budget $(KERNEL_BUDGET)
 
 PROFILES ?= gpu-article math 8b
-gpu-profile: $(GPU_READY) $(EXTENSION)
+gpu-profile: $(GPU_READY) $(NEEDS)
 	$(RUN) --profile $(PROFILES)
 
 gpu-report: $(GPU_READY)
@@ -128,7 +133,7 @@ SANITIZED_TESTS ?= tests/gpu/test_every_kernel.py
 SANITIZED_KERNELS = softprompt|attention_|_prompt|_pack_layout|_rows_loss|_partial_sums|_of_shares|_reduce_losses
 SANITIZERS ?= memcheck racecheck
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-sanitize: $(GPU_READY) $(EXTENSION)
+sanitize: $(GPU_READY) $(NEEDS)
 	@failed=0; \
 	for tool in $(SANITIZERS); do \
 		compute-sanitizer --tool $$tool --kernel-name "regex=$(SANITIZED_KERNELS)" --error-exitcode 9 \
