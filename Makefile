@@ -86,15 +86,16 @@ gpu-device: $(GPU_READY)
 	@$(PYTHON_BIN) -c "import sys, torch; torch.cuda.is_available() or sys.exit(\
 		f'torch {torch.__version__} sees no CUDA device; make gpu-rehearsal does the same at toy sizes without one')"
 
-# One by one, where time is lent in pieces. A record is written after each case, so a run that is stopped leaves some.
+# One by one, where time is lent in pieces: a record is written after each case, so that a run that is stopped leaves
+# some. GPU_CASES and KERNEL_CASES run a part of the cases, with the compiled peers for which a whole pass has no time.
 gpu-tests: $(GPU_READY) $(NEEDS)
 	timeout -s INT -k 20 $(GPU_TEST_SECONDS) $(PYTHON_BIN) -m pytest -q --tb=short -m gpu -n $(GPU_WORKERS) $(GPU_TESTS)
 
 gpu-steps: $(GPU_READY) $(NEEDS)
-	$(RUN) --suite gpu --budget $(GPU_BUDGET)
+	$(RUN) $(if $(GPU_CASES),--cases $(GPU_CASES),--suite gpu) --budget $(GPU_BUDGET)
 
 gpu-kernels: $(GPU_READY) $(NEEDS)
-	$(RUN) --suite kernels --budget $(KERNEL_BUDGET)
+	$(RUN) $(if $(KERNEL_CASES),--cases $(KERNEL_CASES),--suite kernels) --budget $(KERNEL_BUDGET)
 
 PROFILES ?= gpu-article math 8b
 gpu-profile: $(GPU_READY) $(NEEDS)
