@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
+.PHONY: help demo test check tiny-model bench gpu gpu-tests gpu-steps gpu-kernels gpu-profile gpu-report gpu-device extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
@@ -13,8 +13,9 @@ help:
 	@echo "make check       ruff, formatting, mypy"
 	@echo "make tiny-model  pretrain the shipped model again (minutes)"
 	@echo "make bench       CPU benchmarks, then the tables and pictures of the README"
-	@echo "make gpu         on a GPU: tests, benchmarks of steps and kernels, then their tables (about 8 minutes)"
-	@echo "make sanitize    on a GPU: the kernel tests under compute-sanitizer"
+	@echo "make gpu         on a GPU: tests, benchmarks of steps and kernels, then their tables (about 8 minutes);"
+	@echo "                 its parts: gpu-tests gpu-steps gpu-kernels gpu-report, and gpu-profile"
+	@echo "make sanitize    on a GPU: every kernel once under compute-sanitizer"
 	@echo "make sanitize-cpu   the tests of the native ops under address and undefined-behaviour sanitizers"
 	@echo "make models      the tests of all architectures, and the table of docs/models.md"
 	@echo "make compat      the tests of all architectures with the oldest and the newest torch, transformers, peft"
@@ -63,15 +64,46 @@ OUT ?= benchmarks/results
 GPU_BUDGET ?= 240
 KERNEL_BUDGET ?= 90
 REHEARSAL = build/rehearsal
-# Most of the tests' time is that of compilers, which fill a core each.
-IN_PARALLEL = import importlib.util as u, os; print(f"-n {min(8, os.cpu_count())}" if u.find_spec("xdist") else "")
+GPU_TESTS ?= tests/gpu tests/ops tests/test_host_reads.py
+# The tests wait for the compiler most of the time, one process on each second core.
+GPU_WORKERS ?= $(shell expr \( $$(nproc) + 1 \) / 2)
+IN_PARALLEL = $$($(PYTHON_BIN) -c 'import importlib.util as u; print("-n $(GPU_WORKERS)" if u.find_spec("xdist") else "")')
+GPU_TEST_SECONDS ?= 240
+# What records name where there is no repository.
+COMMIT ?= $(shell git rev-parse --short=10 HEAD 2>/dev/null)
+RUN = $(PYTHON_BIN) -m benchmarks run --output $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+# NEEDS= looks for nothing and builds nothing: the ops are there, or those of Triton will do.
+NEEDS ?= gpu-device extension
 
 # Everything is run even where a check fails, and the table comes last; then the exit code says so.
-gpu: $(GPU_READY) extension
+GPU_PARTS ?= extension gpu-tests gpu-steps gpu-kernels gpu-report
+gpu: gpu-device
 	@failed=0; \
-	$(PYTHON_BIN) -m pytest -q -m gpu $$($(PYTHON_BIN) -c '$(IN_PARALLEL)') || failed=1; \
-	$(PYTHON_BIN) -m benchmarks run --suite gpu --budget $(GPU_BUDGET) --output $(OUT) || failed=1; \
-	$(PYTHON_BIN) -m benchmarks run --suite kernels --budget $(KERNEL_BUDGET) --output $(OUT) || failed=1; \
+	for part in $(GPU_PARTS); do $(MAKE) --no-print-directory NEEDS= $$part || failed=1; done; \
+	exit $$failed
+
+# Without one the tests would be skipped, and kernels be measured on the CPU.
+gpu-device: $(GPU_READY)
+	@$(PYTHON_BIN) -c "import sys, torch; torch.cuda.is_available() or sys.exit(\
+		f'torch {torch.__version__} sees no CUDA device; make gpu-rehearsal does the same at toy sizes without one')"
+
+# One by one, where time is lent in pieces: a record is written after each case, so that a run that is stopped leaves
+# some. GPU_CASES and KERNEL_CASES run a part of the cases, with the compiled peers for which a whole pass has no time.
+gpu-tests: $(GPU_READY) $(NEEDS)
+	timeout -s INT -k 20 $(GPU_TEST_SECONDS) $(PYTHON_BIN) -m pytest -q --tb=short -m gpu $(IN_PARALLEL) $(GPU_TESTS)
+
+gpu-steps: $(GPU_READY) $(NEEDS)
+	$(RUN) $(if $(GPU_CASES),--cases $(GPU_CASES),--suite gpu) --budget $(GPU_BUDGET)
+
+gpu-kernels: $(GPU_READY) $(NEEDS)
+	$(RUN) $(if $(KERNEL_CASES),--cases $(KERNEL_CASES),--suite kernels) --budget $(KERNEL_BUDGET)
+
+PROFILES ?= gpu-article math 8b
+gpu-profile: $(GPU_READY) $(NEEDS)
+	$(RUN) --profile $(PROFILES)
+
+gpu-report: $(GPU_READY)
+	@failed=0; \
 	$(PYTHON_BIN) -m benchmarks report --results $(sort benchmarks/results $(OUT)) || failed=1; \
 	$(PYTHON_BIN) -m benchmarks short $(OUT) || failed=1; \
 	exit $$failed
@@ -97,11 +129,21 @@ sanitize-cpu: $(READY)
 installs: $(READY)
 	$(BIN)/python -m pytest -q -o addopts="--import-mode=importlib -ra" tests/install
 
-# Kernel tests under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds.
+# Kernels under NVIDIA's checkers; torch's allocator is off, so that every tensor has its own bounds. Only
+# softprompt's kernels are looked at, since those of PyTorch would take minutes. SANITIZED_TESTS="tests/ops tests/gpu"
+# checks them at more sizes, and takes long.
+SANITIZED_TESTS ?= tests/gpu/test_every_kernel.py
+SANITIZED_KERNELS = softprompt|attention_|_prompt|_pack_layout|_rows_loss|_partial_sums|_of_shares|_reduce_losses
+SANITIZERS ?= memcheck racecheck
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-sanitize: $(GPU_READY) extension
-	compute-sanitizer --tool memcheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
-	compute-sanitizer --tool racecheck --error-exitcode 9 $(PYTHON_BIN) -m pytest -q -m gpu tests/ops tests/gpu/test_native_ops.py
+sanitize: $(GPU_READY) $(NEEDS)
+	@failed=0; \
+	for tool in $(SANITIZERS); do \
+		compute-sanitizer --tool $$tool --kernel-name "regex=$(SANITIZED_KERNELS)" --error-exitcode 9 \
+			$$(test $$tool = memcheck && echo --report-api-errors no) \
+			$(PYTHON_BIN) -m pytest -v --tb=short -m gpu $(SANITIZED_TESTS) || failed=1; \
+	done; \
+	exit $$failed
 
 # The table of docs/models.md, from the tests of all architectures.
 models: export SOFTPROMPT_RECORD_MODELS = build/models.jsonl

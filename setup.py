@@ -5,6 +5,9 @@ happens when that fails: `auto` warns and installs without them, `require` fails
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -34,12 +37,30 @@ def sources(folder: str, *patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc", folder).glob(pattern))
 
 
+def name_cuda_home() -> None:
+    """Set CUDA_HOME to what `nvcc` calls its home.
+
+    torch takes the folder above that of `nvcc`, which holds no libraries where `nvcc` is a script or a link.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, flags=re.MULTILINE)
+    if top is not None and Path(top[1]).is_dir():
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+
+
 def extensions() -> tuple[list, dict]:
     """The extension modules that can be tried here, and the command that builds them."""
     try:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
             raise ImportError("a free-threaded Python has no limited API")
         import torch
+
+        if torch.version.cuda:
+            name_cuda_home()
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except Exception as error:  # a torch that misses a library raises OSError
         without("its native ops", error)

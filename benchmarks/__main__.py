@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
 from benchmarks.cases import CASES, FULL_SUITES, SUITES
 from benchmarks.kernels.cases import CPU_KERNELS, KERNEL_CASES
 from benchmarks.rehearsal import has_gpu, rehearse
@@ -86,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         help="toy sizes: tests the runner, measures nothing; without a GPU its cases run on the CPU",
     )
     measure.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
+    measure.add_argument(
+        "--commit",
+        type=_name,
+        metavar="NAME",
+        help="what records say of the commit in a copy of the files without a repository",
+    )
     measure.set_defaults(command=_run)
     render = commands.add_parser("report", help="render the newest records into the README and the docs")
     render.add_argument(
@@ -124,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.commit is not None:
+        machine.name_commit(args.commit)
     if args.profile:
         return _profile(args)
     names = args.cases or _names_of_suite(args)
@@ -191,18 +201,16 @@ def _tune(args: argparse.Namespace) -> int:
     from benchmarks.tune import tune
 
     _prepare("cuda", tiny=args.tiny)
-    record = tune(
+    written: list[Path] = []
+    tune(
         [KERNEL_CASES[name] for name in args.cases],
         device="cuda" if has_gpu() else "cpu",
         tiny=args.tiny,
         most=args.most,
         budget=args.budget,
+        save=lambda record: written.append(write_record(record, args.output, name="tune.json")),
     )
-    folder = args.output / str(record["device"]["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "tune.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(path)
+    print(written[-1])
     return 0
 
 
@@ -242,6 +250,12 @@ def _short(args: argparse.Namespace) -> int:
         raise UsageError(f"no record among {', '.join(map(str, args.records))}")
     print(short_table(records))
     return 0
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z._-]+", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, '.', '_' and '-', got {text!r}")
+    return text
 
 
 def _positive(text: str) -> int:

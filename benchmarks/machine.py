@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "peft", "softprompt", "triton")
+_PACKAGES = ("torch", "transformers", "peft", "softprompt", "triton", "liger-kernel", "cut-cross-entropy")
 _ROOT = Path(__file__).parents[1]
+_NAMED = {"commit": "none"}
 
 
 def describe_device(device: str) -> dict[str, Any]:
@@ -21,7 +22,13 @@ def describe_device(device: str) -> dict[str, Any]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return {"kind": device, "name": name, "cuda": torch.version.cuda, "folder": folder}
+        return {
+            "kind": device,
+            "name": name,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+            "folder": folder,
+        }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "kind": device,
@@ -30,6 +37,17 @@ def describe_device(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "folder": f"cpu-{cores}-cores",
     }
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver; None where its own program does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
 
 
 def _cpu_name() -> str:
@@ -52,11 +70,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def name_commit(name: str) -> None:
+    """Says what `commit` answers in a copy of the files without a repository."""
+    _NAMED["commit"] = name
+
+
 def commit() -> str:
-    """Short hash of the commit, with "-modified" where tracked files differ from it; "none" without one."""
+    """Short hash of the commit, with "-modified" where tracked files differ from it.
+
+    Without a repository what `name_commit` said, or "none".
+    """
     head = _git("rev-parse", "--short=10", "HEAD")
     if head is None:
-        return "none"
+        return _NAMED["commit"]
     return f"{head}-modified" if _git("status", "--porcelain", "--untracked-files=no") else head
 
 

@@ -88,13 +88,16 @@ def new_record(device: str, suite: str, *, tiny: bool) -> Record:
     }
 
 
-def write_record(record: Record, results: Path) -> Path:
-    """Writes `<results>/<device>/<date>-<commit>.json`; one of the same second is replaced."""
+def write_record(record: Record, results: Path, *, name: str | None = None) -> Path:
+    """Writes `<results>/<device>/<date>-<commit>.json`, or the file of that name, whole or not at all.
+
+    A record of the same second is replaced.
+    """
     folder = results / str(record["device"]["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.fromisoformat(record["date"]).strftime("%Y-%m-%d-%H%M%S")
     suffix = "-kernels" if "kernels" in record else ""
-    path = folder / f"{stamp}-{record['commit']}{suffix}.json"
+    path = folder / (name or f"{stamp}-{record['commit']}{suffix}.json")
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

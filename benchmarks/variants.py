@@ -130,7 +130,7 @@ PEERS = (
     ),
     Variant(
         "peft+cce",
-        "PEFT with Apple's cut cross-entropy as its head",
+        "PEFT with Apple's cut cross-entropy as its head, its gradient filter off",
         get_peft_model,
         loss=peers.headed(peers.cce_loss),
         obstacle=peers.missing("cut_cross_entropy", "cut-cross-entropy"),

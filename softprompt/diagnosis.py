@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from softprompt import __version__
 from softprompt.ops.library import BACKENDS, BUILD_COMMAND, PREFERRED, availability
 
 PACKAGE = "softprompt"
@@ -67,12 +69,25 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    found = [Finding(PACKAGE, "ok", importlib.metadata.version(PACKAGE))]
-    for text in importlib.metadata.requires(PACKAGE) or ():
+    try:
+        found = [Finding(PACKAGE, "ok", importlib.metadata.version(PACKAGE))]
+        requirements = importlib.metadata.requires(PACKAGE) or ()
+    except importlib.metadata.PackageNotFoundError:
+        folder = Path(__file__).parents[1]
+        found = [Finding(PACKAGE, "ok", f"{__version__}, not installed: used from {folder}")]
+        requirements = _declared(folder / "pyproject.toml")
+    for text in requirements:
         requirement = Requirement(text)
         if requirement.marker is None:
             found.append(_package(requirement))
     return found + [_package(Requirement(name), optional=True) for name in OPTIONAL]
+
+
+def _declared(project: Path) -> list[str]:
+    """What a project file asks for; nothing where there is none."""
+    if not project.is_file():
+        return []
+    return list(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"])
 
 
 def _package(requirement: Requirement, *, optional: bool = False) -> Finding:

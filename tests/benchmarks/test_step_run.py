@@ -7,7 +7,8 @@ import torch
 from peft import get_peft_model
 
 import softprompt
-from benchmarks import contest, rehearsal
+from benchmarks import contest, machine, rehearsal
+from benchmarks.__main__ import main
 from benchmarks.cases import CASES, build_batch, toy
 from benchmarks.gate import _by_rows
 from benchmarks.run import run
@@ -277,3 +278,30 @@ def test_the_reference_must_come_first():
         run([], variants=(REFERENCE,))
     with pytest.raises(ValueError, match="cases of one device"):
         run([CASES["article"], CASES["math"]], variants=(REFERENCE,))
+
+
+def test_a_copy_without_a_repository_says_what_it_was_told_of_its_commit(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "_git", lambda *arguments: None)
+    monkeypatch.setattr(machine, "_NAMED", {"commit": "none"})
+    assert machine.commit() == "none"
+    # Steps and kernels are run apart: the command ends before it measures.
+    assert main(["run", "--cases", "8b", "embed-article", "--commit", "0123abcdef"]) == 2
+    assert machine.commit() == "0123abcdef"
+    with pytest.raises(SystemExit):
+        main(["run", "--commit", "no name/of a file"])
+    assert "expected letters, digits, '.', '_' and '-', got 'no name/of a file'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program, expected",
+    [("echo 580.159.04", "580.159.04"), ("echo no devices; exit 6", None), (None, None)],
+)
+def test_a_record_of_a_gpu_names_its_driver_where_it_can_be_asked(program, expected, monkeypatch, tmp_path):
+    if program is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    described = machine.describe_device("cuda")
+    assert described["driver"] == expected
+    assert described["folder"] == "nvidia-h200"

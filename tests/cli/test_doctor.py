@@ -1,8 +1,10 @@
+import importlib.metadata
 import json
 
 import pytest
 import torch
 
+import softprompt
 from softprompt.cli import main
 from softprompt.ops import library
 
@@ -27,7 +29,7 @@ def diagnosis(capsys):
 def test_doctor_names_versions_devices_and_the_choice_of_auto(capsys):
     found = diagnosis(capsys)
     versions = {finding["name"]: finding["detail"] for finding in found["packages"]}
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"] == importlib.metadata.version("torch")
     assert {"softprompt", "transformers", "peft", "triton"} <= set(versions)
     assert found["devices"][0]["name"] == "cpu"
     assert found["chosen"]["cpu"] == ("native" if library.native_availability("cpu").usable else "reference")
@@ -88,6 +90,23 @@ def test_a_package_that_is_too_old_is_named_with_the_command_that_mends_it(capsy
     assert finding["state"] == "unusable"
     assert finding["detail"].startswith("0.1.0, expected >=")
     assert finding["fix"].startswith("pip install 'peft>=")
+
+
+def test_doctor_serves_a_copy_of_the_sources_that_is_not_installed(capsys, monkeypatch):
+    from softprompt import diagnosis as module
+
+    version = module.importlib.metadata.version
+
+    def version_of(name):
+        if name == "softprompt":
+            raise module.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(module.importlib.metadata, "version", version_of)
+    details = {finding["name"]: finding["detail"] for finding in diagnosis(capsys)["packages"]}
+    assert f"{softprompt.__version__}, not installed: used from " in details["softprompt"]
+    assert details["torch"] == importlib.metadata.version("torch")
+    assert {"transformers", "peft"} <= set(details)
 
 
 def test_doctor_looks_for_compilers_where_the_build_does(capsys, tmp_path, monkeypatch):

@@ -55,3 +55,35 @@ def test_what_is_skipped_meets_no_obstacle(obstacle):
     done = name_of_package(first, folder, "skip")
     assert done.returncode == 0, done.stderr
     assert reason not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script of the shell")
+@pytest.mark.parametrize("chosen", [None, "/chosen"])
+def test_the_toolkit_is_where_nvcc_says_even_if_nvcc_is_a_script_elsewhere(chosen, tmp_path):
+    toolkit, programs = tmp_path / "toolkit" / "bin", tmp_path / "bin"
+    for folder in (toolkit, programs, tmp_path / "torch" / "utils"):
+        folder.mkdir(parents=True)
+    nvcc = programs / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/..' >&2\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "torch" / "__init__.py").write_text("class version:\n    cuda = '13.0'\n")
+    (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(
+        "import os\nraise OSError('built with ' + str(os.environ.get('CUDA_HOME')))\n"
+    )
+    named = {} if chosen is None else {"CUDA_HOME": chosen}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")
+    }
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={
+            **environment,
+            "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
+            "PYTHONPATH": str(tmp_path),
+            **named,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert f"built with {chosen or toolkit.parent}." in done.stderr

@@ -1,7 +1,6 @@
 import json
 import os
 
-import datasets
 import pandas as pd
 import pytest
 
@@ -15,6 +14,8 @@ from softprompt.tasks.table import (
     split_table,
     write_frame,
 )
+
+datasets = pytest.importorskip("datasets")
 
 ROWS = {"text": ["NA", "two, with comma", "drei äöü"], "label": ["yes", "no", "yes"], "id": ["1", "2", "3"]}
 
