@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
-from softprompt.cli.errors import UsageError, refuse_several_processes
+from softprompt.cli.errors import OUT_OF_MEMORY, UsageError, is_out_of_memory, refuse_several_processes
 from softprompt.cli.options import HelpFormatter, Parser
 from softprompt.tasks.errors import TaskError
 
@@ -43,9 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"softprompt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:
+        if error.strerror is None:
             raise
-        print(f"softprompt: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"softprompt: {place}{error.strerror}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"softprompt: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("softprompt: interrupted", file=sys.stderr)
