@@ -317,7 +317,7 @@ def run_seq2seq(
     )
     loss = None if answers.labels is None else loss_of_decoded(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
-        warn_of_no_labels(stacklevel=3)
+        warn_of_no_labels()
     source, values_of = logits_source(model, rows)
     bias = getattr(model, "final_logits_bias", None)
     logits = logits_of(

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PromptTuningConfig
@@ -34,7 +34,8 @@ def save_npy(prompt: Tensor, path: str | Path) -> None:
     """
     if Path(path).suffix != ".npy":
         raise ValueError(f"{path} must end in .npy")
-    write_npy(check_prompt(prompt, width=prompt.shape[-1]), path)
+    is_prompt = isinstance(cast(object, prompt), Tensor) and prompt.ndim == 2
+    write_npy(check_prompt(prompt, width=prompt.shape[1] if is_prompt else 0), path)
 
 
 def save_peft(model: Any, prompt: Tensor, folder: str | Path) -> None:
@@ -104,16 +105,23 @@ def prompt_embeds(
 
     Raises:
         TypeError: no prompt, and not a PEFT model.
-        ValueError: `input_ids` of another rank or outside of the vocabulary, or a prompt that does not fit.
+        ValueError: `input_ids` of another rank, no integers or outside of the vocabulary, or a prompt that
+            does not fit or is not finite in this dtype.
     """
     if prompt is None:
         prompt = prompt_parameter(model)
-    check_prompt(prompt, width=width_of(model))
-    ids = torch.as_tensor(input_ids, dtype=torch.long)
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"input_ids must be integers [L], got {input_ids!r}") from error
     if ids.ndim != 1:
         raise ValueError(f"input_ids must be those of one text, [L], got shape {list(ids.shape)}")
+    if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ValueError(f"input_ids must be integers, got {ids.dtype}")
+    dtype = dtype_of(model) if dtype is None else dtype
+    check_prompt(prompt, width=width_of(model), dtype=dtype)
     joined = torch.cat([prompt.detach().to("cpu", torch.float32), embed(model, ids)])
-    return joined.to(dtype_of(model) if dtype is None else dtype)
+    return joined.to(dtype)
 
 
 def encode(embeds: Tensor) -> str:
@@ -122,6 +130,8 @@ def encode(embeds: Tensor) -> str:
     Raises:
         ValueError: not [P+L, H] of fp32, bf16 or fp16.
     """
+    if not isinstance(cast(object, embeds), Tensor):
+        raise ValueError(f"expected a tensor [P+L, H], got {type(embeds).__name__}")
     if embeds.ndim != 2 or embeds.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"expected [P+L, H] of float32, bfloat16 or float16, got {embeds.dtype} of {list(embeds.shape)}"
