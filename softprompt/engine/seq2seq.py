@@ -200,7 +200,12 @@ def _may_end_early(model: CausalLM, answers: Answers) -> bool:
     given = (answers.inputs_embeds, answers.attention_mask, answers.prompts)
     if answers.labels is None or any(value is not None for value in given):
         return False
-    return not any(parameter.requires_grad for parameter in model.get_decoder().parameters())
+    return not trains_decoder(model)
+
+
+def trains_decoder(model: CausalLM) -> bool:
+    """Whether weights of the decoder get a gradient."""
+    return any(parameter.requires_grad for parameter in model.get_decoder().parameters())
 
 
 class _Watch:
