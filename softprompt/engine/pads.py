@@ -32,14 +32,9 @@ def difference(
     loud = embeds.clone()
     # A single number of a vector stands out behind a normalisation as well.
     loud[..., 0] = torch.where(pads, _LOUD * embeds.abs().amax(), embeds[..., 0])
-    try:
-        before, after = logits_of(embeds).double(), logits_of(loud).double()
-    except Exception as error:  # whoever cannot be asked keeps its pads
-        return f"whether pads change the other tokens cannot be tried: {type(error).__name__}: {error}"
-    error = float((after - before).norm() / before.norm().clamp_min(1e-12))
+    before, after = logits_of(embeds).double(), logits_of(loud).double()
+    off = float((after - before).norm() / before.norm().clamp_min(1e-12))
     bound = max(_EXACT, 4 * torch.finfo(precision.coarsest_dtype(model)).eps)
-    if error <= bound:
+    if off <= bound:
         return None
-    return (
-        f"numbers that stand out in pads change the other tokens (logits by {error:.1e}, tried on two rows)"
-    )
+    return f"numbers that stand out in pads change the other tokens (logits by {off:.1e}, tried on two rows)"

@@ -139,12 +139,20 @@ def early_end_obstacle(model: CausalLM, plan: Seq2SeqPlan) -> str | None:
 
 def _pads_obstacle(model: CausalLM, batch: Batch, answers: Answers) -> str | None:
     """Why the columns that the probe's rows do not use have to stay, as a sentence, or None."""
+    try:
+        return _difference_by_pads(model, batch, answers)
+    except Exception as error:  # who cannot be asked keeps them
+        return f"whether pads change the other tokens cannot be tried: {type(error).__name__}: {error}"
+
+
+def _difference_by_pads(model: CausalLM, batch: Batch, answers: Answers) -> str | None:
     texts = model.get_input_embeddings()(batch.input_ids)
     ids = shifted(model, cast(Tensor, answers.labels))
     # Its own, which may differ from the encoder's.
     decoder = model.get_decoder().get_input_embeddings() or model.get_input_embeddings()
     both = torch.cat([texts, decoder(ids).to(texts)], 1)
-    used = batch.attention_mask.any(0).expand(batch.shape), (answers.labels != -100).any(0).expand(ids.shape)
+    read = batch.attention_mask.any(0)
+    scored = torch.ne(cast(Tensor, answers.labels), -100).any(0)
 
     def logits_of(embeds: Tensor) -> Tensor:
         first, second = embeds.split([texts.shape[1], ids.shape[1]], 1)
@@ -155,10 +163,11 @@ def _pads_obstacle(model: CausalLM, batch: Batch, answers: Answers) -> str | Non
             Answers(),
             decoder_inputs_embeds=second,
         )
-        logits: Tensor = output.logits[:, used[1][0]]
+        logits: Tensor = output.logits[:, scored]
         return logits
 
-    return pads.difference(model, both, ~torch.cat(used, 1), logits_of)
+    used = torch.cat([read, scored]).expand(both.shape[:2])
+    return pads.difference(model, both, ~used, logits_of)
 
 
 def _probe(model: CausalLM) -> tuple[Batch, Answers]:

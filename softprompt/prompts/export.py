@@ -19,7 +19,7 @@ from peft import PromptTuningConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.files import alone_in, sync, whole_file
+from softprompt.files import alone_by, sync, whole_file
 from softprompt.prompts.adapters import ADAPTER_CONFIG, WEIGHTS, check_prompt, prompt_parameter, write_npy
 from softprompt.prompts.vocabulary import base_of, dtype_of, embed, width_of
 
@@ -72,6 +72,7 @@ def write_adapter(config: PromptTuningConfig, prompt: Tensor, folder: str | Path
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    whole = folder.resolve()  # by any name, the lock is beside the folder, which holds the adapter alone
     tensor = prompt.detach().to("cpu").contiguous()
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
         stage = Path(name)
@@ -79,7 +80,7 @@ def write_adapter(config: PromptTuningConfig, prompt: Tensor, folder: str | Path
         config.save_pretrained(str(stage))
         for file in (WEIGHTS[0], ADAPTER_CONFIG):
             sync(stage / file)
-        with alone_in(folder):
+        with alone_by(whole.with_name(f".{whole.name}.lock")):
             (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
             for file in (WEIGHTS[0], ADAPTER_CONFIG):
                 os.replace(stage / file, folder / file)
