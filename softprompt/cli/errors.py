@@ -16,6 +16,19 @@ OUT_OF_MEMORY = (
 )
 
 
+# What numpy, torch and safetensors say where a file ends too early; none of it names an error of the system.
+_CUT_SHORT = ("requested and", "inline_container", "PytorchStreamWriter", "I/O error")
+
+
+def what_the_machine_lacks(error: BaseException) -> str | None:
+    """Return the line for an error that is the machine's and not the program's, None for any other."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    if any(words in str(error) for words in _CUT_SHORT):
+        return f"a file could not be written, is the disk full? ({' '.join(str(error).split())})"
+    return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, on the CPU or on a GPU."""
     # By its name: the command line shows its help without waiting for torch.

@@ -110,6 +110,15 @@ class OutOfMemoryError(RuntimeError):
         (OSError(30, "Read-only file system", "out/p.csv"), "out/p.csv: Read-only file system"),
         (MemoryError(), errors.OUT_OF_MEMORY),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), errors.OUT_OF_MEMORY),
+        (
+            OSError("1024 requested and 224 written"),
+            "a file could not be written, is the disk full? (1024 requested and 224 written)",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8512 vs 8406"),
+            "a file could not be written, is the disk full? ([enforce fail at inline_container.cc:672] . "
+            "unexpected pos 8512 vs 8406)",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), errors.OUT_OF_MEMORY),
     ],
 )
