@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,13 +158,11 @@ def _holds_integers(value: Tensor) -> bool:
 def _checked_rows(
     prompt_of_row: Tensor | Sequence[int], num_rows: int, num_prompts: int, device: torch.device
 ) -> Tensor:
-    try:
-        given = torch.as_tensor(prompt_of_row)
-    except (TypeError, ValueError, RuntimeError):
-        given = torch.empty(0)
-    if given.ndim != 1 or not _holds_integers(given):
+    # A list is not made a tensor: reading one back counts as a wait of the host.
+    given: Any = prompt_of_row.tolist() if isinstance(prompt_of_row, Tensor) else prompt_of_row
+    numbers: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(isinstance(number, bool) or not hasattr(number, "__index__") for number in numbers):
         raise ValueError(f"prompt_of_row must be [B] integers, one for each row, got {prompt_of_row!r}")
-    numbers = given.tolist()
     if len(numbers) != num_rows:
         raise ValueError(f"prompt_of_row must have one entry for each of {num_rows} rows, got {len(numbers)}")
     for row, number in enumerate(numbers):

@@ -17,6 +17,14 @@ _LOUD = 64.0  # times the largest number of the other tokens
 _EXACT = 1e-5  # largest relative difference of models that compute in fp32 or fp64
 
 
+def tried(difference_of_pads: Callable[[], str | None]) -> str | None:
+    """What a trial says; a model that cannot be asked keeps its pads."""
+    try:
+        return difference_of_pads()
+    except Exception as error:
+        return f"whether pads change the other tokens cannot be tried: {type(error).__name__}: {error}"
+
+
 @torch.no_grad()
 def difference(
     model: nn.Module, embeds: Tensor, pads: Tensor, logits_of: Callable[[Tensor], Tensor]

@@ -91,7 +91,7 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
     """Tries the candidates in order and takes the first whose loss, prompt gradient and logits are the stock
     forward's.
 
-    Costs two tiny steps of the stock model and one of each candidate that was tried.
+    Costs two tiny steps and two forwards of the stock model, and one of each candidate that was tried.
     """
     obstacle = missing_part(model)
     if obstacle is not None:
@@ -100,7 +100,9 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
         with evaluating(model):
             batch, answers = _probe(model)
             stock, expected = _stock_step(model, batch, answers)
-            kept_because = trimming_obstacle(model) or _pads_obstacle(model, batch, answers)
+            kept_because = trimming_obstacle(model) or pads.tried(
+                lambda: _difference_by_pads(model, batch, answers)
+            )
             start = Seq2SeqPlan(
                 "padded",
                 REASON,
@@ -137,15 +139,8 @@ def early_end_obstacle(model: CausalLM, plan: Seq2SeqPlan) -> str | None:
     return "weights of the decoder are trained" if trains_decoder(model) else None
 
 
-def _pads_obstacle(model: CausalLM, batch: Batch, answers: Answers) -> str | None:
-    """Why the columns that the probe's rows do not use have to stay, as a sentence, or None."""
-    try:
-        return _difference_by_pads(model, batch, answers)
-    except Exception as error:  # who cannot be asked keeps them
-        return f"whether pads change the other tokens cannot be tried: {type(error).__name__}: {error}"
-
-
 def _difference_by_pads(model: CausalLM, batch: Batch, answers: Answers) -> str | None:
+    """Why the columns that the probe's rows do not use have to stay, as a sentence, or None."""
     texts = model.get_input_embeddings()(batch.input_ids)
     ids = shifted(model, cast(Tensor, answers.labels))
     # Its own, which may differ from the encoder's.
