@@ -17,9 +17,10 @@ from softprompt.engine.graphs import StepGraphs, room_of
 from softprompt.engine.head import own_logits
 from softprompt.engine.lazy import LazyLogits, in_this_mode, with_gradient
 from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
-from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.recorded import loss_of_hidden
 from softprompt.engine.recorders import first_line
+from softprompt.engine.stock import stock_forward
 from softprompt.engine.token_scores import token_scores
 from softprompt.layout import PackedLayout, raise_out_of_range
 from softprompt.ops.library import AUTO, BACKENDS

@@ -21,6 +21,7 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
+from softprompt.engine.stock import stock_forward
 from softprompt.ops.library import AUTO
 
 # Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
@@ -351,35 +352,6 @@ def _follows_autocast(model: CausalLM, batch: Batch) -> bool:
     except Exception:  # then nobody will run it under autocast
         return True
     return bool(logits.dtype == dtype)
-
-
-def stock_forward(model: CausalLM, batch: Batch, **kwargs: Any) -> Any:
-    """The padded forward as PEFT runs it: every row with its own copy of the prompt, all positions through
-    the head.
-    """
-    embeds = batch.inputs_embeds
-    if embeds is None:
-        embeds = model.get_input_embeddings()(batch.input_ids)
-    length, (num_rows, _) = batch.prompt_lengths[0], batch.shape
-    prompts = torch.stack([prompt.to(embeds.device) for prompt in batch.prompts])
-    if batch.prompt_of_row is None:
-        prompts = prompts.expand(num_rows, -1, -1)
-    else:
-        prompts = prompts[batch.prompt_of_row.long()]
-    mask = torch.cat(
-        [torch.ones(num_rows, length, device=embeds.device), batch.attention_mask.to(embeds.device)], dim=1
-    )
-    labels = batch.labels
-    if labels is not None:
-        labels = torch.cat([labels.new_full((num_rows, length), -100), labels], dim=1)
-    return model(
-        inputs_embeds=torch.cat([prompts.to(embeds.dtype), embeds], 1),
-        attention_mask=mask,
-        labels=labels,
-        use_cache=False,
-        return_dict=True,
-        **kwargs,
-    )
 
 
 def _step(model: CausalLM, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ from softprompt.engine.forward import (
 )
 from softprompt.engine.head import own_logits
 from softprompt.engine.packed import rows_of_layout
-from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.engine.plan import Plan, plan_for
+from softprompt.engine.stock import stock_forward
 from softprompt.layout import PackedLayout, branch_out, build_layout, raise_out_of_range
 from softprompt.ops.library import AUTO, BACKENDS
 from softprompt.warn import warn
