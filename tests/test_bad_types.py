@@ -4,6 +4,7 @@ import re
 import warnings
 
 import pytest
+import seq2seq_models
 import torch
 from parity import make_batch
 from peft import PromptTuningConfig
@@ -160,6 +161,29 @@ def test_adapter_names_that_are_no_names_are_refused(model, names):
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             call()
+
+
+DECODER = {
+    "complex labels": (
+        {"labels": torch.ones(3, 4, dtype=torch.complex64)},
+        "labels must be integers, got torch.complex64",
+    ),
+    "sparse labels": (
+        {"labels": torch.ones(3, 4, dtype=torch.int64).to_sparse()},
+        "labels must be a dense tensor, got a sparse_coo one",
+    ),
+    "embeddings of whole numbers": (
+        {"labels": None, "decoder_inputs_embeds": torch.ones(3, 4, 24, dtype=torch.int64)},
+        "decoder_inputs_embeds must be floating point, got torch.int64",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, message", DECODER.values(), ids=DECODER)
+def test_what_a_decoder_cannot_read_is_refused(changes, message):
+    model = softprompt.patch(seq2seq_models.prompted("t5"), on_unsupported="error")
+    with pytest.raises(ValueError, match=exactly(message)):
+        model(**(seq2seq_models.seq2seq_batch() | {"use_cache": False} | changes))
 
 
 CALLS = {

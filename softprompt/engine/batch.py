@@ -115,7 +115,7 @@ def check_texts(
     elif input_ids is not None:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, L], got shape {list(input_ids.shape)}")
-        if not _holds_integers(input_ids):
+        if not holds_integers(input_ids):
             raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
         shape, device = input_ids.shape, input_ids.device
     else:
@@ -137,7 +137,7 @@ def check_texts(
             raise ValueError(
                 f"labels must be [B, L] = {list(shape)}, without the prompt, got shape {list(labels.shape)}"
             )
-        if not _holds_integers(labels):
+        if not holds_integers(labels):
             raise ValueError(f"labels must be integers, got {labels.dtype}")
     return input_ids, attention_mask
 
@@ -151,7 +151,8 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a dense tensor, got a {layout} one")
 
 
-def _holds_integers(value: Tensor) -> bool:
+def holds_integers(value: Tensor) -> bool:
+    """Whether its dtype is one of whole numbers."""
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
