@@ -33,8 +33,7 @@ def batch_of(
         IndexError: a task that an adapter does not have.
         ValueError: says what was given and what is expected.
     """
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
+    tasks = tasks_of_rows(model, names, task_ids, _rows_of(names, input_ids, inputs_embeds))
     tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
     prompts, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
     batch = check_batch(
@@ -67,8 +66,7 @@ def seq2seq_batch_of(
         IndexError: a task that an adapter does not have.
         ValueError: says what was given and what is expected.
     """
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    tasks = tasks_of_rows(model, names, task_ids, len(names) if given is None else given.shape[0])
+    tasks = tasks_of_rows(model, names, task_ids, _rows_of(names, input_ids, inputs_embeds))
     tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
     made, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
     lengths = [model.peft_config[name].num_virtual_tokens for name, _ in made]
@@ -91,6 +89,11 @@ def seq2seq_batch_of(
             f"{', '.join(dict.fromkeys(name for name, _ in made))}"
         )
     return batch, rest if sizes != {0} else None
+
+
+def _rows_of(names: Sequence[str], input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    return len(names) if given is None or given.ndim == 0 else given.shape[0]
 
 
 def placed(model: Any, plan: Plan, batch: Batch) -> Batch:

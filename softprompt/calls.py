@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softprompt import encoders
 from softprompt.engine import Plan, families, sharding
-from softprompt.engine.batch import check_texts
+from softprompt.engine.batch import check_tensor, check_texts
 from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import obstacle_to, prompt_width
 from softprompt.engine.token_scores import ASKED, scores_tokens
@@ -37,6 +37,8 @@ def taking_turns(method: Method) -> Method:
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, "get_base_model"):
+            return method(self, *args, **kwargs)  # which says what it takes
         with _LOCKS.setdefault(self.get_base_model(), threading.RLock()):
             return method(self, *args, **kwargs)
 
@@ -76,10 +78,14 @@ def adapters_of_rows(
     Raises:
         ValueError: not one known adapter for each row.
     """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is not None:
+        check_tensor("input_ids" if inputs_embeds is None else "inputs_embeds", given)
     if adapter_names is None:
         return [model.active_adapter]
-    given = input_ids if inputs_embeds is None else inputs_embeds
-    num_rows = len(adapter_names) if given is None else given.shape[0]
+    if not isinstance(adapter_names, Sequence) or not all(isinstance(name, str) for name in adapter_names):
+        raise ValueError(f"adapter_names must be a list of names of adapters, got {adapter_names!r}")
+    num_rows = len(given) if given is not None and given.ndim else len(adapter_names)
     if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
         raise ValueError(
             f"adapter_names must name one adapter for each of the {num_rows} rows, got {adapter_names!r}"

@@ -8,7 +8,7 @@ one forward and one backward for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
@@ -33,8 +33,14 @@ def create(base: Any, configs: Sequence[PromptTuningConfig], *, seeds: Sequence[
             None: 0 .. N-1. The state of torch's random numbers is left as it was.
 
     Raises:
+        TypeError: something else than configurations.
         ValueError: fewer than two configurations, or not one seed for each.
     """
+    if not isinstance(configs, Sequence):
+        raise TypeError(f"expected a list of PromptTuningConfig, got {type(configs).__name__}")
+    for config in configs:
+        if not isinstance(config, PromptTuningConfig):
+            raise TypeError(f"expected a list of PromptTuningConfig, got {type(config).__name__} in it")
     if len(configs) < 2:
         raise ValueError(f"an ensemble needs at least two prompts, got {len(configs)}")
     seeds = range(len(configs)) if seeds is None else seeds
@@ -100,7 +106,7 @@ def losses(
     unknown = [name for name in names if name not in model.peft_config]
     if unknown:
         raise ValueError(
-            f"unknown adapters {', '.join(unknown)}; the model has {', '.join(model.peft_config)}"
+            f"unknown adapters {', '.join(map(str, unknown))}; the model has {', '.join(model.peft_config)}"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"every adapter must be named once, got {', '.join(names)}")
@@ -137,12 +143,16 @@ def combine(probabilities: Tensor, how: str = "vote") -> tuple[Tensor, Tensor]:
         [N] numbers of the chosen labels, and [N, C] the probabilities `∝ exp(mean over prompts of log p)`.
 
     Raises:
-        ValueError: an unknown `how`, or another rank.
+        ValueError: an unknown `how`, another rank or dtype, or numbers that are no probabilities.
     """
     if how not in COMBINATIONS:
         raise ValueError(f"how must be one of {', '.join(map(repr, COMBINATIONS))}, got {how!r}")
-    if probabilities.ndim != 3:
+    if not isinstance(cast(object, probabilities), Tensor) or not probabilities.is_floating_point():
+        raise ValueError(f"probabilities must be a floating-point tensor, got {_kind(probabilities)}")
+    if probabilities.ndim != 3 or not (probabilities.shape[0] and probabilities.shape[2]):
         raise ValueError(f"probabilities must be [K, N, C], got {list(probabilities.shape)}")
+    if not ((probabilities >= 0) & (probabilities < torch.inf)).all():
+        raise ValueError("probabilities must be numbers of at least 0, got some that are not")
     mean = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log().mean(0)
     shares = mean.softmax(1)
     if how == "mean":
@@ -151,3 +161,7 @@ def combine(probabilities: Tensor, how: str = "vote") -> tuple[Tensor, Tensor]:
     votes = torch.nn.functional.one_hot(choices, probabilities.shape[2]).sum(0)
     tied = votes == votes.amax(1, keepdim=True)
     return mean.masked_fill(~tied, -torch.inf).argmax(1), shares
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

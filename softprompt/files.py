@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
+
+_NO_LOCKS = "cannot be locked, as some network file systems have no locks: name a folder elsewhere"
 
 
 @contextlib.contextmanager
@@ -49,17 +49,32 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time is in the block for a folder, where the system has such locks."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def alone_by(file: Path, *, waits: bool = True) -> Iterator[None]:
+    """One process at a time is in the block for a lock on an empty file, which is made and stays.
+
+    The operating system lets go of the lock when the process ends, however it ends.
+
+    Args:
+        file: in a folder that is there.
+        waits: for the other process to leave, however long it takes.
+
+    Raises:
+        TimeoutError: another process is in the block, and `waits` is False.
+        OSError: the folder is read-only, or its file system has no locks; names the file.
+    """
+    lock = FileLock(file)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock.acquire(timeout=-1 if waits else 0)
+    except Timeout:
+        raise TimeoutError(f"another process holds {file}") from None
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(errno.ENOLCK, f"{_NO_LOCKS} ({error})", str(file)) from error
+    try:
         yield
     finally:
-        os.close(handle)  # which gives the lock back
+        lock.release()
 
 
 def _umask() -> int:

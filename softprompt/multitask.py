@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from softprompt.batches import batch_of, placed
 from softprompt.calls import adapters_of_rows, reason_for_stock, taking_turns
 from softprompt.engine import families, plan_for, sharding
+from softprompt.engine.batch import check_tensor
 from softprompt.engine.forward import UnsupportedModelError, warn_of_no_labels
 from softprompt.engine.groups import losses_of_groups
 from softprompt.layout import raise_out_of_range
@@ -55,6 +56,8 @@ def mix(datasets: Mapping[str, Any], *, column: str = COLUMN) -> MixedRows:
     Raises:
         ValueError: no data set, an empty one, rows that are no dicts, or rows that have this column already.
     """
+    if datasets is not None and not isinstance(datasets, Mapping):
+        raise ValueError(f"mix expects adapter -> rows, got {type(datasets).__name__}")
     if not datasets:
         raise ValueError("mix expects at least one data set, got none")
     for name, rows in datasets.items():
@@ -145,7 +148,7 @@ def losses(
         IndexError: an id, a label or a task out of range.
         UnsupportedModelError: a model or an adapter that has no fast route.
     """
-    state = state_of(model)
+    state = state_of(model) if isinstance(model, nn.Module) else None
     if state is None or state.refusal is not None:
         raise ValueError("multitask.losses takes a model that softprompt.patch has patched")
     if getattr(model, "_adapters_disabled", False):
@@ -154,12 +157,14 @@ def losses(
         )
     if labels is None:
         raise ValueError("multitask.losses needs labels, got none")
+    check_tensor("labels", labels)
     names = adapters_of_rows(model, adapter_names, input_ids, inputs_embeds)
     base, compact = model.get_base_model(), state.options.positions == "compact"
     plan = plan_for(base)
     if sharding.is_fsdp(model) or sharding.by_fsdp(base):
         raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}")
-    reason = reason_for_stock(model, plan, names, labels, (len(names), labels.shape[-1]), {}, compact=compact)
+    shape = (len(names), labels.shape[-1] if labels.ndim else 0)
+    reason = reason_for_stock(model, plan, names, labels, shape, {}, compact=compact)
     if reason is not None:
         raise UnsupportedModelError(f"softprompt: {reason}")
     given, keys = batch_of(
@@ -190,5 +195,5 @@ def losses(
         raise_out_of_range(given.input_ids, given.labels, families.vocab_size(base))
         raise
     if found.num_labels == 0:
-        warn_of_no_labels(stacklevel=4)
+        warn_of_no_labels()
     return AdapterLosses(found.total, dict(zip(adapters, found.each, strict=False)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from softprompt.engine import families
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.state import PatchState
+from softprompt.warn import warn
 
 
 def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, method: str = "forward") -> None:
@@ -28,9 +28,7 @@ def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, meth
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
     if reason not in state.said:
         state.said.add(reason)
-        # torch calls a forward through two functions of its own, and keeps a compiler out through a third.
-        level = 8 if method == "forward" else 4
-        warnings.warn(f"softprompt: PEFT's own {method} was used: {reason}", stacklevel=level)
+        warn(f"PEFT's own {method} was used: {reason}")
 
 
 _PACKED = "the packed row draws the prompt's masks once per step where PEFT draws them per row"
@@ -43,8 +41,7 @@ def say_dropout(model: Any, base: nn.Module, why: str = _PACKED) -> None:
     model._softprompt.said.add("dropout")
     active = families.dropout_of(base)
     if active:
-        warnings.warn(
-            f"softprompt: the frozen model has dropout ({', '.join(active)}) and is in training mode: {why} "
-            "(same expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers",
-            stacklevel=9,
+        warn(
+            f"the frozen model has dropout ({', '.join(active)}) and is in training mode: {why} "
+            "(same expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers"
         )

@@ -21,6 +21,8 @@ from softprompt.instances import PatchedInstance
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
 
+LEFT_OUT = "pads that all rows have, and columns behind the last label, are left out and draw no masks"
+
 
 class PatchedSeq2SeqLM(PatchedInstance, PeftModelForSeq2SeqLM):
     """What `patch` puts in front of the class of an encoder-decoder."""
@@ -168,7 +170,7 @@ def _fast(
         backend=model._softprompt.options.backend,
     )
     if trimmed and base.training:
-        say_dropout(model, base, "columns that are pads in all rows are dropped, and draw no masks")
+        say_dropout(model, base, LEFT_OUT)
     return plan.output_class(loss=loss, logits=logits, encoder_last_hidden_state=encoded)
 
 

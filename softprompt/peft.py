@@ -7,9 +7,8 @@ The instance's class becomes a subclass of its own class whose `forward` takes t
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from torch import nn
@@ -26,10 +25,11 @@ from softprompt.engine.forward import (
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.instances import is_own_method, subclass_of
-from softprompt.ops.library import AUTO
+from softprompt.ops.library import AUTO, BACKENDS
 from softprompt.patched_model import PatchedCausalLM, plan_of
 from softprompt.patched_seq2seq import PatchedSeq2SeqLM
 from softprompt.state import STATE, PatchOptions, PatchState, give_state, take_state
+from softprompt.warn import warn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -85,6 +85,7 @@ def patch(
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     check_option("placement", placement, PLACEMENTS)
     check_option("logits", logits, LOGITS)
+    check_option("backend", backend, (AUTO, *BACKENDS))
     if not isinstance(model, PeftModel):
         raise TypeError(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
@@ -100,7 +101,7 @@ def patch(
     if obstacle is not None:
         if on_unsupported == "error" or options.without_stock is not None:
             raise UnsupportedModelError(f"softprompt: {obstacle}")
-        warnings.warn(f"softprompt: PEFT's own forward stays in use: {obstacle}", stacklevel=2)
+        warn(f"PEFT's own forward stays in use: {obstacle}")
         state.said.add(obstacle)
     give_state(model, state)
     if state.refusal is None:
@@ -114,6 +115,8 @@ def unpatch(model: Model) -> Model:
     """Takes `patch` back: the model is again what it was. A model that is not patched is returned as it
     is.
     """
+    if not isinstance(cast(object, model), nn.Module):
+        raise TypeError(f"softprompt.unpatch takes a model, got {type(model).__name__}")
     state: PatchState | None = model.__dict__.get(STATE)
     if state is not None:
         if getattr(model, "_adapters_disabled", False):
@@ -134,7 +137,7 @@ def unpatch(model: Model) -> Model:
 @contextlib.contextmanager
 def patched(model: Model, **options: Any) -> Iterator[Model]:
     """`patch(model, **options)` for the duration of a block; afterwards the model is as it was before."""
-    before: PatchState | None = model.__dict__.get(STATE)
+    before: PatchState | None = getattr(model, "__dict__", {}).get(STATE)
     patch(model, **options)
     try:
         yield model

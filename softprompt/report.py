@@ -17,7 +17,7 @@ from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
-from softprompt.engine.seq2seq_plan import Seq2SeqPlan, seq2seq_plan_for, trimming_obstacle
+from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle, seq2seq_plan_for
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.ops.shared_prompt_attention.api import usual_backend
@@ -146,7 +146,7 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
     obstacle = families.embedding_obstacle(base.get_input_embeddings())
     layout = ("positions", f"{positions} ({plan.positions} in the padded layout)")
     if isinstance(plan, Seq2SeqPlan):
-        pads = "dropped at the end" if plan.trims else f"kept: {trimming_obstacle(base)}"
+        pads = "dropped at the end" if plan.trims else f"kept: {plan.kept_because}"
         layout = ("columns that are pads in all rows", pads)
     rows = [
         ("attention", f"{plan.seam} seam" if plan.seam else "the model's own"),
@@ -161,6 +161,8 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
     ]
     if scores_tokens(base):
         rows.append(("TRL's fused head", "called with the label rows of the packed row; not recorded"))
+    if isinstance(plan, Seq2SeqPlan):
+        rows += _left_out(base, plan)
     if plan.route == "packed" and state is not None:
         rows += _recording(state)
     if plan.loss_error is not None and plan.grad_error is not None:
@@ -172,6 +174,16 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
             )
         )
     return tuple(rows)
+
+
+def _left_out(base: CausalLM, plan: Seq2SeqPlan) -> list[tuple[str, str]]:
+    """What an encoder-decoder does not compute of its columns."""
+    kept = early_end_obstacle(base, plan)
+    early = "left out of the decoder where a call gives labels alone; their logits are made when looked at"
+    rows = [("columns behind the last label", early if kept is None else f"kept: {kept}")]
+    if plan.trims and families.dropout_of(base):
+        rows.append(("dropout", "columns that are left out draw no masks (same expectation, other numbers)"))
+    return rows
 
 
 def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> list[tuple[str, str]]:

@@ -260,7 +260,7 @@ def test_wrong_calls_say_what_was_expected():
         ensemble.losses(model, **batch, adapters="prompt-1")
     with pytest.raises(ValueError, match="input_ids must be a tensor, got NoneType"):
         ensemble.losses(model, None, None, batch["labels"])
-    with pytest.raises(ValueError, match="num_items must not be negative, got -1"):
+    with pytest.raises(ValueError, match="num_items must be a number of at least 0, got -1"):
         ensemble.losses(model, **batch, num_items_in_batch=-1)
     with pytest.raises(ValueError, match="3 rows cannot be dealt out evenly to 2 prompts"):
         ensemble.losses(model, **batch, own_rows=True)

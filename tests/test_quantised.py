@@ -127,6 +127,25 @@ def test_a_decoder_that_is_quantised_behind_the_patch_is_looked_at_again():
     assert facts(model)[0] == "padded"
 
 
+class Surprised(nn.Linear):
+    """Computes otherwise where any token of the batch has a large number, under a name that nobody knows."""
+
+    def forward(self, x):
+        return super().forward(x) * (1.5 if x.detach().abs().max() > 6.0 else 1.0)
+
+
+def test_what_a_large_number_in_a_pad_changes_keeps_the_rows_padded():
+    """The self-check's own pads do not show it."""
+    base = build("llama", torch.float32)
+    base.model.layers[0].self_attn.q_proj.__class__ = Surprised
+    base.model.layers[0].input_layernorm.weight.fill_(1.0)
+    base.model.embed_tokens.weight[0] = torch.eye(48)[0] * 50
+    stock, fast = patched_pair(prompted(base))
+    assert "numbers that stand out in pads change the other tokens" in softprompt.explain(fast).reason
+    batch = {**BATCH, "input_ids": BATCH["input_ids"] * BATCH["attention_mask"]}
+    assert_same_step(fast, stock, batch, 1e-5)
+
+
 def test_layers_that_are_exchanged_behind_the_patch_are_looked_at_again():
     stock, fast = patched_pair(prompted(build("llama", torch.float32)))
     for model in (stock, fast):

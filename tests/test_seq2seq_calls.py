@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity import assert_close, prompt_of
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from quantised_modules import FakeQuantizedLinear, Linear8bitLt, replace_linears
+from quantised_modules import FakeQuantizedLinear, Linear8bitLt, OneScale, replace_linears
 from seq2seq_models import build, config_of, prompted, seq2seq_batch
 from test_seq2seq import assert_same_answers, encoded
 from tiny_models import VOCABULARY, pair
@@ -33,10 +33,31 @@ def test_explain_names_the_route_and_its_reason(fast):
     )
     assert "4 virtual tokens of 'default' (PROMPT_TUNING)" in text
     assert "columns that are pads in all rows: dropped at the end" in text
+    assert "columns behind the last label: left out of the decoder where a call gives labels alone" in text
+    assert "dropout" not in text
     assert "fused: the loss reads its weight on label rows" in text
     assert "PEFT's own: the encoder runs once for a call, prompt included" in text
     assert "rejected" not in text
     assert "prepend_prompt" in text
+
+
+def test_explain_names_why_the_columns_behind_the_labels_are_kept():
+    def said(model):
+        return dict(softprompt.explain(model).details)["columns behind the last label"]
+
+    trained = softprompt.patch(prompted("t5"))
+    trained.get_base_model().get_decoder().final_layer_norm.weight.requires_grad_(True)
+    assert said(trained) == "kept: weights of the decoder are trained"
+    cached = "kept: a decoder of type t5gemma masks pads of its own accord, but where it keeps a cache"
+    assert said(softprompt.patch(prompted("t5gemma"))) == cached
+    padded = softprompt.patch(prompted("led", torch.float32))
+    assert said(padded) == dict(softprompt.explain(padded).details)["columns that are pads in all rows"]
+
+
+def test_explain_names_what_left_out_columns_mean_for_dropout():
+    model = softprompt.patch(prompted("t5", dropout_rate=0.1))
+    text = dict(softprompt.explain(model.train()).details)["dropout"]
+    assert text == "columns that are left out draw no masks (same expectation, other numbers)"
 
 
 @pytest.mark.parametrize(
@@ -44,8 +65,9 @@ def test_explain_names_the_route_and_its_reason(fast):
     [
         (FakeQuantizedLinear, "round all tokens of the batch, pads included, with one scale"),
         (lambda linear: Linear8bitLt(linear, 4.0), "look for outliers among all tokens of the batch"),
+        (OneScale, "numbers that stand out in pads change the other tokens (logits by "),
     ],
-    ids=["one scale", "outliers"],
+    ids=["one scale", "outliers", "one scale under another name"],
 )
 def test_layers_in_which_pads_change_the_tokens_keep_the_columns_of_pads(make, reason):
     stock, fast = pair(with_loud_pads(replace_linears(build("t5", torch.float32), make)))

@@ -142,7 +142,7 @@ def test_a_decoder_that_trains_keeps_all_columns():
 
 def test_dropout_without_these_columns_is_said_once():
     fast = softprompt.patch(prompted("t5", dropout_rate=0.3).train(), on_unsupported="error")
-    with pytest.warns(UserWarning, match="dropped, and draw no masks"):
+    with pytest.warns(UserWarning, match="left out and draw no masks"):
         output = fast(**padded(seq2seq_batch(width=7)))
     assert torch.isfinite(output.logits.detach()).all()
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
-from softprompt.cli.errors import UsageError, refuse_several_processes
+from softprompt.cli.errors import UsageError, refuse_several_processes, what_the_machine_lacks
 from softprompt.cli.options import HelpFormatter, Parser
 from softprompt.tasks.errors import TaskError
 
@@ -42,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, TaskError) as error:
         print(f"softprompt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"softprompt: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("softprompt: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        lacking = what_the_machine_lacks(error)
+        if isinstance(error, OSError) and error.strerror is not None:
+            lacking = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        if lacking is None:
+            raise
+        print(f"softprompt: {lacking}", file=sys.stderr)
+        return 2

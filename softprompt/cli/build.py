@@ -23,7 +23,7 @@ from softprompt.cli.models import (
     set_threads,
 )
 from softprompt.cli.progress import TrainingProgress
-from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, fingerprint
+from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, check_whole, fingerprint
 from softprompt.engine import plan_for
 from softprompt.engine.forward import obstacle_to
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, read_npy, set_prompt
@@ -80,6 +80,7 @@ def build_trainer(
     settings = {name: getattr(args, name) for name in RESUME_SETTINGS}
     record: dict[str, Any] = {"model": model_name, "training": {**settings, "rows": fingerprint(train_table)}}
     if checkpoint is not None:
+        check_whole(checkpoint)
         check_same_run(load_task(checkpoint), (task, record["model"], record["training"]))
     encoder = Encoder(task, load_tokenizer(model_name))
     model = _build_model(args, base, model_name, encoder, train_table, checkpoint)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import Parser, add_command, number, whole
+from softprompt.cli.options import MAX_SEED, Parser, add_command, given, number, whole
 from softprompt.files import write_text
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--output",
+        type=given,
         default="softprompt-demo",
         metavar="FOLDER",
         help="folder for demo.png and demo.json, which are replaced if they are there",
@@ -48,7 +49,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         help="first learning rate; it falls linearly to 0",
     )
     parser.add_argument(
-        "--seed", type=whole(0), default=42, metavar="N", help="seed of the prompt and the batches"
+        "--seed", type=whole(0, MAX_SEED), default=42, metavar="N", help="seed of the prompt and the batches"
     )
     parser.add_argument(
         "--device",

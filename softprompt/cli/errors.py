@@ -10,6 +10,32 @@ class UsageError(Exception):
     """A request that cannot be met; the message is one line with the problem and the remedy. Exit code 2."""
 
 
+OUT_OF_MEMORY = (
+    "the memory is not enough for this: give a smaller --batch-size, --max-length or --num-virtual-tokens, "
+    "or --bf16"
+)
+
+
+# What numpy, torch and safetensors say where a file ends too early; none of it names an error of the system.
+_CUT_SHORT = ("requested and", "inline_container", "PytorchStreamWriter", "I/O error")
+
+
+def what_the_machine_lacks(error: BaseException) -> str | None:
+    """Return the line for an error that is the machine's and not the program's, None for any other."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    if any(words in str(error) for words in _CUT_SHORT):
+        return f"a file could not be written, is the disk full? ({' '.join(str(error).split())})"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on the CPU or on a GPU."""
+    # By its name: the command line shows its help without waiting for torch.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
 def require_extra() -> None:
     """Raise UsageError naming the packages of the extra `cli` that are not installed."""
     missing = [name for name in EXTRA_PACKAGES if find_spec(name) is None]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
-from softprompt.cli.options import Parser, add_command, add_prompt_options, whole
+from softprompt.cli.options import Parser, add_command, add_prompt_options, given, whole, words
 from softprompt.files import write_text
 from softprompt.tasks.folders import holds_adapter
 
@@ -39,6 +39,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--output",
+        type=given,
         required=True,
         metavar="PATH",
         help="what to write: a .npy file, a folder for peft, and for vllm a .json file with the body of a "
@@ -48,10 +49,12 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     vllm = parser.add_argument_group("--format vllm")
     vllm.add_argument(
         "--text",
+        type=words,
         help="the text to answer; an adapter of `softprompt train` puts it into the template of its training",
     )
     vllm.add_argument(
         "--served-model",
+        type=given,
         metavar="NAME",
         help="the name of the model on the server (default: the name of --model)",
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
+from softprompt.cli.options import given, words
 from softprompt.tasks.folders import adapter_folders
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ def add_init_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--init-text",
+        type=words,
         default=DEFAULT_INIT_TEXT,
         metavar="TEXT",
         help="the words for --init text and text-once",
     )
     group.add_argument(
         "--init-from",
+        type=given,
         metavar="PATH",
         help="the prompt for --init saved: the folder of an adapter of the same model (of an ensemble with "
         "as many prompts for --ensemble), or a .npy file [P, H]",

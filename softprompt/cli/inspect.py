@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import Parser, add_command, add_prompt_options, whole
+from softprompt.cli.options import Parser, add_command, add_prompt_options, given, whole
 from softprompt.files import write_text
 
 if TYPE_CHECKING:
@@ -35,12 +35,14 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--initial",
+        type=given,
         metavar="PATH",
         help="where the prompt started, a .npy file or an adapter folder (default: what `softprompt train` "
         "saved in the folder, or the words that PEFT's configuration says it started from)",
     )
     parser.add_argument(
         "--output",
+        type=given,
         default="softprompt-inspection",
         metavar="FOLDER",
         help="folder for inspection.json and inspection.png, which are replaced if they are there",

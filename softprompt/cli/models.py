@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from softprompt.cli.errors import UsageError
+from softprompt.prompts.adapters import read_adapter
 from softprompt.prompts.vocabulary import width_of
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -85,21 +86,34 @@ def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
 
     peft_model: Any = None
     for folder in folders:
+        _check_adapter(base, model, folder)
         name = "default" if len(folders) == 1 else folder.name
         try:
             if peft_model is None:
                 peft_model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
             else:
                 peft_model.load_adapter(str(folder), name)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"cannot load the adapter {folder}: {error}") from error
-        width, model_width = peft_model.peft_config[name].token_dim, width_of(base)
-        if width != model_width:
-            raise UsageError(
-                f"the adapter {folder} does not fit the model {model}: its virtual tokens are {width} "
-                f"numbers wide, the model's tokens {model_width}; give the --model that it was trained with"
-            )
     return peft_model
+
+
+def _check_adapter(base: Any, model: str, folder: Path) -> None:
+    """Raise UsageError for what PEFT would load without a word, or look for on the model hub."""
+    try:
+        config, prompt = read_adapter(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if config.task_type != "CAUSAL_LM":
+        raise UsageError(
+            f"the adapter in {folder} is for models of the task type {config.task_type}, expected CAUSAL_LM"
+        )
+    width, model_width = prompt.shape[1], width_of(base)
+    if width != model_width:
+        raise UsageError(
+            f"the adapter {folder} does not fit the model {model}: its virtual tokens are {width} "
+            f"numbers wide, the model's tokens {model_width}; give the --model that it was trained with"
+        )
 
 
 def patch(model: Any, *, positions: str = "padded") -> Any:

@@ -8,6 +8,7 @@ from typing import NoReturn
 from softprompt.cli.errors import UsageError
 
 WIDTH = 79
+MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a sweep count on from it
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,9 +52,11 @@ def add_command(
 
 def add_dataset_options(group: argparse._ArgumentGroup) -> None:
     """Add the options that choose a part of a data set."""
-    group.add_argument("--data-config", metavar="NAME", help="part of a data set from the `datasets` library")
     group.add_argument(
-        "--data-split", metavar="NAME", default="train", help="split of such a data set to read"
+        "--data-config", type=given, metavar="NAME", help="part of a data set from the `datasets` library"
+    )
+    group.add_argument(
+        "--data-split", type=given, metavar="NAME", default="train", help="split of such a data set to read"
     )
 
 
@@ -61,12 +64,14 @@ def add_prompt_options(parser: Parser) -> None:
     """Add the options that name a trained prompt and its model."""
     parser.add_argument(
         "--adapter",
+        type=given,
         required=True,
         metavar="PATH",
         help="the trained prompt: a folder that `softprompt train` or PEFT wrote, or a .npy file",
     )
     parser.add_argument(
         "--model",
+        type=given,
         metavar="NAME",
         help="the frozen model, if it is not where it was in training (default: the one trained with)",
     )
@@ -106,8 +111,24 @@ def add_compute_options(parser: Parser) -> None:
     group.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help="rows computed at once")
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """Return an argument type: a whole number that is at least `minimum`."""
+def given(text: str) -> str:
+    """An argument type: a name or a path. An empty one is a variable of the shell that was never set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def words(text: str) -> str:
+    """An argument type: a text for the tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be valid UTF-8, got {text!r}") from None
+    return text
+
+
+def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return an argument type: a whole number from `minimum` to `maximum` (None: any from there on)."""
 
     def parse(text: str) -> int:
         try:
@@ -116,6 +137,8 @@ def whole(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {value}")
         return value
 
     return parse

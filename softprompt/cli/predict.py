@@ -3,9 +3,10 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options
+from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options, given
 from softprompt.tasks.folders import adapter_folders
 
 
@@ -22,31 +23,39 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--adapter", required=True, metavar="FOLDER", help="folder that `softprompt train` wrote"
+        "--adapter", type=given, required=True, metavar="FOLDER", help="folder that `softprompt train` wrote"
     )
     data.add_argument(
         "--data",
+        type=given,
         required=True,
         metavar="TABLE",
         help="rows to label: a .csv, .jsonl or .parquet file, a data set folder, or a data set name",
     )
     data.add_argument(
         "--text-column",
+        type=given,
         metavar="NAME",
         help="column with the texts (default: the name that it had in training)",
     )
     data.add_argument(
         "--output",
+        type=given,
         required=True,
         metavar="FILE",
         help="file to write, .csv, .jsonl or .parquet by its extension",
     )
     data.add_argument(
-        "--output-column", default="prediction", metavar="NAME", help="name of the column with the labels"
+        "--output-column",
+        type=given,
+        default="prediction",
+        metavar="NAME",
+        help="name of the column with the labels",
     )
     data.add_argument("--overwrite", action="store_true", help="replace the output file if there is one")
     data.add_argument(
         "--model",
+        type=given,
         metavar="NAME",
         help="the frozen model, if it is not where it was in training (default: the one trained with)",
     )
@@ -70,6 +79,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     scoring.add_argument(
         "--label-column",
+        type=given,
         metavar="NAME",
         help="with --score: column with the true labels, to measure accuracy and macro-F1 and to draw which "
         "label was taken for which (default: the one of the training, if the table has it)",
@@ -89,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     folders = adapter_folders(adapter)
     if not folders:
         raise UsageError(f"--adapter {adapter} holds no adapter: give a folder that `softprompt train` wrote")
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder: name a file")
     if output.exists() and not args.overwrite:
         raise UsageError(f"{output} exists already: name another --output or replace it with --overwrite")
     scored = args.score or folders != [adapter]
@@ -137,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     model_name = check_model(args.model or trained_model)
     encoder = Encoder(task, load_tokenizer(model_name))
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
+    _check_length(args, model, task.max_length)
     if not args.no_patch:
         model = patch(model)
     if scored:
@@ -161,3 +174,13 @@ def run(args: argparse.Namespace) -> int:
     if foreign:
         print(f"for {foreign} of them the model wrote something else than {', '.join(task.labels)}")
     return 0
+
+
+def _check_length(args: argparse.Namespace, model: Any, max_length: int) -> None:
+    positions = getattr(model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    tokens = max(config.num_virtual_tokens for config in model.peft_config.values())
+    if positions is not None and tokens + max_length > positions:
+        raise UsageError(
+            f"the {tokens} virtual tokens of {args.adapter} and its rows of up to {max_length} tokens exceed "
+            f"the {positions} positions of the model: give the --model that it was trained with"
+        )

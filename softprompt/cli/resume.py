@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ from types import FrameType
 from typing import Any
 
 from softprompt.cli.errors import UsageError
+from softprompt.prompts.adapters import read_adapter
 from softprompt.tasks.classification import ClassificationTask
+from softprompt.tasks.folders import adapter_folders
 from softprompt.tasks.table import Table
 from softprompt.tasks.trainer import StopAtStepEnd
 
@@ -39,6 +42,9 @@ RESUME_SETTINGS = (
     "fp16",
 )
 
+# Without them Trainer goes on with a new optimizer and other rows, and says nothing.
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
 SavedRun = tuple[ClassificationTask, str, dict[str, Any]]
 
 
@@ -46,6 +52,30 @@ def fingerprint(table: Table) -> str:
     """Return a hash of the texts and labels, in their order."""
     content = json.dumps([table.texts, table.labels]).encode()
     return hashlib.sha256(content).hexdigest()
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raise UsageError where files of a checkpoint are missing or damaged."""
+    try:
+        for folder in adapter_folders(checkpoint) or [checkpoint]:
+            read_adapter(folder)
+        for name in STATE_FILES:
+            if not _is_whole(checkpoint / name):
+                raise ValueError(f"{name} is missing or not what torch wrote")
+    except ValueError as error:
+        raise UsageError(
+            f"--resume: {checkpoint} is damaged ({error}): remove it to go on from the checkpoint before, or "
+            "train without --resume"
+        ) from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file of `torch.save` is there, and its checksums are right. Nothing in it is run."""
+    try:
+        with zipfile.ZipFile(file) as content:
+            return content.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def check_same_run(saved: SavedRun, now: SavedRun) -> None:

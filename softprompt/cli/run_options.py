@@ -3,7 +3,7 @@
 import argparse
 
 from softprompt.cli.initial import add_init_options
-from softprompt.cli.options import Parser, add_dataset_options, number, whole
+from softprompt.cli.options import MAX_SEED, Parser, add_dataset_options, given, number, whole, words
 
 RECIPES = {
     "paper": {
@@ -21,16 +21,20 @@ def add_data_options(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
+        type=given,
         metavar="TABLE",
         help="training table: a .csv, .jsonl or .parquet file, a data set folder, or a data set name "
         "(default: the shipped table)",
     )
-    data.add_argument("--text-column", default="Tweet text", metavar="NAME", help="column with the texts")
     data.add_argument(
-        "--label-column", default="Label", metavar="NAME", help="column with the labels to learn"
+        "--text-column", type=given, default="Tweet text", metavar="NAME", help="column with the texts"
+    )
+    data.add_argument(
+        "--label-column", type=given, default="Label", metavar="NAME", help="column with the labels to learn"
     )
     data.add_argument(
         "--eval-data",
+        type=given,
         metavar="TABLE",
         help="table to measure the accuracy on; without it, a share of the training table is kept for that",
     )
@@ -49,6 +53,7 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     prompt = parser.add_argument_group("model and prompt")
     prompt.add_argument(
         "--model",
+        type=given,
         metavar="NAME",
         help="the frozen causal language model: a folder or a model name (default: the shipped tiny model)",
     )
@@ -58,6 +63,7 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     add_init_options(prompt)
     prompt.add_argument(
         "--template",
+        type=words,
         default="{text_column} : {text} Label : ",
         help="how a text is put before the model; the label is written behind it",
     )
@@ -126,7 +132,7 @@ def add_training_options(parser: Parser) -> argparse._ArgumentGroup:
     )
     training.add_argument(
         "--seed",
-        type=whole(0),
+        type=whole(0, MAX_SEED),
         default=42,
         metavar="N",
         help="seed of the split, the prompt and the row order",

@@ -72,7 +72,6 @@ def score_table(
     """Score every label of every row, write the table, and measure where the table has labels."""
     from softprompt.ensemble import combine
 
-    _check_length(args, model, encoder, adapters)
     labels = read_labels(args, encoder.task, table)
     start = time.perf_counter()
     console = Console(stderr=True)
@@ -122,16 +121,6 @@ def _measure(
     draw_confusion(counts, names, _confusion_file(args), title=title)
     print(f"accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}: {_metrics_file(args)}")
     print(f"which label was taken for which: {_confusion_file(args)}")
-
-
-def _check_length(args: argparse.Namespace, model: Any, encoder: Encoder, adapters: list[str]) -> None:
-    positions = getattr(model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
-    tokens = max(model.peft_config[name].num_virtual_tokens for name in adapters)
-    if positions is not None and tokens + encoder.task.max_length > positions:
-        raise UsageError(
-            f"the {tokens} virtual tokens of {args.adapter} and its rows of up to {encoder.task.max_length} "
-            f"tokens exceed the {positions} positions of the model: give the --model that it was trained with"
-        )
 
 
 def _metrics_file(args: argparse.Namespace) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.initial import check_init_options
-from softprompt.cli.options import Parser, add_command, add_compute_options, whole
+from softprompt.cli.options import Parser, add_command, add_compute_options, given, whole
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 from softprompt.files import write_text
 
@@ -77,6 +77,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output",
+        type=given,
         default="softprompt-sweep",
         metavar="FOLDER",
         help="folder for sweep.csv, sweep.json, sweep.png, and the adapter of each run; finished runs in it "

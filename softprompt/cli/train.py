@@ -11,8 +11,10 @@ from softprompt.cli.options import (
     Parser,
     add_command,
     add_compute_options,
+    given,
     number,
     whole,
+    words,
 )
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 from softprompt.tasks.folders import (
@@ -52,6 +54,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     prompt.add_argument(
         "--ensemble-texts",
+        type=words,
         nargs="+",
         metavar="TEXT",
         help="words for each prompt of an ensemble to start from (default with --init text: --init-text for "
@@ -76,6 +79,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output",
+        type=given,
         default="softprompt-output",
         metavar="FOLDER",
         help="folder for the adapter and its checkpoints",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Batch:
 
 
 def check_batch(
-    prompts: Sequence[Tensor],
+    prompts: Tensor | Sequence[Tensor],
     hidden_size: int,
     *,
     input_ids: Tensor | None,
@@ -47,7 +48,7 @@ def check_batch(
     labels: Tensor | None,
     prompt_of_row: Tensor | Sequence[int] | None,
 ) -> Batch:
-    """Turns the arguments of a forward into a Batch.
+    """Turns the arguments of a forward into a Batch; one prompt may come without a list.
 
     Raises:
         ValueError: says what was given and what is expected.
@@ -60,9 +61,18 @@ def check_batch(
         labels=labels,
     )
     num_rows, device = attention_mask.shape[0], attention_mask.device
+    try:
+        prompts = [prompts] if isinstance(prompts, Tensor) else list(prompts)
+    except TypeError as error:
+        raise ValueError(
+            f"prompts must be a tensor [P, {hidden_size}] or a list of them, got {type(prompts).__name__}"
+        ) from error
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
     for number, prompt in enumerate(prompts):
+        check_tensor(f"prompt {number}", prompt)
+        if not prompt.is_floating_point():
+            raise ValueError(f"prompt {number} must be floating point, got {prompt.dtype}")
         if prompt.ndim != 2 or prompt.shape[1] != hidden_size:
             raise ValueError(f"prompt {number} must be [P, {hidden_size}], got {list(prompt.shape)}")
         if prompt.shape[0] == 0:
@@ -94,16 +104,18 @@ def check_texts(
         ("attention_mask", attention_mask),
         ("labels", labels),
     ):
-        if value is not None and not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value is not None:
+            check_tensor(name, value)
     if inputs_embeds is not None:
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != hidden_size:
             raise ValueError(f"inputs_embeds must be [B, L, {hidden_size}], got {list(inputs_embeds.shape)}")
+        if not inputs_embeds.is_floating_point():
+            raise ValueError(f"inputs_embeds must be floating point, got {inputs_embeds.dtype}")
         shape, device, input_ids = inputs_embeds.shape[:2], inputs_embeds.device, None
     elif input_ids is not None:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, L], got shape {list(input_ids.shape)}")
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        if not holds_integers(input_ids):
             raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
         shape, device = input_ids.shape, input_ids.device
     else:
@@ -118,20 +130,40 @@ def check_texts(
             f"attention_mask must be [B, L] = {list(shape)}, without the prompt, got shape "
             f"{list(attention_mask.shape)}"
         )
+    if attention_mask.is_complex():
+        raise ValueError(f"attention_mask must be 1 and 0, got {attention_mask.dtype}")
     if labels is not None:
         if labels.shape != shape:
             raise ValueError(
                 f"labels must be [B, L] = {list(shape)}, without the prompt, got shape {list(labels.shape)}"
             )
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        if not holds_integers(labels):
             raise ValueError(f"labels must be integers, got {labels.dtype}")
     return input_ids, attention_mask
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raises ValueError unless it is a tensor with one place for each of its numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor, got a {layout} one")
+
+
+def holds_integers(value: Tensor) -> bool:
+    """Whether its dtype is one of whole numbers."""
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _checked_rows(
     prompt_of_row: Tensor | Sequence[int], num_rows: int, num_prompts: int, device: torch.device
 ) -> Tensor:
-    numbers = prompt_of_row.tolist() if isinstance(prompt_of_row, Tensor) else list(prompt_of_row)
+    # A list is not made a tensor: reading one back counts as a wait of the host.
+    given: Any = prompt_of_row.tolist() if isinstance(prompt_of_row, Tensor) else prompt_of_row
+    numbers: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(isinstance(number, bool) or not hasattr(number, "__index__") for number in numbers):
+        raise ValueError(f"prompt_of_row must be [B] integers, one for each row, got {prompt_of_row!r}")
     if len(numbers) != num_rows:
         raise ValueError(f"prompt_of_row must have one entry for each of {num_rows} rows, got {len(numbers)}")
     for row, number in enumerate(numbers):

@@ -141,7 +141,7 @@ def _each(
     """[K] losses; label rows stand in the order of the batch's rows, so prompt by prompt."""
     total = rows.num_labels
     if total == 0:
-        warn_of_no_labels(stacklevel=5)
+        warn_of_no_labels()
     losses = losses_of_rows(
         model,
         rows.hidden,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families, sharding
@@ -18,13 +17,15 @@ from softprompt.engine.graphs import StepGraphs, room_of
 from softprompt.engine.head import own_logits
 from softprompt.engine.lazy import LazyLogits, in_this_mode, with_gradient
 from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
-from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.recorded import loss_of_hidden
 from softprompt.engine.recorders import first_line
+from softprompt.engine.stock import stock_forward
 from softprompt.engine.token_scores import token_scores
 from softprompt.layout import PackedLayout, raise_out_of_range
-from softprompt.ops.library import AUTO
+from softprompt.ops.library import AUTO, BACKENDS
 from softprompt.ops.linear_cross_entropy import check_num_items
+from softprompt.warn import warn
 
 ON_UNSUPPORTED = ("fallback", "error")
 POSITIONS = ("padded", "compact")
@@ -80,19 +81,22 @@ def forward(
         and `logits` [B, P + L, V], which are computed when something first uses them (P: the longest prompt).
 
     Raises:
+        TypeError: not a transformers causal LM, or a PEFT model that brings a prompt of its own.
         IndexError: an id or a label outside the vocabulary; names row, column and value.
         ValueError: shapes, dtypes or options that do not fit; says what was given and what is expected.
         UnsupportedModelError: see `on_unsupported`; always for an encoder-decoder, which `patch` serves.
     """
     check_option("positions", positions, POSITIONS)
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
+    check_option("backend", backend, (AUTO, *BACKENDS))
+    refuse_prompt_model(model, "softprompt.forward")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"softprompt.forward takes decoder-only models, got the encoder-decoder {type(model).__name__}: "
             "softprompt.patch serves it as a PEFT model of task type SEQ_2_SEQ_LM"
         )
     batch = check_batch(
-        [prompts] if isinstance(prompts, Tensor) else list(prompts),
+        prompts,
         prompt_width(model),
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
@@ -111,10 +115,15 @@ def forward(
         without_stock = compact or len(set(batch.prompt_lengths)) > 1 or sharding.embeds_in_parts(model)
         if on_unsupported == "error" or without_stock:
             raise UnsupportedModelError(obstacle)
-        warnings.warn(f"softprompt: {obstacle}", stacklevel=2)
+        warn(obstacle)
         raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(model))
         extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         output = stock_forward(model, batch, **extra)
+        if not hasattr(output, "loss") or not hasattr(output, "logits"):
+            raise TypeError(
+                f"softprompt.forward takes a causal language model, got {type(model).__name__}, whose "
+                "forward gives no loss and logits"
+            )
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
     loss, logits = run_plan(
         model,
@@ -174,8 +183,23 @@ def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0, rows: int = 0) -
     return None
 
 
+def refuse_prompt_model(model: CausalLM, function: str) -> None:
+    """Raises TypeError for a PEFT model with a prompt, which would stand behind those of the call."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            f"{function} takes a language model and prompts, got a {type(model).__name__} that has a prompt "
+            "itself: give model.get_base_model(), or call the model after softprompt.patch(model)"
+        )
+
+
 def prompt_width(model: CausalLM) -> int:
-    """H of the embeddings that stand beside the prompt."""
+    """H of the embeddings that stand beside the prompt.
+
+    Raises:
+        TypeError: not a transformers model.
+    """
+    if not isinstance(cast(object, model), nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"expected a transformers language model, got {type(model).__name__}")
     embedding = model.get_input_embeddings()
     width = getattr(embedding, "embedding_dim", None)
     if width is None:
@@ -237,19 +261,18 @@ def _run_plan(
         rows = plan.run(model, batch, compact=compact, backend=backend)
         loss = None if batch.labels is None else loss_of_hidden(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
-        warn_of_no_labels(stacklevel=3)
+        warn_of_no_labels()
     lazy = _lazy_logits(model, plan, rows, logits, columns)
     if not torch.is_grad_enabled() and sharding.by_fsdp(model):
         lazy.materialize()  # later only all ranks together could; one that looks alone would wait
     return loss, lazy
 
 
-def warn_of_no_labels(stacklevel: int) -> None:
+def warn_of_no_labels() -> None:
     """Warns that a batch without labels has no loss."""
-    warnings.warn(
-        "softprompt: every label of this batch is -100; the loss is 0 and so is its gradient "
-        "(a mean over no labels would be NaN and destroy the prompt)",
-        stacklevel=stacklevel,
+    warn(
+        "every label of this batch is -100; the loss is 0 and so is its gradient "
+        "(a mean over no labels would be NaN and destroy the prompt)"
     )
 
 
@@ -323,7 +346,7 @@ def _rows_compiled_or_not(
             rows = rows_of_layout(model, batch, layout, seam=str(plan.seam), backend=backend)
             reason = f"torch.compile of the decoder failed, it runs as it is: {first_line(error)}"
             graphs.give_up_compiling(reason)
-            warnings.warn(f"softprompt: {reason}", stacklevel=2)
+            warn(reason)
             return rows
     return rows_of_layout(model, batch, layout, seam=str(plan.seam), backend=backend)
 

@@ -8,7 +8,6 @@ a size is the number of packed tokens and of label rows, both rounded up to a bu
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -29,6 +28,7 @@ from softprompt.engine.recorded import RecordedStep, StepBatch, record_step
 from softprompt.engine.recorders import RECORDERS, RecordingError, first_line
 from softprompt.engine.watch import Watch, shared_device_obstacle
 from softprompt.layout import PackedLayout, round_up
+from softprompt.warn import warn
 
 MAX_GRAPHS = 16
 SIGHTINGS = 2  # a size that comes once is not worth a recording, which costs some eager steps
@@ -291,7 +291,7 @@ class StepGraphs:
         """One warning for each reason, where the device could have recorded."""
         if device.type in RECORDERS and reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"softprompt: training steps are not recorded: {reason}", stacklevel=3)
+            warn(f"training steps are not recorded: {reason}")
 
     def _refuse(self, mode: int, reason: str) -> None:
         """No more tries in this mode of the model."""

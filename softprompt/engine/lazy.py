@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -66,6 +68,7 @@ class LazyLogits(torch.Tensor):
 
     _make: Callable[[], Tensor]
     _value: Tensor | None
+    _home: Callable[[], Any]  # the checkpointed function that it was made in
     _by_wrapper: bool  # the gradient of the values takes the way of the wrapper, on which something waits
 
     @staticmethod
@@ -80,6 +83,8 @@ class LazyLogits(torch.Tensor):
         lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         lazy._make = make
         lazy._value = None
+        frame = _checkpoint()
+        lazy._home = _nowhere if frame is None else weakref.ref(frame)
         lazy._by_wrapper = False
         return lazy
 
@@ -89,9 +94,14 @@ class LazyLogits(torch.Tensor):
         return self._value is not None
 
     def materialize(self) -> Tensor:
-        """The ordinary tensor."""
+        """The ordinary tensor.
+
+        A checkpointed function that only uses it finds it there when it runs again: what its making keeps for
+        the gradient is none of the function's.
+        """
         if self._value is None:
-            value = self._make()
+            with _kept() if self._is_abroad() else contextlib.nullcontext():
+                value = self._make()
             if self._by_wrapper and self.requires_grad:
                 with torch.enable_grad():
                     value = _ByWrapper.apply(self, value.detach())
@@ -108,6 +118,9 @@ class LazyLogits(torch.Tensor):
             if func in _KNOWN:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
+            if first._is_abroad():  # when the function runs again there are values
+                first.materialize()
+                return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
             if func in _CASTS and len(args) == 1 and not kwargs:
                 return first._derive(_CASTS[func], detach=False)
             if func is torch.Tensor.detach or func is torch.detach:
@@ -126,6 +139,11 @@ class LazyLogits(torch.Tensor):
     ) -> Any:
         """For code below Python's tensor functions, which would find no storage."""
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+    def _is_abroad(self) -> bool:
+        """Whether it is used in a checkpointed function that it was not made in."""
+        frame = _checkpoint()
+        return frame is not None and frame is not self._home()
 
     def _derive(self, dtype: torch.dtype | None, *, detach: bool) -> LazyLogits:
         target = self.dtype if dtype is None else dtype
@@ -222,6 +240,27 @@ def with_gradient(
         return LazyLogits(make, shape, dtype, source.device)
     lazy: LazyLogits = _Lazily.apply(source, values_of, make, shape, dtype)
     return lazy
+
+
+def _nowhere() -> None:
+    return None
+
+
+def _checkpoint() -> Any:
+    """What stands for the checkpointed function that runs now (`torch.utils.checkpoint` without reentrance).
+
+    None outside of one. It is the function which takes what is saved for the backward, another one for each
+    run.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or hooks[0].__module__ != torch.utils.checkpoint.__name__:
+        return None
+    return hooks[0]
+
+
+def _kept() -> Any:
+    """In the block nothing that is saved for the backward is taken by a checkpoint."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _plain(item: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, precision, sharding
+from softprompt.engine import families, pads, precision, sharding
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -22,6 +22,7 @@ from softprompt.engine.fingerprint import fingerprint, settings
 from softprompt.engine.head import loss_of_rows
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
+from softprompt.engine.stock import stock_forward
 from softprompt.engine.watch import Watch
 from softprompt.ops.library import AUTO
 
@@ -138,8 +139,8 @@ def make_plan(model: CausalLM) -> Plan:
     """Tries the candidates in order and takes the first whose loss and prompt gradient are the stock
     forward's.
 
-    Costs one tiny step of the stock model and one of each candidate that was tried. Training flags, gradients
-    and random states are as before afterwards.
+    Costs one tiny step of the stock model, one of each candidate that was tried, and two forwards more where
+    one is packed. Training flags, gradients and random states are as before afterwards.
     """
     obstacle = _structural_obstacle(model)
     if obstacle is not None:
@@ -228,6 +229,8 @@ def _first_that_holds(
         rejected.append(f"packed: {packing_obstacle}")
     candidates.append(Plan("padded", "", position_limit=limit))
     for candidate in candidates:
+        if candidate.route == "packed" and packing_obstacle is not None:
+            continue
         for fused in (True, False) if head_obstacle is None else (False,):
             plan = replace(candidate, fused_head=fused)
             name = "/".join(part for part in (plan.route, plan.seam, plan.positions, "head") if part)
@@ -243,6 +246,11 @@ def _first_that_holds(
             loss_error, grad_error = errors(got, expected)
             loss_bound, grad_bound = tolerances(model)
             if loss_error <= loss_bound and grad_error <= grad_bound:
+                if plan.route == "packed":
+                    packing_obstacle = pads.tried(lambda: _difference_by_pads(model, batch))
+                    if packing_obstacle is not None:
+                        rejected.append(f"packed: {packing_obstacle}")
+                        break
                 head_reason = head_obstacle
                 if head_obstacle is None and not fused:
                     head_reason = "the fused head gave other numbers than the model's own: " + rejected[-1]
@@ -260,6 +268,19 @@ def _first_that_holds(
         "no faster route gives the numbers of the model's own forward: " + "; ".join(rejected),
         rejected=tuple(rejected),
     )
+
+
+def _difference_by_pads(model: CausalLM, batch: Batch) -> str | None:
+    """Why the probe's pads have to stay, as a sentence, or None."""
+    real = batch.attention_mask.bool()
+
+    def logits_of(embeds: Tensor) -> Tensor:
+        texts = replace(batch, input_ids=None, inputs_embeds=embeds, labels=None)
+        logits: Tensor = stock_forward(model, texts).logits[:, batch.prompt_lengths[0] :]
+        return logits[real.to(logits.device)]
+
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    return pads.difference(model, embeds, ~real.to(embeds.device), logits_of)
 
 
 def tolerances(model: CausalLM) -> tuple[float, float]:
@@ -326,35 +347,6 @@ def _follows_autocast(model: CausalLM, batch: Batch) -> bool:
     except Exception:  # then nobody will run it under autocast
         return True
     return bool(logits.dtype == dtype)
-
-
-def stock_forward(model: CausalLM, batch: Batch, **kwargs: Any) -> Any:
-    """The padded forward as PEFT runs it: every row with its own copy of the prompt, all positions through
-    the head.
-    """
-    embeds = batch.inputs_embeds
-    if embeds is None:
-        embeds = model.get_input_embeddings()(batch.input_ids)
-    length, (num_rows, _) = batch.prompt_lengths[0], batch.shape
-    prompts = torch.stack([prompt.to(embeds.device) for prompt in batch.prompts])
-    if batch.prompt_of_row is None:
-        prompts = prompts.expand(num_rows, -1, -1)
-    else:
-        prompts = prompts[batch.prompt_of_row.long()]
-    mask = torch.cat(
-        [torch.ones(num_rows, length, device=embeds.device), batch.attention_mask.to(embeds.device)], dim=1
-    )
-    labels = batch.labels
-    if labels is not None:
-        labels = torch.cat([labels.new_full((num_rows, length), -100), labels], dim=1)
-    return model(
-        inputs_embeds=torch.cat([prompts.to(embeds.dtype), embeds], 1),
-        attention_mask=mask,
-        labels=labels,
-        use_cache=False,
-        return_dict=True,
-        **kwargs,
-    )
 
 
 def _step(model: CausalLM, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,9 @@ from softprompt.engine.caches import cache_argument
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packed import check_length, embed_rows, packed_layout, run_body
 from softprompt.engine.packing import Packing
-from softprompt.engine.plan import Plan, evaluating, probe_batch, stock_forward, tolerance
+from softprompt.engine.plan import Plan, evaluating, probe_batch, tolerance
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
+from softprompt.engine.stock import stock_forward
 from softprompt.ops.library import AUTO
 
 # Their bias or mask counts places in the cache, so pads behind the prompt would count too.

@@ -7,7 +7,6 @@ once. A candidate is a branch of its text: it sees the prompt, the text and itse
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,12 +22,15 @@ from softprompt.engine.forward import (
     check_option,
     obstacle_to,
     prompt_width,
+    refuse_prompt_model,
 )
 from softprompt.engine.head import own_logits
 from softprompt.engine.packed import rows_of_layout
-from softprompt.engine.plan import Plan, plan_for, stock_forward
+from softprompt.engine.plan import Plan, plan_for
+from softprompt.engine.stock import stock_forward
 from softprompt.layout import PackedLayout, branch_out, build_layout, raise_out_of_range
-from softprompt.ops.library import AUTO
+from softprompt.ops.library import AUTO, BACKENDS
+from softprompt.warn import warn
 
 _LOGITS_AT_ONCE = 2**24  # numbers
 
@@ -71,6 +73,7 @@ def score(
         [B, C] in fp32 (fp64 for fp64 models), differentiable in the prompts.
 
     Raises:
+        TypeError: not a transformers model, or a PEFT model that brings a prompt of its own.
         IndexError: an id outside the vocabulary.
         ValueError: no candidates, an empty candidate, something else than token ids, shapes that do not fit,
             or prompt, text and candidate together longer than the model's positions.
@@ -78,8 +81,10 @@ def score(
             packed.
     """
     check_option("positions", positions, POSITIONS)
+    check_option("backend", backend, (AUTO, *BACKENDS))
+    refuse_prompt_model(model, "softprompt.score")
     batch = check_batch(
-        [prompts] if isinstance(prompts, Tensor) else list(prompts),
+        prompts,
         prompt_width(model),
         input_ids=input_ids,
         inputs_embeds=None,
@@ -104,7 +109,7 @@ def score(
         return _packed(model, plan, batch, continuations, compact, backend)
     if getattr(model.config, "is_encoder_decoder", False) or len(set(batch.prompt_lengths)) > 1:
         raise UnsupportedModelError(f"softprompt: candidates cannot be scored: {reason}")
-    warnings.warn(f"softprompt: candidates are scored one at a time: {reason}", stacklevel=2)
+    warn(f"candidates are scored one at a time: {reason}")
     raise_out_of_range(batch.input_ids, None, vocab_size(model))
     return _one_at_a_time(model, batch, continuations, alike=plan.rotary_switch is not None)
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from softprompt.engine import families
 from softprompt.engine.attention import IN_USE
-from softprompt.engine.batch import Batch
+from softprompt.engine.batch import Batch, check_tensor, holds_integers
 from softprompt.engine.families import CausalLM
 from softprompt.engine.head import IGNORE_INDEX, replaced
 from softprompt.engine.packed import raise_too_long
@@ -81,17 +81,17 @@ def check_answers(
     ):
         if value is None:
             continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_tensor(name, value)
         given, end = list(value.shape), [hidden_size] if name == "decoder_inputs_embeds" else []
         expected = [num_rows, *(["T"] if shape is None else shape[1:]), *end]
         fits = len(given) == len(expected) and given[0] == num_rows and given[2:] == end
         if not fits or (shape is not None and given[:2] != shape) or given[1] == 0:
             wanted = ", ".join(map(str, expected))
             raise ValueError(f"{name} must be [{wanted}] for {num_rows} rows of text, got {given}")
-        integers = not value.is_floating_point() and value.dtype != torch.bool
-        if name in ("labels", "decoder_input_ids") and not integers:
+        if name in ("labels", "decoder_input_ids") and not holds_integers(value):
             raise ValueError(f"{name} must be integers, got {value.dtype}")
+        if name == "decoder_inputs_embeds" and not value.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {value.dtype}")
         shape = given[:2]
     if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
         raise ValueError(
@@ -200,7 +200,12 @@ def _may_end_early(model: CausalLM, answers: Answers) -> bool:
     given = (answers.inputs_embeds, answers.attention_mask, answers.prompts)
     if answers.labels is None or any(value is not None for value in given):
         return False
-    return not any(parameter.requires_grad for parameter in model.get_decoder().parameters())
+    return not trains_decoder(model)
+
+
+def trains_decoder(model: CausalLM) -> bool:
+    """Whether weights of the decoder get a gradient."""
+    return any(parameter.requires_grad for parameter in model.get_decoder().parameters())
 
 
 class _Watch:

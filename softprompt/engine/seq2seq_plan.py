@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families, sharding
+from softprompt.engine import families, pads, sharding
 from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -27,7 +27,7 @@ from softprompt.engine.plan import (
     tolerances,
 )
 from softprompt.engine.precision import whole_batch_obstacle
-from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows
+from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows, shifted, trains_decoder
 from softprompt.engine.seq2seq_logits import head_bias, logits_source, own_logits
 from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_entropy
@@ -51,6 +51,7 @@ class Seq2SeqPlan(Plan):
     logit_scale: float | None = None  # of the decoder's hidden states in front of the head
     counts_items: bool = False  # the model's loss is divided by num_items_in_batch
     trims: bool = False  # columns that no row uses are dropped
+    kept_because: str | None = None  # why not
 
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Seq2SeqPlan]] = weakref.WeakKeyDictionary()
@@ -90,7 +91,7 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
     """Tries the candidates in order and takes the first whose loss, prompt gradient and logits are the stock
     forward's.
 
-    Costs two tiny steps of the stock model and one of each candidate that was tried.
+    Costs two tiny steps and two forwards of the stock model, and one of each candidate that was tried.
     """
     obstacle = missing_part(model)
     if obstacle is not None:
@@ -99,6 +100,9 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
         with evaluating(model):
             batch, answers = _probe(model)
             stock, expected = _stock_step(model, batch, answers)
+            kept_because = trimming_obstacle(model) or pads.tried(
+                lambda: _difference_by_pads(model, batch, answers)
+            )
             start = Seq2SeqPlan(
                 "padded",
                 REASON,
@@ -108,7 +112,8 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
                 vocab_size=stock.logits.shape[-1],
                 rotary_switch=families.rotary_switch(model),
                 counts_items=_counts_items(model, batch, answers, expected[0]),
-                trims=trimming_obstacle(model) is None,
+                trims=kept_because is None,
+                kept_because=kept_because,
             )
             return _first_that_holds(model, start, batch, answers, stock.logits.detach(), expected)
     except StockFailedError as error:
@@ -122,6 +127,42 @@ def trimming_obstacle(model: CausalLM) -> str | None:
         if value:
             return f"pads at the end change what the encoder makes of the columns before ({name}={value})"
     return whole_batch_obstacle(model)
+
+
+def early_end_obstacle(model: CausalLM, plan: Seq2SeqPlan) -> str | None:
+    """Why the decoder's columns behind the last label are kept in every call, as a sentence, or None."""
+    model_type = model.config.model_type
+    if not plan.trims:
+        return plan.kept_because
+    if model_type in _CACHE_MATTERS:
+        return f"a decoder of type {model_type} masks pads of its own accord, but where it keeps a cache"
+    return "weights of the decoder are trained" if trains_decoder(model) else None
+
+
+def _difference_by_pads(model: CausalLM, batch: Batch, answers: Answers) -> str | None:
+    """Why the columns that the probe's rows do not use have to stay, as a sentence, or None."""
+    texts = model.get_input_embeddings()(batch.input_ids)
+    ids = shifted(model, cast(Tensor, answers.labels))
+    # Its own, which may differ from the encoder's.
+    decoder = model.get_decoder().get_input_embeddings() or model.get_input_embeddings()
+    both = torch.cat([texts, decoder(ids).to(texts)], 1)
+    read = batch.attention_mask.any(0)
+    scored = torch.ne(cast(Tensor, answers.labels), -100).any(0)
+
+    def logits_of(embeds: Tensor) -> Tensor:
+        first, second = embeds.split([texts.shape[1], ids.shape[1]], 1)
+        # A decoder's inputs as labels alone would make them, but for the last one.
+        output = stock_seq2seq(
+            model,
+            replace(batch, input_ids=None, inputs_embeds=first),
+            Answers(),
+            decoder_inputs_embeds=second,
+        )
+        logits: Tensor = output.logits[:, scored]
+        return logits
+
+    used = torch.cat([read, scored]).expand(both.shape[:2])
+    return pads.difference(model, both, ~used, logits_of)
 
 
 def _probe(model: CausalLM) -> tuple[Batch, Answers]:
@@ -151,7 +192,9 @@ def _stock_step(model: CausalLM, batch: Batch, answers: Answers) -> tuple[Any, t
 
 def stock_seq2seq(model: CausalLM, batch: Batch, answers: Answers, **kwargs: Any) -> Any:
     """The padded forward as PEFT runs it, with one prompt for all rows."""
-    embeds = model.get_input_embeddings()(batch.input_ids)
+    embeds = batch.inputs_embeds
+    if embeds is None:
+        embeds = model.get_input_embeddings()(batch.input_ids)
     prompt = batch.prompts[0].to(embeds).expand(batch.shape[0], -1, -1)
     mask = torch.cat([torch.ones_like(prompt[..., 0]).float(), batch.attention_mask.float()], 1)
     return model(
@@ -317,7 +360,7 @@ def run_seq2seq(
     )
     loss = None if answers.labels is None else loss_of_decoded(model, plan, rows, num_items, backend)
     if loss is not None and rows.num_labels == 0:
-        warn_of_no_labels(stacklevel=3)
+        warn_of_no_labels()
     source, values_of = logits_source(model, rows)
     bias = getattr(model, "final_logits_bias", None)
     logits = logits_of(

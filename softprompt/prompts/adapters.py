@@ -58,7 +58,8 @@ def set_prompt(model: Model, prompt: Tensor, adapter_name: str | None = None) ->
         ValueError: no such adapter, another shape than the adapter's, or values that are not finite.
     """
     parameter = prompt_parameter(model, adapter_name)
-    check_prompt(prompt, width=parameter.shape[1], num_virtual_tokens=parameter.shape[0])
+    length, width = parameter.shape
+    check_prompt(prompt, width=width, num_virtual_tokens=length, dtype=parameter.dtype)
     with torch.no_grad():
         parameter.copy_(prompt)
     return model
@@ -70,8 +71,9 @@ def check_prompt(
     width: int,
     num_virtual_tokens: int | None = None,
     source: str = "the prompt",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns `prompt` where it is a finite floating [P, H] of this P (None: any from 1) and H.
+    """Returns `prompt` where it is a floating [P, H] of this P (None: any from 1) and H, finite in `dtype`.
 
     Raises:
         ValueError: it is not; `source` is how the message calls it.
@@ -93,8 +95,8 @@ def check_prompt(
         raise ValueError(
             f"{source} has {length} virtual tokens, expected {num_virtual_tokens or 'one or more'}"
         )
-    if not torch.isfinite(prompt).all():
-        raise ValueError(f"{source} has values that are not finite")
+    if not torch.isfinite(prompt.to(dtype)).all():
+        raise ValueError(f"{source} has values that are not finite in {str(dtype).removeprefix('torch.')}")
     return prompt
 
 
@@ -175,9 +177,10 @@ def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
         raise ValueError(
             f"the adapter in {folder} has {len(prompt)} virtual tokens, its configuration says {expected}"
         )
+    prompt = prompt.to(torch.float32)
     if not torch.isfinite(prompt).all():
         raise ValueError(f"the adapter in {folder} has values that are not finite")
-    return config, prompt.to(torch.float32)
+    return config, prompt
 
 
 def check_base(model: Any, config: PromptTuningConfig, source: str) -> None:

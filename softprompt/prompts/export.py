@@ -12,14 +12,14 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PromptTuningConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.files import alone_in, sync, whole_file
+from softprompt.files import alone_by, sync, whole_file
 from softprompt.prompts.adapters import ADAPTER_CONFIG, WEIGHTS, check_prompt, prompt_parameter, write_npy
 from softprompt.prompts.vocabulary import base_of, dtype_of, embed, width_of
 
@@ -34,7 +34,8 @@ def save_npy(prompt: Tensor, path: str | Path) -> None:
     """
     if Path(path).suffix != ".npy":
         raise ValueError(f"{path} must end in .npy")
-    write_npy(check_prompt(prompt, width=prompt.shape[-1]), path)
+    is_prompt = isinstance(cast(object, prompt), Tensor) and prompt.ndim == 2
+    write_npy(check_prompt(prompt, width=prompt.shape[1] if is_prompt else 0), path)
 
 
 def save_peft(model: Any, prompt: Tensor, folder: str | Path) -> None:
@@ -71,6 +72,7 @@ def write_adapter(config: PromptTuningConfig, prompt: Tensor, folder: str | Path
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    whole = folder.resolve()  # by any name, the lock is beside the folder, which holds the adapter alone
     tensor = prompt.detach().to("cpu").contiguous()
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
         stage = Path(name)
@@ -78,7 +80,7 @@ def write_adapter(config: PromptTuningConfig, prompt: Tensor, folder: str | Path
         config.save_pretrained(str(stage))
         for file in (WEIGHTS[0], ADAPTER_CONFIG):
             sync(stage / file)
-        with alone_in(folder):
+        with alone_by(whole.with_name(f".{whole.name}.lock")):
             (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
             for file in (WEIGHTS[0], ADAPTER_CONFIG):
                 os.replace(stage / file, folder / file)
@@ -104,16 +106,23 @@ def prompt_embeds(
 
     Raises:
         TypeError: no prompt, and not a PEFT model.
-        ValueError: `input_ids` of another rank or outside of the vocabulary, or a prompt that does not fit.
+        ValueError: `input_ids` of another rank, no integers or outside of the vocabulary, or a prompt that
+            does not fit or is not finite in this dtype.
     """
     if prompt is None:
         prompt = prompt_parameter(model)
-    check_prompt(prompt, width=width_of(model))
-    ids = torch.as_tensor(input_ids, dtype=torch.long)
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"input_ids must be integers [L], got {input_ids!r}") from error
     if ids.ndim != 1:
         raise ValueError(f"input_ids must be those of one text, [L], got shape {list(ids.shape)}")
+    if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ValueError(f"input_ids must be integers, got {ids.dtype}")
+    dtype = dtype_of(model) if dtype is None else dtype
+    check_prompt(prompt, width=width_of(model), dtype=dtype)
     joined = torch.cat([prompt.detach().to("cpu", torch.float32), embed(model, ids)])
-    return joined.to(dtype_of(model) if dtype is None else dtype)
+    return joined.to(dtype)
 
 
 def encode(embeds: Tensor) -> str:
@@ -122,6 +131,8 @@ def encode(embeds: Tensor) -> str:
     Raises:
         ValueError: not [P+L, H] of fp32, bf16 or fp16.
     """
+    if not isinstance(cast(object, embeds), Tensor):
+        raise ValueError(f"expected a tensor [P+L, H], got {type(embeds).__name__}")
     if embeds.ndim != 2 or embeds.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"expected [P+L, H] of float32, bfloat16 or float16, got {embeds.dtype} of {list(embeds.shape)}"

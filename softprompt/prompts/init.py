@@ -155,7 +155,9 @@ def common_tokens(
     if counts is None:
         candidates = torch.arange(min(population, size))
     else:
-        if counts.shape != (size,) or bool((counts < 0).any()) or not bool((counts > 0).any()):
+        counts = torch.as_tensor(counts)
+        counted = counts.shape == (size,) and bool(((counts >= 0) & (counts < math.inf)).all())
+        if not counted or not bool((counts > 0).any()):
             raise ValueError(
                 f"counts must be [{size}] numbers of at least 0, some of them above, got shape "
                 f"{list(counts.shape)} with the sum {float(counts.sum()):g}"
@@ -274,8 +276,8 @@ def _normal(model: Any, num_virtual_tokens: int, generator: torch.Generator | No
 
 
 def _check_length(num_virtual_tokens: int) -> int:
-    if num_virtual_tokens < 1:
-        raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens}")
+    if not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+        raise ValueError(f"num_virtual_tokens must be at least 1, got {num_virtual_tokens!r}")
     return num_virtual_tokens
 
 

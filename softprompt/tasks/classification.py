@@ -16,6 +16,11 @@ from softprompt.tasks.folders import TASK_FILE
 
 DEFAULT_TEMPLATE = "{text_column} : {text} Label : "
 IGNORED = -100
+CHOICES = {
+    "padding": ("max_length", "longest"),
+    "end_token": ("pad", "eos"),
+    "positions": ("padded", "compact"),
+}
 
 Example = dict[str, list[int]]
 
@@ -46,11 +51,24 @@ class ClassificationTask:
     positions: str = "padded"
 
     def __post_init__(self) -> None:
-        """Check the template and the labels."""
+        """Check every field: an adapter of someone else brings them along."""
+        for name in ("text_column", "label_column", "template"):
+            if not isinstance(getattr(self, name), str):
+                raise TaskError(f"{name} must be a text, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise TaskError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise TaskError(f"max_length must be a whole number of at least 1, got {self.max_length!r}")
         if self.template.count("{text}") != 1:
             raise TaskError(f"the template {self.template!r} must contain {{text}} exactly once")
         if not self.labels:
             raise TaskError("a classification task needs at least one label")
+        for label in self.labels:
+            if not isinstance(label, str) or not label.strip():
+                raise TaskError(f"a label must be a text that is not blank, got {label!r}")
 
     def fill(self, text: str) -> str:
         """Return the template with the text in it."""
@@ -78,9 +96,16 @@ def load_task(folder: Path) -> tuple[ClassificationTask, str, dict[str, Any]]:
         raise TaskError(f"{folder} has no {TASK_FILE}: give a folder that `softprompt train` wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        model, training = content.pop("model"), content.pop("training")
-        task = ClassificationTask(**{**content, "labels": tuple(content["labels"])})
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        model, training, labels = (content.pop(name) for name in ("model", "training", "labels"))
+        for name, value, kind in (
+            ("model", model, str),
+            ("training", training, dict),
+            ("labels", labels, list),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r}")
+        task = ClassificationTask(**content, labels=tuple(labels))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TaskError(
             f"{path} is not a file that `softprompt train` wrote ({error}): train again"
         ) from error

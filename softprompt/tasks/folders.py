@@ -1,5 +1,6 @@
 """Output folders: adapters and checkpoints that are there completely or not at all."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from softprompt.files import alone_by
 from softprompt.tasks.errors import TaskError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -74,24 +74,19 @@ def staging(folder: Path) -> Iterator[Path]:
 def held(folder: Path) -> Iterator[None]:
     """Keep other runs and sweeps from writing to `folder`, which is made where it is not there.
 
-    The operating system lets go of the lock when the process ends, however it ends; the file stays.
-
     Raises:
         TaskError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise TaskError(
-            f"another run or sweep is already writing to {folder}: wait until it has ended, or name another "
-            "folder"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone_by(folder / LOCK, waits=False))
+        except TimeoutError as error:
+            raise TaskError(
+                f"another run or sweep is already writing to {folder}: wait until it has ended, or name "
+                "another folder"
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 def publish_folder(staged: Path, final: Path) -> None:
@@ -129,7 +124,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return False
-    return True
+    return isinstance(state, dict)

@@ -3,17 +3,20 @@
 import json
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from softprompt.files import whole_file
 from softprompt.tasks.errors import TaskError
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
+_NO_TEXT = (dict, list, tuple, bytes, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ def read_table(
 
     Raises:
         TaskError: the source does not exist, is of an unknown type, cannot be read or has no rows; a column
-            is missing; a text or a label is empty (the row is named, counted from 1 without the header).
+            is missing, there twice or asked for twice; rows have more cells than the header; a text or a
+            label is empty or no text (the row is named, counted from 1 without the header).
     """
+    if label_column == text_column:
+        raise TaskError(f"column {text_column!r} cannot be both the text and the label: name two columns")
     frame = read_frame(source, subset=subset, split=split)
     texts = _text_cells(frame, text_column, "text", str(source))
     labels = None if label_column is None else _text_cells(frame, label_column, "label", str(source))
@@ -153,10 +159,29 @@ def check_labels_known(table: Table, known: Sequence[str]) -> None:
 
 
 def _read_csv(path: Path) -> Any:
+    # Without index_col=False pandas drops the first cells of rows that are longer than the header.
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        header = pd.read_csv(path, header=None, nrows=1, **options)
+        _check_columns(path, header.iloc[0].tolist())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(path, index_col=False, **options)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
+    except pd.errors.ParserWarning as error:
+        raise TaskError(
+            f"{path} has rows with more cells than its header has columns: put texts with commas into "
+            "quotation marks"
+        ) from error
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise TaskError(
+            f"{path} has several columns of the name {_quoted(twice)}: rename all but one of them"
+        )
 
 
 def _read_jsonl(path: Path) -> Any:
@@ -166,7 +191,7 @@ def _read_jsonl(path: Path) -> Any:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise TaskError(
                 f"{path}: line {number} is not JSON ({error}): write one object a line"
             ) from error
@@ -206,14 +231,31 @@ def _text_cells(frame: Any, column: str, kind: str, source: str) -> list[str]:
             f"{source} has no column {column!r}; its columns are {_quoted(list(frame.columns))}: "
             f"name one of them as the {kind} column"
         )
-    cells = ["" if _is_missing(value) else str(value) for value in frame[column].tolist()]
-    for row, cell in enumerate(cells, start=1):
+    values = frame[column].tolist()
+    cells = ["" if _is_missing(value) else str(value) for value in values]
+    for row, (value, cell) in enumerate(zip(values, cells, strict=True), start=1):
+        place = f"{source}: row {row} (counted from 1, without the header)"
         if not cell.strip():
+            raise TaskError(f"{place} has an empty {kind} in column {column!r}: fill it in or remove the row")
+        if isinstance(value, _NO_TEXT):
             raise TaskError(
-                f"{source}: row {row} (counted from 1, without the header) has an empty {kind} "
-                f"in column {column!r}: fill it in or remove the row"
+                f"{place} has a {type(value).__name__} in column {column!r}, expected a {kind}: name another "
+                "column or make texts of them"
+            )
+        if not _is_unicode(cell):
+            raise TaskError(
+                f"{place} has a {kind} in column {column!r} that is no valid Unicode (half of a surrogate "
+                "pair): correct it"
             )
     return [cell.strip() for cell in cells] if kind == "label" else cells
+
+
+def _is_unicode(cell: str) -> bool:
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_missing(value: Any) -> bool:

@@ -83,6 +83,19 @@ CASES = {
         ],
         "{tmp}/none.csv does not exist: check the path of the table",
     ),
+    "predict into a folder": (
+        [
+            "predict",
+            "--adapter",
+            "{tmp}/adapter",
+            "--data",
+            "{tmp}/table.csv",
+            "--output",
+            "{tmp}/empty",
+            "--overwrite",
+        ],
+        "--output {tmp}/empty is a folder: name a file",
+    ),
     "a demo of no steps": (
         ["demo", "--steps", "0", "--output", "{tmp}/out"],
         "argument --steps: must be at least 10, got 0 (see softprompt demo --help)",
@@ -93,6 +106,8 @@ CASES = {
 @pytest.mark.parametrize("arguments, message", CASES.values(), ids=CASES)
 def test_bad_input_is_one_line_with_the_remedy(run, model_folder, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "header.csv").write_text(TABLE.splitlines()[0] + "\n")
     (tmp_path / "table.csv").write_text(TABLE)

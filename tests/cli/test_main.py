@@ -48,6 +48,11 @@ def test_the_help_of_a_command_explains_every_option_and_ends_with_an_example(ca
         ([], "the following arguments are required: COMMAND (see softprompt --help)"),
         (["tune"], "argument COMMAND: invalid choice: 'tune'"),
         (["train", "--num-virtual-tokens", "0"], "argument --num-virtual-tokens: must be at least 1, got 0"),
+        (["train", "--seed", "4294967296"], "argument --seed: must be at most 2147483647, got 4294967296"),
+        (["train", "--model", ""], "argument --model: must not be empty"),
+        (["train", "--data", " "], "argument --data: must not be empty"),
+        (["export", "--format", "peft", "--adapter", "a", "--output", ""], "argument --output: must not be"),
+        (["train", "--template", "\udc80 {text}"], "argument --template: must be valid UTF-8, got '\\udc80"),
         (["train", "--epochs", "two"], "argument --epochs: expected a whole number, got 'two'"),
         (["train", "--learning-rate", "0"], "argument --learning-rate: must be more than 0, got 0"),
         (["train", "--learning-rate", "nan"], "argument --learning-rate: must be more than 0, got nan"),
@@ -92,3 +97,44 @@ def test_what_torchao_says_of_its_libraries_stays_out_of_the_output(capsys):
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).warning("Failed to load a library")
     assert "Failed to load" not in capsys.readouterr().err
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.OutOfMemoryError, which is known by its name."""
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(30, "Read-only file system", "out/p.csv"), "out/p.csv: Read-only file system"),
+        (MemoryError(), errors.OUT_OF_MEMORY),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), errors.OUT_OF_MEMORY),
+        (
+            OSError("1024 requested and 224 written"),
+            "a file could not be written, is the disk full? (1024 requested and 224 written)",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8512 vs 8406"),
+            "a file could not be written, is the disk full? ([enforce fail at inline_container.cc:672] . "
+            "unexpected pos 8512 vs 8406)",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), errors.OUT_OF_MEMORY),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(run, monkeypatch, error, message):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr("softprompt.cli.doctor.run", fail)
+    code, _, err = run("doctor")
+    assert (code, err) == (2, f"softprompt: {message}\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run, monkeypatch):
+    def fail(args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("softprompt.cli.doctor.run", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run("doctor")

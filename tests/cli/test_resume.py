@@ -176,3 +176,40 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(table, model_folder, tmp_path
     assert f"interrupted after step {steps} of 15000" in err
     saved = {path.name for path in (output / f"checkpoint-{steps}").iterdir()}
     assert saved >= {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "softprompt.json"}
+
+
+# file -> (what is left of its bytes, None: no file; what is said)
+DAMAGE = {
+    "no optimizer": ("optimizer.pt", None, "optimizer.pt is missing or not what torch wrote"),
+    "half an optimizer": ("optimizer.pt", 0.5, "optimizer.pt is missing or not what torch wrote"),
+    "no random state": ("rng_state.pth", None, "rng_state.pth is missing or not what torch wrote"),
+    "an empty schedule": ("scheduler.pt", 0, "scheduler.pt is missing or not what torch wrote"),
+    "half a prompt": ("adapter_model.safetensors", 0.5, "cannot be read: "),
+    "no configuration": (
+        "adapter_config.json",
+        None,
+        "holds no adapter: expected a folder with adapter_config.json",
+    ),
+}
+
+
+def test_resume_from_a_damaged_checkpoint_is_one_line(train, tmp_path, interrupted_after, monkeypatch):
+    """Trainer would go on with a new optimizer, without a word, or end in a traceback."""
+    interrupted_after(2)
+    assert train("out")[0] == 130
+    monkeypatch.undo()
+    monkeypatch.setattr("softprompt.tasks.plot.draw_training", lambda history, path: path.write_bytes(b""))
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    for name, share, said in DAMAGE.values():
+        whole = (checkpoint / name).read_bytes()
+        if share is None:
+            (checkpoint / name).unlink()
+        else:
+            (checkpoint / name).write_bytes(whole[: int(share * len(whole))])
+        code, out, err = train("out", "--resume")
+        assert (code, out) == (2, "")
+        assert err.startswith(f"softprompt: --resume: {checkpoint} is damaged (")
+        assert said in err
+        assert err.endswith("): remove it to go on from the checkpoint before, or train without --resume\n")
+        (checkpoint / name).write_bytes(whole)
+    assert train("out", "--resume")[0] == 0

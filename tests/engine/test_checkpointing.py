@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from parity import assert_close, assert_same_step, make_batch, prompt_of, step
+from parity import assert_close, assert_same_step, make_batch, prompt_of, real_columns, step
 from peft import get_peft_model
 from tiny_models import build, pair, prompt_config, prompted
+from torch.utils.checkpoint import checkpoint
 
 import softprompt
 
@@ -167,3 +168,58 @@ def test_dropout_is_drawn_again_alike():
         torch.manual_seed(7)
         grads.append(step(fast, BATCH).grads.popitem()[1])
     assert_close(grads[0], grads[1], 1e-10, "prompt gradient")
+
+
+REAL = real_columns(BATCH, 4)
+
+
+def inside(use):
+    return lambda model: checkpoint(use, model(**BATCH).logits, use_reentrant=False)
+
+
+# How logits meet a function of the user's own that is run again in the backward pass.
+USES = {
+    "first used inside": inside(lambda logits: logits[REAL].square().mean()),
+    "cast inside": inside(lambda logits: logits.float()[REAL].square().mean()),
+    "cloned inside": inside(lambda logits: (logits.clone()[REAL].exp() * logits[REAL]).mean()),
+    "detached inside": inside(lambda logits: (logits[REAL] * logits.detach()[REAL].softmax(-1)).sum()),
+    "one operand of two": inside(
+        lambda logits: torch.cat([logits.new_ones(1, 12, 97), logits])[1:][REAL].mean()
+    ),
+    "found in a closure": lambda model: (
+        lambda output: checkpoint(lambda: output.logits[REAL].square().mean(), use_reentrant=False)
+    )(model(**BATCH)),
+    "used by two functions": lambda model: (
+        lambda logits: sum(
+            checkpoint(lambda x: x[REAL].square().mean(), logits, use_reentrant=False) for _ in range(2)
+        )
+    )(model(**BATCH).logits),
+    "made and used inside": lambda model: checkpoint(
+        lambda ids: model(**{**BATCH, "input_ids": ids}).logits[REAL].square().mean(),
+        BATCH["input_ids"],
+        use_reentrant=False,
+    ),
+    "made inside, used outside": lambda model: (
+        checkpoint(
+            lambda ids: model(**{**BATCH, "input_ids": ids}).logits, BATCH["input_ids"], use_reentrant=False
+        )[REAL]
+        .square()
+        .mean()
+    ),
+    "made inside, used further inside": lambda model: checkpoint(
+        lambda ids: inside(lambda logits: logits[REAL].square().mean())(model),
+        BATCH["input_ids"],
+        use_reentrant=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("loss_of", USES.values(), ids=USES)
+def test_logits_in_a_checkpointed_function_give_the_gradient_of_peft(loss_of):
+    stock, fast = pair(prompted("llama"))
+    softprompt.patch(fast, on_unsupported="error")
+    losses = [loss_of(model) for model in (stock, fast)]
+    for loss in losses:
+        loss.backward()
+    assert_close(losses[1].detach(), losses[0].detach(), 2e-6, "loss")
+    assert_close(prompt_of(fast).grad, prompt_of(stock).grad, 2e-6, "d(prompt)")

@@ -46,12 +46,12 @@ def test_learned_positions_have_a_limit(name):
     assert make_plan(build(name)).position_limit == {"gpt2": 64, "opt": 64}.get(name)
 
 
-def test_the_stock_forward_is_run_once_and_the_chosen_route_once():
+def test_the_stock_forward_is_run_once_beside_the_trial_of_pads_and_the_chosen_route_once():
     model = build("llama")
     calls = []
     model.model.layers[0].register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
     make_plan(model)
-    assert [tuple(shape) for shape in calls] == [(2, 10, 48), (1, 14, 48)]
+    assert [tuple(shape) for shape in calls] == [(2, 10, 48), (1, 14, 48), *[(2, 10, 48)] * 2]
 
 
 class Counter:

@@ -2,6 +2,7 @@
 
 import torch
 from peft import MultitaskPromptTuningConfig
+from quantised_modules import OneScale, replace_linears
 from seq2seq_models import build, config_of, prompted, seq2seq_batch
 from torch.nn import functional
 
@@ -69,11 +70,45 @@ def head_that_adds_up_its_rows(base):
     base.lm_head.register_forward_hook(lambda module, args, output: output.cumsum(1))
 
 
+def with_one_scale(base):
+    replace_linears(base, OneScale)
+
+
+def trained_decoder(base):
+    base.get_decoder().final_layer_norm.weight.requires_grad_(True)
+
+
+def without_decoder_embeds(base):
+    class Strict(type(base)):
+        def forward(self, *args, decoder_inputs_embeds=None, **kwargs):
+            if decoder_inputs_embeds is not None:
+                raise TypeError("decoder_inputs_embeds are not taken")
+            return super().forward(*args, **kwargs)
+
+    base.__class__ = Strict
+
+
 def rows():
     yield Row(REASON, patched(), "explain")
     yield Row(
         "pads at the end change what the encoder makes of the columns before ({}={})",
         patched(name="led", dtype=torch.float32),
+        "explain",
+    )
+    yield Row(
+        "numbers that stand out in pads change the other tokens (logits by {}, tried on two rows)",
+        patched(with_one_scale, dtype=torch.float32),
+        "explain",
+    )
+    yield Row(
+        "whether pads change the other tokens cannot be tried: {}: {}",
+        patched(without_decoder_embeds),
+        "explain",
+    )
+    yield Row("weights of the decoder are trained", patched(trained_decoder), "explain")
+    yield Row(
+        "a decoder of type {} masks pads of its own accord, but where it keeps a cache",
+        patched(name="t5gemma"),
         "explain",
     )
     for sentence in (

@@ -4,6 +4,8 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -197,6 +199,49 @@ def test_an_adapter_is_not_written_between_the_two_files_of_another(tmp_path):
     slow.join(60)
     assert slow.exitcode == 0
     assert state_of(tmp_path / "adapter") == "new"
+
+
+def hold(folder, inside):
+    with files.alone_by(folder / ".lock"):
+        inside.set()
+        time.sleep(60)
+
+
+def test_a_folder_is_free_again_when_its_holder_is_killed(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    inside = fork.Event()
+    holder = fork.Process(target=hold, args=(tmp_path, inside))
+    holder.start()
+    assert inside.wait(60)
+    with (
+        pytest.raises(TimeoutError, match="another process holds"),
+        files.alone_by(tmp_path / ".lock", waits=False),
+    ):
+        pass
+    holder.kill()
+    holder.join(60)
+    with files.alone_by(tmp_path / ".lock", waits=False):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(37, "No locks available"), "cannot be locked, as some network file systems have no locks"),
+        (NotImplementedError("no flock"), "cannot be locked, as some network file systems have no locks"),
+        (OSError(30, "Read-only file system", "out/.lock"), "Read-only file system: 'out/.lock'"),
+    ],
+    ids=["no locks", "no flock", "read-only"],
+)
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(files.FileLock, "acquire", fail)
+    with pytest.raises(OSError, match=re.escape(message)) as raised:
+        save_adapter("new", tmp_path)
+    assert str(raised.value.filename) in (str(tmp_path / ".adapter.lock"), "out/.lock")
+    assert state_of(tmp_path / "adapter") == "none"
 
 
 def test_an_array_that_is_replaced_is_read_whole(tmp_path):

@@ -86,6 +86,32 @@ BAD_FILES = {
     ),
     "null label": ("t.jsonl", b'{"text": "a", "label": null}', "row 1 (counted from 1, without the header)"),
     "ragged row": ("t.csv", b"text,label\na,b,c,d\na,b,c,d,e\n", "is not a readable .csv table"),
+    "one comma too many in every row": (
+        "t.csv",
+        b"text,label\nhello, you,b\nbye, you,c\n",
+        "has rows with more cells than its header has columns: put texts with commas into quotation marks",
+    ),
+    "a column twice": (
+        "t.csv",
+        b"text,label,text\na,b,c\n",
+        "has several columns of the name 'text': rename all but one of them",
+    ),
+    "an object": (
+        "t.jsonl",
+        b'{"text": {"en": "a"}, "label": "b"}',
+        "row 1 (counted from 1, without the header) has a dict in column 'text', expected a text",
+    ),
+    "several labels": (
+        "t.jsonl",
+        b'{"text": "a", "label": ["b", "c"]}',
+        "row 1 (counted from 1, without the header) has a list in column 'label', expected a label",
+    ),
+    "half a surrogate pair": (
+        "t.jsonl",
+        b'{"text": "a \\ud83d", "label": "b"}',
+        "row 1 (counted from 1, without the header) has a text in column 'text' that is no valid Unicode",
+    ),
+    "json without an end": ("t.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     "not utf-8": ("t.csv", b"text,label\n\xff\xfe,b\n", "is not a readable .csv table"),
     "broken json": ("t.jsonl", b'{"text": "a", "label": "b"}\n{"text"', "line 2 is not JSON"),
     "json list": ("t.jsonl", b"[1, 2]\n", "line 1 is not a JSON object: write one object a line"),
@@ -101,6 +127,12 @@ def test_a_bad_file_is_refused_with_its_problem(tmp_path, name, content, message
         read_table(path, "text", "label")
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_one_column_is_not_text_and_label(tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\na,b\n")
+    with pytest.raises(TaskError, match="column 'text' cannot be both the text and the label"):
+        read_table(tmp_path / "t.csv", "text", "text")
 
 
 def test_a_missing_file_is_refused():

@@ -169,5 +169,5 @@ def check_num_items(num_items: int | float | Tensor | None) -> None:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}")
-    elif not num_items >= 0:
-        raise ValueError(f"num_items must not be negative, got {num_items}")
+    elif not isinstance(num_items, (int, float)) or not num_items >= 0:
+        raise ValueError(f"num_items must be a number of at least 0, got {num_items!r}")
