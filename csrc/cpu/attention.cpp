@@ -12,7 +12,8 @@
 namespace softprompt {
 namespace {
 
-constexpr int64_t kQueries = 24;  // whose scores are computed together
+constexpr int64_t kQueries = 24;                      // whose scores are computed together
+constexpr int64_t kSumBytes = int64_t{64} << 20;  // of the prompts' gradients in all shares
 
 // Heads of dense vectors: [heads, rows, width].
 template <class Scalar>
@@ -74,13 +75,14 @@ struct Segments {
   }
 };
 
-// What one thread does in one go. The last two are where it adds up the gradient of all prompts' keys and values.
+// What one thread does in one go. The sums are where it adds up the gradient of the prompts' keys and values.
 template <class Scalar>
 struct Task {
   int64_t key_head;
   int64_t first, end;  // segments
-  Scalar* of_key;      // [ΣP, D]
-  Scalar* of_value;    // [ΣP, Dv]
+  Scalar* key_sums = nullptr;    // [ΣP, D] at the strides below
+  Scalar* value_sums = nullptr;  // [ΣP, Dv]
+  int64_t key_row = 0, value_row = 0;
 };
 
 template <class Scalar>
@@ -167,10 +169,22 @@ struct Call {
   Segments segments;
   int64_t first_dummy;
 
-  // Shares of the segments, of about as many (query, key) pairs each: key heads alone may be fewer than threads.
-  std::vector<int64_t> shares() const {
+  int64_t prompt_rows() const {
+    return segments.cu_prompts[segments.num_prompts];
+  }
+
+  // Of the sums of one share.
+  int64_t bytes_of_sums() const {
+    const int64_t width = problem.head_dim + problem.value_dim;
+    return problem.num_key_heads * prompt_rows() * width * static_cast<int64_t>(sizeof(Scalar));
+  }
+
+  // Shares of the segments, of about as many (query, key) pairs each: key heads alone may be fewer than threads. No
+  // more than `allowed`.
+  std::vector<int64_t> shares(int64_t allowed) const {
     const int64_t threads = torch::stable::get_num_threads(), heads = std::max<int64_t>(1, problem.num_key_heads);
-    const int64_t most = std::max<int64_t>(1, std::min(segments.count(), (2 * threads + heads - 1) / heads));
+    const int64_t wanted = std::min((2 * threads + heads - 1) / heads, allowed);
+    const int64_t most = std::max<int64_t>(1, std::min(segments.count(), wanted));
     std::vector<int64_t> pairs{0};
     for (int64_t index = 0; index < segments.count(); ++index) {
       const Segment segment = segments.at(index);
@@ -258,8 +272,8 @@ void shared_prompt_attention(
     const Passes<Scalar> passes = passes_of<Scalar>(instructions);
     Scalar* to = output_of<Scalar>(out);
     Scalar* sums = output_of<Scalar>(lse);
-    call.for_tasks(call.shares(), [&](int64_t key_head, int64_t, int64_t first, int64_t end) {
-      passes.attend(problem, call.segments, {key_head, first, end, nullptr, nullptr}, to, sums);
+    call.for_tasks(call.shares(call.segments.count()), [&](int64_t key_head, int64_t, int64_t first, int64_t end) {
+      passes.attend(problem, call.segments, {key_head, first, end}, to, sums);
     });
     // A dummy sees only itself: its output is its value.
     const int64_t group = problem.num_heads / problem.num_key_heads;
@@ -309,32 +323,39 @@ void shared_prompt_attention_backward(
         heads_of<Scalar>(out), heads_of<Scalar>(grad_out), values_of<Scalar>(lse), output_of<Scalar>(delta),
         output_of<Scalar>(grad_query), output_of<Scalar>(grad_key), output_of<Scalar>(grad_value)};
     const int64_t heads = problem.num_key_heads, key_dim = problem.head_dim, value_dim = problem.value_dim;
-    const int64_t prompt_rows = call.segments.cu_prompts[call.segments.num_prompts];
-    const std::vector<int64_t> bounds = call.shares();
+    const int64_t prompt_rows = call.prompt_rows(), width = key_dim + value_dim;
+    const std::vector<int64_t> bounds = call.shares(kSumBytes / std::max<int64_t>(1, call.bytes_of_sums()));
     const int64_t shares = static_cast<int64_t>(bounds.size()) - 1;
-    std::vector<Scalar> of_key(shares * heads * prompt_rows * key_dim);
-    std::vector<Scalar> of_value(shares * heads * prompt_rows * value_dim);
+    // One share adds to the gradients themselves, to which its prompts have added before; several have sums of their
+    // own, which are added in a fixed order.
+    std::vector<Scalar> sums(shares > 1 ? shares * heads * prompt_rows * width : 0);
     call.for_tasks(bounds, [&](int64_t key_head, int64_t share, int64_t first, int64_t end) {
-      const int64_t place = (share * heads + key_head) * prompt_rows;
-      passes.attend_backward(
-          problem, call.segments,
-          {key_head, first, end, of_key.data() + place * key_dim, of_value.data() + place * value_dim}, gradients);
+      Task<Scalar> task{key_head, first, end};
+      if (shares == 1) {
+        task.key_sums = gradients.key + key_head * key_dim;
+        task.value_sums = gradients.value + key_head * value_dim;
+        task.key_row = heads * key_dim;
+        task.value_row = heads * value_dim;
+      } else {
+        task.key_sums = sums.data() + (share * heads + key_head) * prompt_rows * width;
+        task.value_sums = task.key_sums + key_dim;
+        task.key_row = task.value_row = width;
+      }
+      passes.attend_backward(problem, call.segments, task, gradients);
     });
-    const auto add = [&](const std::vector<Scalar>& sums, int64_t width, Scalar* to) {
-      torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t head = begin; head < end; ++head) {
-          for (int64_t share = 0; share < shares; ++share) {
-            const Scalar* from = sums.data() + (share * heads + head) * prompt_rows * width;
-            for (int64_t row = 0; row < prompt_rows; ++row) {
-              Scalar* out_row = to + (row * heads + head) * width;
-              for (int64_t d = 0; d < width; ++d) out_row[d] += from[row * width + d];
-            }
+    torch::stable::parallel_for(0, shares > 1 ? heads : 0, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        for (int64_t share = 0; share < shares; ++share) {
+          const Scalar* from = sums.data() + (share * heads + head) * prompt_rows * width;
+          for (int64_t row = 0; row < prompt_rows; ++row, from += width) {
+            Scalar* d_key = gradients.key + (row * heads + head) * key_dim;
+            Scalar* d_value = gradients.value + (row * heads + head) * value_dim;
+            for (int64_t d = 0; d < key_dim; ++d) d_key[d] += from[d];
+            for (int64_t d = 0; d < value_dim; ++d) d_value[d] += from[key_dim + d];
           }
         }
-      });
-    };
-    add(of_key, key_dim, gradients.key);
-    add(of_value, value_dim, gradients.value);
+      }
+    });
     const int64_t group = problem.num_heads / heads;
     for (int64_t row = call.first_dummy; row < problem.num_rows; ++row) {
       std::fill_n(gradients.query + row * problem.num_heads * key_dim, problem.num_heads * key_dim, Scalar(0));

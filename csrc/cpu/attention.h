@@ -262,11 +262,10 @@ void attend_backward(
         multiply(by_key.at(shared, 0), query, problem.query.row, own, head_dim, count, d_key, key_row, true);
         multiply(
             weights.at(shared, 0), d_out, gradients.out.row, own, value_dim, count, d_value, value_row, true);
-        // What a prompt gets from the texts is summed apart: other threads add to the same rows.
-        Scalar* of_key = task.of_key + segment.shared_first * head_dim;
-        Scalar* of_value = task.of_value + segment.shared_first * value_dim;
-        multiply(by_key, query, problem.query.row, shared, head_dim, count, of_key, head_dim, true);
-        multiply(weights, d_out, gradients.out.row, shared, value_dim, count, of_value, value_dim, true);
+        Scalar* of_key = task.key_sums + segment.shared_first * task.key_row;
+        Scalar* of_value = task.value_sums + segment.shared_first * task.value_row;
+        multiply(by_key, query, problem.query.row, shared, head_dim, count, of_key, task.key_row, true);
+        multiply(weights, d_out, gradients.out.row, shared, value_dim, count, of_value, task.value_row, true);
       }
     }
   }
