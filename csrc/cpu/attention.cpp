@@ -275,11 +275,11 @@ void shared_prompt_attention(
     call.for_tasks(call.shares(call.segments.count()), [&](int64_t key_head, int64_t, int64_t first, int64_t end) {
       passes.attend(problem, call.segments, {key_head, first, end}, to, sums);
     });
-    // A dummy sees only itself: its output is its value.
+    // A dummy sees only itself: its output is its value, in which a sink, however large, has no share.
     const int64_t group = problem.num_heads / problem.num_key_heads;
     for (int64_t row = call.first_dummy; row < problem.num_rows; ++row) {
       for (int64_t head = 0; head < problem.num_heads; ++head) {
-        sums[head * problem.num_rows + row] = 0;
+        sums[head * problem.num_rows + row] = std::numeric_limits<Scalar>::infinity();
         std::copy_n(
             problem.value.at(head / group, row), problem.value_dim,
             to + (row * problem.num_heads + head) * problem.value_dim);

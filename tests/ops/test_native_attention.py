@@ -74,6 +74,42 @@ def test_a_number_that_is_none_stays_in_its_text():
     torch.testing.assert_close(out, clean, rtol=0, atol=0)
 
 
+def test_a_dummy_has_no_share_in_the_gradient_of_a_large_sink():
+    layout = layout_of("right, dummies")
+    inputs, sinks = tensors(layout, dtype=torch.float32), torch.full((4,), 200.0, requires_grad=True)
+    ours, expected = (
+        results(inputs, layout, {"sinks": sinks}, backend=backend)[-1] for backend in ("native", "reference")
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+def losses(query, key, value, layout):
+    """By the function and by the op, with a second derivative beside the attention's."""
+    arguments = (layout.slots, layout.position_ids, layout.key_slots, layout.cu_prompts, layout.cu_texts)
+    options = (0.4, None, None, None, None, None)
+    by_op = torch.ops.softprompt.shared_prompt_attention_native(
+        query, key, value, *arguments, layout.prompt_of_row, *options
+    )[0]
+    by_function = shared_prompt_attention(query, key, value, layout, scale=0.4, backend="native")
+    return [out.square().sum() + query.pow(3).sum() for out in (by_function, by_op)]
+
+
+def test_a_second_derivative_is_refused():
+    inputs = tensors(layout_of("right"))
+    for loss in losses(*inputs, layout_of("right")):
+        (gradient,) = torch.autograd.grad(loss, inputs[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative|differentiate twice"):
+            torch.autograd.grad(gradient.sum(), inputs[:1])
+
+
+def test_the_gradient_of_the_function_is_that_of_the_op():
+    layout = layout_of("ragged prompts")
+    inputs = tensors(layout)
+    by_function, by_op = (torch.autograd.grad(loss, inputs) for loss in losses(*inputs, layout))
+    for ours, expected in zip(by_function, by_op, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 def test_the_compiled_attention_takes_cpu_tensors_only():
     assert native_obstacle(torch.ones(1, 1, 1)) is None
     refused = native_obstacle(torch.ones(1, 1, 1, device="meta"))

@@ -84,6 +84,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[T
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, *vectors = inputs[:9]
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.options = inputs[9:12]
     ctx.save_for_backward(query, key, value, *output, *vectors, *inputs[12:])
@@ -142,7 +143,6 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = _kernel(*arguments)
-        ctx.mark_non_differentiable(lse)
         _setup(ctx, arguments, (out, lse))
         return out, lse
 
