@@ -19,7 +19,9 @@ def run():
 
 def test_the_oldest_environment_has_the_lower_bounds_of_the_package(run):
     bounds = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    assert {line.replace("==", ">=") for line in run.requirements("oldest")[:3]} == set(bounds)
+    pinned = {line.replace("==", ">=") for line in run.requirements("oldest")[:3]}
+    # What all of them depend on themselves comes with them.
+    assert pinned == {line for line in bounds if not line.startswith("filelock")}
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "peft"])

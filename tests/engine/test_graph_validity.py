@@ -235,7 +235,7 @@ def test_a_denominator_that_is_none_is_refused_by_name(items, message, before, t
 def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(tape):
     base, prompt = build("llama"), leaf()
     record(base, prompt)
-    with pytest.raises(ValueError, match="num_items must not be negative"):
+    with pytest.raises(ValueError, match="num_items must be a number of at least 0, got -1"):
         loss_of(base, prompt, 3, num_items_in_batch=-1)
     with torch.no_grad():
         base.lm_head.weight.data = base.lm_head.weight + 1

@@ -98,7 +98,7 @@ def test_a_second_derivative_is_refused():
     inputs = tensors(layout_of("right"))
     for loss in losses(*inputs, layout_of("right")):
         (gradient,) = torch.autograd.grad(loss, inputs[:1], create_graph=True)
-        with pytest.raises(RuntimeError, match="second derivative|differentiate twice"):
+        with pytest.raises(RuntimeError, match="differentiated once, got a second derivative"):
             torch.autograd.grad(gradient.sum(), inputs[:1])
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from softprompt.ops.library import declare, define
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 _HALF = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, Parameter)
 
 
 def shared_prompt_attention(
@@ -31,7 +31,7 @@ def shared_prompt_attention(
     if dtype in _HALF:
         query, key, value = query.float(), key.float(), value.float()
     # The op costs 80 us more a call than the function, and only tracing needs it.
-    attend = _Attention.apply if type(query) in (Tensor, Parameter) else _OP
+    attend = _Attention.apply if type(query) in _PLAIN else _OP
     out, _ = attend(
         query,
         key,
@@ -94,11 +94,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         return (None,) * 15
     query, key, value, out, lse, *vectors, slopes, sinks, branches = ctx.saved_tensors
-    grads = _GRADIENT(grad_out, query, key, value, out, lse, *vectors, *ctx.options, slopes, sinks, branches)
-    return _of_inputs(grads, sinks)
-
-
-def _of_inputs(grads: tuple[Tensor, ...], sinks: Tensor | None) -> tuple[Any, ...]:
+    # Only the op tells autograd that its results depend on the inputs: differentiated again, it raises.
+    gradient = _GRADIENT if torch.is_grad_enabled() or type(query) not in _PLAIN else _backward_kernel
+    grads = gradient(grad_out, query, key, value, out, lse, *vectors, *ctx.options, slopes, sinks, branches)
     return *grads[:3], *(None,) * 10, None if sinks is None else grads[3], None
 
 
@@ -146,16 +144,7 @@ class _Attention(torch.autograd.Function):
         _setup(ctx, arguments, (out, lse))
         return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        if grad_out is None:
-            return (None,) * 15
-        query, key, value, out, lse, *vectors, slopes, sinks, branches = ctx.saved_tensors
-        grads = _backward_kernel(
-            grad_out, query, key, value, out, lse, *vectors, *ctx.options, slopes, sinks, branches
-        )
-        return _of_inputs(grads, sinks)
+    backward = staticmethod(_backward)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
