@@ -124,7 +124,7 @@ def attention(sizes: AttentionSizes, device: str) -> Problem:
 
     own_variants = (
         replace(variant, comparable=problem.cut)
-        for variant in backend_variants(own, ("triton", "sdpa", "reference"), optional=("reference",))
+        for variant in backend_variants(own, ("triton", "native", "sdpa", "reference"), optional=("reference",))
     )
     pairs = _triangle(problem.prompt) + sum(problem.prompt * n + _triangle(n) for n in problem.lengths)
     columns = problem.live * sizes.head_dim * problem.query.element_size()
