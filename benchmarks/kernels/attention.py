@@ -21,6 +21,7 @@ from benchmarks.texts import EvenLengths, TextLengths
 from softprompt.layout import build_layout
 from softprompt.ops.shared_prompt_attention import AttentionLayout, shared_prompt_attention
 
+_BACKENDS = ("triton", "native", "sdpa", "reference")
 _BLOCK = 128  # T is a multiple of it, as FlexAttention's blocks want it
 _DENSE_BYTES = 4 << 30  # of the [Hq, T, T] scores, above which the dense reference is not run
 
@@ -124,7 +125,7 @@ def attention(sizes: AttentionSizes, device: str) -> Problem:
 
     own_variants = (
         replace(variant, comparable=problem.cut)
-        for variant in backend_variants(own, ("triton", "native", "sdpa", "reference"), optional=("reference",))
+        for variant in backend_variants(own, _BACKENDS, optional=("reference",))
     )
     pairs = _triangle(problem.prompt) + sum(problem.prompt * n + _triangle(n) for n in problem.lengths)
     columns = problem.live * sizes.head_dim * problem.query.element_size()
