@@ -70,7 +70,7 @@ def test_the_toolkit_is_where_nvcc_says_even_if_nvcc_is_a_script_elsewhere(chose
     (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(
         "import os\nraise OSError('built with ' + str(os.environ.get('CUDA_HOME')))\n"
     )
-    named = {} if chosen is None else {"CUDA_HOME": chosen}
+    named = {"SOFTPROMPT_NATIVE": "auto", **({} if chosen is None else {"CUDA_HOME": chosen})}
     environment = {
         name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")
     }
