@@ -37,8 +37,9 @@ def test_the_error_is_at_most_twice_that_of_plain_pytorch(backend, dtype, vocab_
     plain = loss_and_gradients(linear_cross_entropy_ref, *case, **OPTIONS[name])
     ours = loss_and_gradients(linear_cross_entropy, *case, backend=backend, **OPTIONS[name])
     assert [x.dtype for x in ours] == [torch.float32] + [dtype] * (len(ours) - 1)
+    # Where plain PyTorch happens to hit the truth, the last steps of any order of sums may round twice.
     for a, b, c in zip(ours, plain, truth, strict=True):
-        assert largest_error(a, c) <= 2 * largest_error(b, c) + torch.finfo(dtype).eps
+        assert largest_error(a, c) <= 2 * largest_error(b, c) + 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("label_rows_given", [True, False])
