@@ -1,7 +1,8 @@
 // What every implementation shares: tensors as strided views, and the list of floating dtypes.
 //
-// LibTorch's stable ABI only, so that one binary serves all versions of torch and Python. The schemas are
-// declared in Python (softprompt/ops/*/native.py), whose functions check the arguments and allocate the outputs.
+// LibTorch's stable ABI only, so that one binary serves all versions of torch and Python. No argument is a string:
+// its conversion (torch 2.13) leaves a copy of it behind at every call. The schemas are declared in Python
+// (softprompt/ops/*/native.py), whose functions check the arguments and allocate the outputs.
 
 #pragma once
 
@@ -17,7 +18,7 @@
 #include <optional>
 
 // Of the arguments. softprompt/ops/library.py refuses a module whose number is not its own.
-#define SOFTPROMPT_INTERFACE 2
+#define SOFTPROMPT_INTERFACE 3
 
 namespace softprompt {
 

@@ -131,8 +131,8 @@ struct Passes {
 };
 
 template <class Scalar>
-Passes<Scalar> passes_of(const std::string& name) {
-  switch (instructions_of(name)) {
+Passes<Scalar> passes_of(int64_t instructions) {
+  switch (instructions_of(instructions)) {
 #if defined(SOFTPROMPT_TARGETS)
     case Instructions::kAvx512:
       return {&avx512::attend<Scalar>, &avx512::attend_backward<Scalar>};
@@ -262,7 +262,7 @@ void shared_prompt_attention(
     std::optional<Tensor> branches,  // [T] int32
     Tensor out,                      // [T, Hq, Dv]
     Tensor lse,                      // [Hq, T]
-    std::string instructions) {
+    int64_t instructions) {
   with_fp32_or_fp64(query, [&](auto type) {
     using Scalar = typename decltype(type)::type;
     const Call<Scalar> call = call_of<Scalar>(
@@ -311,7 +311,7 @@ void shared_prompt_attention_backward(
     Tensor grad_key,    // [T, Hkv, D]
     Tensor grad_value,  // [T, Hkv, Dv]
     Tensor delta,       // [Hq, T] sum of out * grad_out
-    std::string instructions) {
+    int64_t instructions) {
   with_fp32_or_fp64(query, [&](auto type) {
     using Scalar = typename decltype(type)::type;
     const Call<Scalar> call = call_of<Scalar>(

@@ -67,7 +67,7 @@ struct Passes {
 
   Passes() {
 #if defined(SOFTPROMPT_TARGETS)
-    const Instructions instructions = instructions_of("best");
+    const Instructions instructions = instructions_of(static_cast<int64_t>(Instructions::kBest));
     if (instructions == Instructions::kAvx512) {
       sums_of = &avx512::sums_of<Logit, Sum>;
       write_gradient = &avx512::write_gradient<Logit, Sum>;

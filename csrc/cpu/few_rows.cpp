@@ -59,8 +59,8 @@ struct Products {
   decltype(&baseline::add_weighted) add_weighted = &baseline::add_weighted;
 };
 
-Products products_of(const std::string& name) {
-  switch (instructions_of(name)) {
+Products products_of(int64_t instructions) {
+  switch (instructions_of(instructions)) {
 #if defined(SOFTPROMPT_TARGETS)
     case Instructions::kAvx512:
       return {&avx512::dot_rows, &avx512::add_weighted};
@@ -90,7 +90,7 @@ void few_rows_logits(
     Tensor rows,      // [m, H] fp32, dense rows
     Tensor weight,    // [V, H] fp32, dense rows
     Tensor logits,    // [m, V] fp32, dense rows: rows @ weight.T
-    std::string instructions) {
+    int64_t instructions) {
   const Rows from = rows_of(rows), weights = rows_of(weight), out = rows_of(logits);
   const int64_t width = weight.size(1), vocab_size = weights.count;
   STD_TORCH_CHECK(
@@ -110,7 +110,7 @@ void few_rows_d_rows(
     Tensor d_logits,  // [m, V] fp32, dense rows
     Tensor weight,    // [V, H] fp32, dense rows
     Tensor d_rows,    // [m, H] fp32, contiguous: d_logits @ weight
-    std::string instructions) {
+    int64_t instructions) {
   const Rows factors = rows_of(d_logits), weights = rows_of(weight);
   const int64_t width = weight.size(1), vocab_size = weights.count, size = factors.count * width;
   STD_TORCH_CHECK(

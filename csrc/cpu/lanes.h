@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -54,19 +53,22 @@ struct Lanes {
 };
 #endif
 
-enum class Instructions { kBaseline, kAvx2, kAvx512 };
+// Best: the widest that this processor has. The others are there to be tested. Their numbers are INSTRUCTIONS in
+// softprompt/ops/library.py.
+enum class Instructions : int64_t { kBest, kBaseline, kAvx2, kAvx512 };
 
-// "best": the widest that this processor has. The others are there to be tested.
-inline Instructions instructions_of(const std::string& name) {
-  const bool best = name == "best";
+inline Instructions instructions_of(int64_t number) {
+  const Instructions wanted{number};
+  const bool best = wanted == Instructions::kBest;
 #if defined(SOFTPROMPT_TARGETS)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has_avx512 && (best || name == "avx512")) return Instructions::kAvx512;
-  if (has_avx2 && (best || name == "avx2")) return Instructions::kAvx2;
+  if (has_avx512 && (best || wanted == Instructions::kAvx512)) return Instructions::kAvx512;
+  if (has_avx2 && (best || wanted == Instructions::kAvx2)) return Instructions::kAvx2;
 #endif
-  STD_TORCH_CHECK(best || name == "baseline", "this processor or build has no instructions '", name, "'");
+  STD_TORCH_CHECK(
+      best || wanted == Instructions::kBaseline, "this processor or build has no instructions of number ", number);
   return Instructions::kBaseline;
 }
 

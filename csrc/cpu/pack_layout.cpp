@@ -1,6 +1,5 @@
 // pack_layout on a CPU: the rows are counted, the counts are summed up, and every row writes its own entries.
 
-#include <string>
 #include <vector>
 
 #include "rows.h"
@@ -105,7 +104,8 @@ void pack_layout(
     std::optional<Tensor> prompts_given,  // [B]
     Tensor cu_prompts,                    // [K + 1] int32
     int64_t vocab_size,
-    std::string positions,
+    bool compact,
+    bool by_slot,
     Tensor token_index,
     Tensor position_ids,
     Tensor slots,
@@ -120,7 +120,6 @@ void pack_layout(
   const int64_t num_rows = mask.rows, length = mask.columns;
   const int64_t num_prompts = cu_prompts.size(0) - 1;
   const int64_t capacity = token_index.size(0), label_capacity = label_rows.size(0);
-  const bool compact = positions == "compact", by_slot = positions == "slots";
   Outputs out{
       output_of<int32_t>(token_index),
       output_of<int32_t>(position_ids),

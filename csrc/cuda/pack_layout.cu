@@ -1,8 +1,6 @@
 // pack_layout in one launch: every row of the batch belongs to a warp, which counts it, waits for the counts of
 // the others, and writes its entries at their places. Scans within a row are votes of the warp.
 
-#include <string>
-
 #include "rows.cuh"
 
 namespace softprompt {
@@ -193,7 +191,8 @@ void pack_layout(
     std::optional<Tensor> prompt_of_row,  // [B]
     Tensor cu_prompts,                    // [K + 1] int32
     int64_t vocab_size,
-    std::string positions,
+    bool compact,
+    bool by_slot,
     Tensor token_index,
     Tensor position_ids,
     Tensor slots,
@@ -231,8 +230,8 @@ void pack_layout(
       vocab_size,
       token_index.size(0),
       label_rows.size(0),
-      positions == "compact",
-      positions == "slots"};
+      compact,
+      by_slot};
   if (num_rows <= kMostWarps && num_rows * length <= kAloneEntries) {
     const auto threads = static_cast<unsigned>(std::max<int64_t>(kWarpsOfMany, num_rows) * kWarp);
     launch(&pack<false>, 1, threads, attention_mask, problem);

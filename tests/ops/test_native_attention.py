@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_problem import BATCHES, HEADS, OPTIONS, layout_of, results, tensors, with_vectors
 
-from softprompt.ops.library import native_availability
+from softprompt.ops.library import INSTRUCTIONS, native_availability
 from softprompt.ops.shared_prompt_attention import native as functions
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.api import native_obstacle
@@ -23,11 +23,10 @@ def threads():
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
 def instructions(request, monkeypatch):
     """Holds the compiled functions to one set of instructions."""
+    number = INSTRUCTIONS[request.param]
     for name in ("_FORWARD", "_BACKWARD"):
         compiled = getattr(functions, name)
-        monkeypatch.setattr(
-            functions, name, lambda *given, compiled=compiled: compiled(*given[:-1], request.param)
-        )
+        monkeypatch.setattr(functions, name, lambda *given, compiled=compiled: compiled(*given[:-1], number))
     layout = layout_of("ragged prompts")
     try:
         shared_prompt_attention(*tensors(layout), layout, backend="native")

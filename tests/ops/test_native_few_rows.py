@@ -4,13 +4,13 @@ import pytest
 import torch
 from poison import poisoned_buffers
 
-from softprompt.ops.library import native_availability
+from softprompt.ops.library import INSTRUCTIONS, native_availability
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.native import serves_few_rows
 
 pytestmark = pytest.mark.skipif(not native_availability("cpu").usable, reason="the native ops are not built")
 
-INSTRUCTIONS = ["best", "avx512", "avx2", "baseline"]
+BEST = INSTRUCTIONS["best"]
 NUM_ROWS = [0, 1, 3, 4, 6, 7, 13, 21, 128]
 # Widths around vectors of 4, 8 and 16 numbers and four of them; vocabularies around blocks and their sums.
 SIZES = [(1, 1), (3, 5), (15, 3), (17, 64), (64, 131), (71, 1003), (5, 4101), (130, 9001)]
@@ -18,14 +18,14 @@ SIZES = [(1, 1), (3, 5), (15, 3), (17, 64), (64, 131), (71, 1003), (5, 4101), (1
 
 @pytest.fixture(params=INSTRUCTIONS)
 def instructions(request):
-    one = torch.ones(1, 1)
+    number, one = INSTRUCTIONS[request.param], torch.ones(1, 1)
     try:
-        torch.ops.softprompt.native_few_rows_logits(one, one, torch.empty(1, 1), request.param)
+        torch.ops.softprompt.native_few_rows_logits(one, one, torch.empty(1, 1), number)
     except RuntimeError as error:
         if "has no instructions" not in str(error):
             raise
         pytest.skip(f"no {request.param} here")
-    return request.param
+    return number
 
 
 @pytest.fixture(params=[1, 3])
@@ -85,13 +85,13 @@ def test_long_sums_are_as_near_as_those_of_pytorch(instructions):
 def test_sizes_that_do_not_fit_are_refused(size):
     rows, weight = numbers(2, 4), numbers(3, 4)
     with pytest.raises(RuntimeError, match="sizes do not fit"):
-        torch.ops.softprompt.native_few_rows_logits(rows, weight, torch.empty(3, 3), "best")
+        torch.ops.softprompt.native_few_rows_logits(rows, weight, torch.empty(3, 3), BEST)
     with pytest.raises(RuntimeError, match="sizes do not fit"):
-        torch.ops.softprompt.native_few_rows_d_rows(numbers(*size), weight, torch.empty(2, 5), "best")
+        torch.ops.softprompt.native_few_rows_d_rows(numbers(*size), weight, torch.empty(2, 5), BEST)
     with pytest.raises(RuntimeError, match="dense fp32 rows"):
-        torch.ops.softprompt.native_few_rows_logits(rows, numbers(4, 3).t(), torch.empty(2, 3), "best")
-    with pytest.raises(RuntimeError, match="has no instructions 'none'"):
-        torch.ops.softprompt.native_few_rows_logits(rows, weight, torch.empty(2, 3), "none")
+        torch.ops.softprompt.native_few_rows_logits(rows, numbers(4, 3).t(), torch.empty(2, 3), BEST)
+    with pytest.raises(RuntimeError, match="has no instructions of number 9"):
+        torch.ops.softprompt.native_few_rows_logits(rows, weight, torch.empty(2, 3), 9)
 
 
 @pytest.mark.parametrize(

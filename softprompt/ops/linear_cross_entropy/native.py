@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import declare
+from softprompt.ops.library import INSTRUCTIONS, declare
 
 _MOST_ROWS = 256
 
@@ -53,12 +53,12 @@ def serves_few_rows(rows: Tensor, weight: Tensor) -> bool:
 
 def logits_of_few_rows(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     """`out = rows @ weight.T`: [m, H] and [V, H] to [m, V], fp32, dense rows."""
-    _LOGITS(rows, weight, out, "best")
+    _LOGITS(rows, weight, out, INSTRUCTIONS["best"])
 
 
 def d_rows_of_few_rows(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
     """`out = d_logits @ weight`: [m, V] and [V, H] to [m, H], fp32, dense rows."""
-    _D_ROWS(d_logits, weight, out, "best")
+    _D_ROWS(d_logits, weight, out, INSTRUCTIONS["best"])
 
 
 _OP = declare(
@@ -67,8 +67,8 @@ _OP = declare(
     " bool gradient) -> ()"
 )
 _LOGITS = declare(
-    "native_few_rows_logits(Tensor rows, Tensor weight, Tensor(a!) logits, str instructions) -> ()"
+    "native_few_rows_logits(Tensor rows, Tensor weight, Tensor(a!) logits, int instructions) -> ()"
 )
 _D_ROWS = declare(
-    "native_few_rows_d_rows(Tensor d_logits, Tensor weight, Tensor(a!) d_rows, str instructions) -> ()"
+    "native_few_rows_d_rows(Tensor d_logits, Tensor weight, Tensor(a!) d_rows, int instructions) -> ()"
 )

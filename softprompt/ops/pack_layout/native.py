@@ -29,7 +29,8 @@ def pack_layout(
         prompt_of_row,
         prompt_offsets(tuple(prompt_lengths), attention_mask.device),
         vocab_size,
-        positions,
+        positions == "compact",
+        positions == "slots",
         *outputs,
     )
     return outputs
@@ -37,7 +38,7 @@ def pack_layout(
 
 _OP = declare(
     "native_pack_layout(Tensor attention_mask, Tensor? labels, Tensor? input_ids, Tensor? prompt_of_row,"
-    " Tensor cu_prompts, int vocab_size, str positions, Tensor(a!) token_index, Tensor(b!) position_ids,"
-    " Tensor(c!) slots, Tensor(d!) key_slots, Tensor(e!) segments, Tensor(f!) sees, Tensor(g!) cu_texts,"
-    " Tensor(h!) label_rows, Tensor(i!) label_targets, Tensor(j!) counts) -> ()"
+    " Tensor cu_prompts, int vocab_size, bool compact, bool by_slot, Tensor(a!) token_index,"
+    " Tensor(b!) position_ids, Tensor(c!) slots, Tensor(d!) key_slots, Tensor(e!) segments, Tensor(f!) sees,"
+    " Tensor(g!) cu_texts, Tensor(h!) label_rows, Tensor(i!) label_targets, Tensor(j!) counts) -> ()"
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from softprompt.ops.library import declare, define
+from softprompt.ops.library import INSTRUCTIONS, declare, define
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -74,7 +74,7 @@ def _prepared(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _kernel(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     out = _rows_first(query, value.shape[2])
     lse = query.new_empty(query.shape[:2])
-    _FORWARD(_dense(query), _dense(key), _dense(value), *_prepared(arguments), out, lse, "best")
+    _FORWARD(_dense(query), _dense(key), _dense(value), *_prepared(arguments), out, lse, INSTRUCTIONS["best"])
     return out.transpose(0, 1), lse
 
 
@@ -115,7 +115,7 @@ def _backward_kernel(
         *_prepared(arguments),
         *grads,
         delta,
-        "best",
+        INSTRUCTIONS["best"],
     )
     sinks = arguments[10]
     of_sinks = lse.new_empty(0)
@@ -158,12 +158,12 @@ _ARGUMENTS = (
 )
 _FORWARD = declare(
     f"native_shared_prompt_attention(Tensor query, Tensor key, Tensor value, {_ARGUMENTS},"
-    " Tensor(a!) out, Tensor(b!) lse, str instructions) -> ()"
+    " Tensor(a!) out, Tensor(b!) lse, int instructions) -> ()"
 )
 _BACKWARD = declare(
     "native_shared_prompt_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
     f" Tensor out, Tensor lse, {_ARGUMENTS}, Tensor(a!) grad_query, Tensor(b!) grad_key,"
-    " Tensor(c!) grad_value, Tensor(d!) delta, str instructions) -> ()"
+    " Tensor(c!) grad_value, Tensor(d!) delta, int instructions) -> ()"
 )
 _GRADIENT = define(
     "shared_prompt_attention_native_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
