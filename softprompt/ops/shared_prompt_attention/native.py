@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from softprompt.ops.library import INSTRUCTIONS, declare, define
+from softprompt.ops.shared_prompt_attention.gradient import no_second_derivative
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -147,10 +148,6 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("shared_prompt_attention can be differentiated once, got a second derivative")
-
-
 _ARGUMENTS = (
     "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor cu_prompts, Tensor cu_texts,"
     " Tensor prompt_of_row, float scale, int? sliding_window, float? softcap, Tensor? alibi_slopes,"
@@ -170,7 +167,7 @@ _GRADIENT = define(
     f" Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     fake=_backward_fake,
-    backward=_no_second_derivative,
+    backward=no_second_derivative,
 )
 _OP = define(
     f"shared_prompt_attention_native(Tensor query, Tensor key, Tensor value, {_ARGUMENTS})"

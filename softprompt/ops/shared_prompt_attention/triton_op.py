@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softprompt.ops.library import define
+from softprompt.ops.shared_prompt_attention.gradient import no_second_derivative
 
 
 def _triton_kernel(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -62,11 +63,6 @@ def _triton_backward_fake(
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    # Without this, autograd would take the gradients for constants: a wrong second derivative and a warning.
-    raise RuntimeError("shared_prompt_attention can be differentiated once, got a second derivative")
-
-
 _LAYOUT_SCHEMA = (
     "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts,"
     " Tensor cu_texts, SymInt prompt_tokens, float scale, int? sliding_window, float? softcap,"
@@ -77,7 +73,7 @@ _TRITON_BACKWARD = define(
     f" Tensor out, Tensor lse, {_LAYOUT_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     _triton_backward_kernel,
     fake=_triton_backward_fake,
-    backward=_no_second_derivative,
+    backward=no_second_derivative,
 )
 TRITON = define(
     f"shared_prompt_attention_triton(Tensor query, Tensor key, Tensor value, {_LAYOUT_SCHEMA})"
