@@ -334,14 +334,17 @@ def run_killed(kill, how, whole, folder, table):
         kill.problem = f"losses equal: {same_losses}, prompts equal: {same_prompts}"
 
 
-def draw_kill(number, torn, program, whole, random_source):
-    """A kill and how it is done: the first ones cover the operations evenly, every third time is random."""
+def draw_kill(number, again, torn, program, whole, random_source):
+    """A kill and how it is done; every third one comes at a random time.
+
+    The time is drawn from half as much at each further attempt: the run that was measured may have been slow.
+    """
     if torn:
         operation, size = random_source.randint(1, whole.operations), random_source.choice(TORN_BYTES)
         kill = Kill(program, "inside of a write", f"{size} bytes, after operation {operation}", "SIGXFSZ")
         return kill, lambda folder: tear_after(folder, operation, size)
     if number % 3 == 2:
-        seconds = random_source.uniform(0, whole.saving * 0.9)
+        seconds = random_source.uniform(0, whole.saving * 0.9 / 2**again)
         kill = Kill(program, "at a random time", f"{seconds:.3f} s after the first save began", "SIGKILL")
         return kill, seconds
     operation = random_source.randint(1, whole.operations)
@@ -356,7 +359,8 @@ def attempts(arguments, wholes, work, table):
     for number in range(arguments.kills + arguments.torn):
         program = list(PROGRAMS)[number % len(PROGRAMS)]
         for again in range(20):
-            kill, how = draw_kill(number, number >= arguments.kills, program, wholes[program], random_source)
+            torn = number >= arguments.kills
+            kill, how = draw_kill(number, again, torn, program, wholes[program], random_source)
             try:
                 run_killed(kill, how, wholes[program], work / f"killed-{number}-{again}", table)
             except Exception as error:
