@@ -45,14 +45,14 @@ namespace baseline {
 
 #if defined(SOFTPROMPT_TARGETS)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 namespace avx2 {
 #include "elementary.h"
 #include "cross_entropy_rows.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 #include "elementary.h"
 #include "cross_entropy_rows.h"

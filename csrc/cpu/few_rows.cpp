@@ -37,7 +37,7 @@ constexpr int kVectorBytes = 16, kTileRows = 3, kTileColumns = 4;
 
 #if defined(SOFTPROMPT_TARGETS)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 namespace avx2 {
 constexpr int kVectorBytes = 32, kTileRows = 3, kTileColumns = 4;
 #include "products.h"
@@ -45,7 +45,7 @@ constexpr int kVectorBytes = 32, kTileRows = 3, kTileColumns = 4;
 }  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 constexpr int kVectorBytes = 64, kTileRows = 6, kTileColumns = 4;
 #include "products.h"
