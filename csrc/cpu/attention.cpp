@@ -105,7 +105,7 @@ constexpr int kVectorBytes = 16, kTileRows = 3, kTileColumns = 4;
 
 #if defined(SOFTPROMPT_TARGETS)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 namespace avx2 {
 constexpr int kVectorBytes = 32, kTileRows = 3, kTileColumns = 4;
 #include "products.h"
@@ -114,7 +114,7 @@ constexpr int kVectorBytes = 32, kTileRows = 3, kTileColumns = 4;
 }  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 constexpr int kVectorBytes = 64, kTileRows = 6, kTileColumns = 4;
 #include "products.h"
@@ -188,7 +188,9 @@ struct Call {
     std::vector<int64_t> pairs{0};
     for (int64_t index = 0; index < segments.count(); ++index) {
       const Segment segment = segments.at(index);
-      pairs.push_back(pairs.back() + segment.own() * (segment.shared() + segment.own()) + 1);
+      const int64_t keys = segment.shared() + segment.own();
+      const int64_t seen = problem.window == 0 ? keys : std::min(keys, problem.window + std::min(keys, kQueries));
+      pairs.push_back(pairs.back() + segment.own() * seen + 1);
     }
     std::vector<int64_t> bounds{0};
     for (int64_t share = 1; share < most; ++share) {

@@ -44,6 +44,16 @@ class Keys {
     }
   }
 
+  // How many of the first `count` keys, from the first one on, the window hides from all these rows: whole vectors.
+  int64_t hidden(int64_t first_row, int64_t end_row, int64_t count) const {
+    if (problem_.window == 0) return 0;
+    const int32_t slot = *std::min_element(problem_.slots + first_row, problem_.slots + end_row);
+    const int64_t oldest = int64_t{slot} - problem_.window + 1;
+    int64_t place = 0;
+    while (place < count && slots[place] < oldest) ++place;
+    return place / kLanes<Scalar> * kLanes<Scalar>;
+  }
+
   std::vector<int32_t> slots, positions, branches;  // [stride]
   std::vector<Scalar> keys, values;                 // [D, stride] and [Dv, stride]
 
@@ -78,6 +88,18 @@ class Keys {
   int64_t prompt_ = -1, key_head_ = -1;
 };
 
+// Which of the keys of a segment a block of its rows is multiplied with: all but the `hidden` first ones.
+struct SeenKeys {
+  int64_t hidden, prompt_first, prompt, own_first, own;
+
+  SeenKeys(const Segment& segment, int64_t end_row, int64_t hidden)
+      : hidden(hidden),
+        prompt_first(std::min(hidden, segment.shared())),
+        prompt(segment.shared() - prompt_first),
+        own_first(hidden - prompt_first),
+        own(end_row - segment.first - own_first) {}
+};
+
 template <class Scalar>
 inline Factors<Scalar> factors_of(const Heads<Scalar>& heads, int64_t head, int64_t row) {
   return {heads.at(head, row), heads.row, 1};
@@ -91,12 +113,12 @@ inline Scalar dot(const Scalar* a, const Scalar* b, int64_t count) {
   return sum;
 }
 
-// Turns one row of products into scores, minus infinity where a key is not seen. `bend` takes the derivative of the
-// softcap, if there is one.
+// Turns one row of products, with the keys from `first` on, into scores, minus infinity where a key is not seen. `bend`
+// takes the derivative of the softcap, if there is one.
 template <class Scalar>
 inline void finish_scores(
-    const Problem<Scalar>& problem, const Keys<Scalar>& keys, int64_t head, int64_t row, int64_t count, Scalar* scores,
-    Scalar* bend) {
+    const Problem<Scalar>& problem, const Keys<Scalar>& keys, int64_t head, int64_t row, int64_t first, int64_t count,
+    Scalar* scores, Scalar* bend) {
   const Scalar scale = problem.scale;
   for (int64_t i = 0; i < count; ++i) scores[i] *= scale;
   if (problem.softcap != 0) {
@@ -110,19 +132,19 @@ inline void finish_scores(
   }
   if (problem.slopes != nullptr) {
     const Scalar slope = problem.slopes[head];
-    const int32_t* positions = keys.positions.data();
+    const int32_t* positions = keys.positions.data() + first;
     const int32_t position = problem.positions[row];
     for (int64_t i = 0; i < count; ++i) scores[i] += slope * static_cast<Scalar>(positions[i] - position);
   }
   constexpr Scalar kHidden = -std::numeric_limits<Scalar>::infinity();
-  const int32_t* slots = keys.slots.data();
+  const int32_t* slots = keys.slots.data() + first;
   const int32_t slot = problem.slots[row];
   // The oldest slot that a window leaves; the difference is an int64, because slots may be anything.
   const int64_t oldest = problem.window == 0 ? std::numeric_limits<int32_t>::min() : int64_t{slot} - problem.window + 1;
   const int32_t lowest = static_cast<int32_t>(std::max<int64_t>(oldest, std::numeric_limits<int32_t>::min()));
   for (int64_t i = 0; i < count; ++i) scores[i] = slots[i] <= slot && slots[i] >= lowest ? scores[i] : kHidden;
   if (problem.branches != nullptr) {
-    const int32_t* branches = keys.branches.data();
+    const int32_t* branches = keys.branches.data() + first;
     const int32_t branch = problem.branches[row];
     for (int64_t i = 0; i < count; ++i) {
       scores[i] = branches[i] == 0 || branches[i] == branch ? scores[i] : kHidden;
@@ -170,29 +192,30 @@ void attend(const Problem<Scalar>& problem, const Segments& segments, const Task
     const Segment segment = segments.at(index);
     if (segment.own() == 0) continue;
     keys.gather(task.key_head, segment, false);
-    const int64_t shared = segment.shared();
     for (int64_t head = task.key_head * group; head < (task.key_head + 1) * group; ++head) {
       const Scalar* sink = problem.sinks == nullptr ? nullptr : problem.sinks + head;
       for (int64_t first = segment.first; first < segment.end; first += kQueries) {
         const int64_t last = std::min(first + kQueries, segment.end), count = last - first;
-        const int64_t own = last - segment.first, seen = Keys<Scalar>::padded(shared + own);
+        const int64_t visible = segment.shared() + last - segment.first;
+        const SeenKeys seen(segment, last, keys.hidden(first, last, visible));
+        const int64_t width = Keys<Scalar>::padded(visible) - seen.hidden;
         multiply(
-            factors_of(problem.query, head, first), keys.keys.data(), keys.stride(), count, seen, problem.head_dim,
-            scores.data(), keys.stride(), false);
+            factors_of(problem.query, head, first), keys.keys.data() + seen.hidden, keys.stride(), count, width,
+            problem.head_dim, scores.data(), keys.stride(), false);
         Scalar inverse[kQueries];
         for (int64_t row = first; row < last; ++row) {
           Scalar* own_scores = scores.data() + (row - first) * keys.stride();
-          finish_scores(problem, keys, head, row, seen, own_scores, bend.data());
-          lse[head * problem.num_rows + row] = exponentials(own_scores, seen, sink, inverse[row - first]);
+          finish_scores(problem, keys, head, row, seen.hidden, width, own_scores, bend.data());
+          lse[head * problem.num_rows + row] = exponentials(own_scores, width, sink, inverse[row - first]);
         }
         Scalar* to = out + first * out_row + head * problem.value_dim;
         const Factors<Scalar> of_prompt{scores.data(), keys.stride(), 1};
         multiply(
-            of_prompt, problem.value.at(task.key_head, segment.shared_first), problem.value.row, count,
-            problem.value_dim, shared, to, out_row, false);
+            of_prompt, problem.value.at(task.key_head, segment.shared_first + seen.prompt_first), problem.value.row,
+            count, problem.value_dim, seen.prompt, to, out_row, false);
         multiply(
-            of_prompt.at(0, shared), problem.value.at(task.key_head, segment.first), problem.value.row, count,
-            problem.value_dim, own, to, out_row, true);
+            of_prompt.at(0, seen.prompt), problem.value.at(task.key_head, segment.first + seen.own_first),
+            problem.value.row, count, problem.value_dim, seen.own, to, out_row, true);
         for (int64_t row = 0; row < count; ++row) {
           for (int64_t d = 0; d < problem.value_dim; ++d) to[row * out_row + d] *= inverse[row];
         }
@@ -214,7 +237,6 @@ void attend_backward(
     const Segment segment = segments.at(index);
     if (segment.own() == 0) continue;
     keys.gather(task.key_head, segment, true);
-    const int64_t shared = segment.shared();
     Scalar* d_key = gradients.key + segment.first * key_row + task.key_head * head_dim;
     Scalar* d_value = gradients.value + segment.first * value_row + task.key_head * value_dim;
     for (int64_t row = 0; row < segment.own(); ++row) {
@@ -224,28 +246,30 @@ void attend_backward(
     for (int64_t head = task.key_head * group; head < (task.key_head + 1) * group; ++head) {
       for (int64_t first = segment.first; first < segment.end; first += kQueries) {
         const int64_t last = std::min(first + kQueries, segment.end), count = last - first;
-        const int64_t own = last - segment.first, seen = Keys<Scalar>::padded(shared + own);
+        const int64_t visible = segment.shared() + last - segment.first;
+        const SeenKeys seen(segment, last, keys.hidden(first, last, visible));
+        const int64_t width = Keys<Scalar>::padded(visible) - seen.hidden;
         multiply(
-            factors_of(problem.query, head, first), keys.keys.data(), stride, count, seen, head_dim, probabilities.data(),
-            stride, false);
+            factors_of(problem.query, head, first), keys.keys.data() + seen.hidden, stride, count, width, head_dim,
+            probabilities.data(), stride, false);
         multiply(
-            factors_of(gradients.out, head, first), keys.values.data(), stride, count, seen, value_dim, products.data(),
-            stride, false);
+            factors_of(gradients.out, head, first), keys.values.data() + seen.hidden, stride, count, width, value_dim,
+            products.data(), stride, false);
         for (int64_t row = first; row < last; ++row) {
           Scalar* scores = probabilities.data() + (row - first) * stride;
           Scalar* product = products.data() + (row - first) * stride;
-          finish_scores(problem, keys, head, row, seen, scores, bend.data());
+          finish_scores(problem, keys, head, row, seen.hidden, width, scores, bend.data());
           const Scalar lse = gradients.lse[head * problem.num_rows + row];
           const Scalar delta = dot(gradients.outputs.at(head, row), gradients.out.at(head, row), value_dim);
           gradients.delta[head * problem.num_rows + row] = delta;
 #pragma omp simd
-          for (int64_t i = 0; i < seen; ++i) {
+          for (int64_t i = 0; i < width; ++i) {
             const Scalar probability = exp_of(scores[i] - lse);
             scores[i] = probability;
             product[i] = probability * (product[i] - delta) * problem.scale;
           }
           if (problem.softcap != 0) {
-            for (int64_t i = 0; i < seen; ++i) product[i] *= bend[i];
+            for (int64_t i = 0; i < width; ++i) product[i] *= bend[i];
           }
         }
         Scalar* d_query = gradients.query + first * query_row + head * head_dim;
@@ -254,18 +278,22 @@ void attend_backward(
         const Scalar* query = problem.query.at(head, first);
         const Scalar* d_out = gradients.out.at(head, first);
         multiply(
-            by_query, problem.key.at(task.key_head, segment.shared_first), problem.key.row, count, head_dim, shared,
-            d_query, query_row, false);
+            by_query, problem.key.at(task.key_head, segment.shared_first + seen.prompt_first), problem.key.row, count,
+            head_dim, seen.prompt, d_query, query_row, false);
         multiply(
-            by_query.at(0, shared), problem.key.at(task.key_head, segment.first), problem.key.row, count, head_dim, own,
-            d_query, query_row, true);
-        multiply(by_key.at(shared, 0), query, problem.query.row, own, head_dim, count, d_key, key_row, true);
+            by_query.at(0, seen.prompt), problem.key.at(task.key_head, segment.first + seen.own_first), problem.key.row,
+            count, head_dim, seen.own, d_query, query_row, true);
         multiply(
-            weights.at(shared, 0), d_out, gradients.out.row, own, value_dim, count, d_value, value_row, true);
-        Scalar* of_key = task.key_sums + segment.shared_first * task.key_row;
-        Scalar* of_value = task.value_sums + segment.shared_first * task.value_row;
-        multiply(by_key, query, problem.query.row, shared, head_dim, count, of_key, task.key_row, true);
-        multiply(weights, d_out, gradients.out.row, shared, value_dim, count, of_value, task.value_row, true);
+            by_key.at(seen.prompt, 0), query, problem.query.row, seen.own, head_dim, count,
+            d_key + seen.own_first * key_row, key_row, true);
+        multiply(
+            weights.at(seen.prompt, 0), d_out, gradients.out.row, seen.own, value_dim, count,
+            d_value + seen.own_first * value_row, value_row, true);
+        const int64_t prompt_row = segment.shared_first + seen.prompt_first;
+        Scalar* of_key = task.key_sums + prompt_row * task.key_row;
+        Scalar* of_value = task.value_sums + prompt_row * task.value_row;
+        multiply(by_key, query, problem.query.row, seen.prompt, head_dim, count, of_key, task.key_row, true);
+        multiply(weights, d_out, gradients.out.row, seen.prompt, value_dim, count, of_value, task.value_row, true);
       }
     }
   }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_problem import BATCHES, HEADS, OPTIONS, layout_of, results, tensors, with_vectors
+from attention_problem import BATCHES, HEADS, OPTIONS, layout_of, long_batch, results, tensors, with_vectors
 
 from softprompt.ops.library import INSTRUCTIONS, native_availability
 from softprompt.ops.shared_prompt_attention import native as functions
@@ -50,6 +50,25 @@ def assert_equals_the_reference(layout, heads, options, dtype):
 def test_every_set_of_instructions_gives_the_numbers_of_the_reference(instructions, heads, dtype):
     for batch in BATCHES:
         assert_equals_the_reference(layout_of(batch), heads, OPTIONS["all"], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("window", [1, 5, 24, 41, 90])
+def test_windows_that_leave_keys_far_behind(instructions, window, dtype):
+    layout = long_batch(5, 150, [40, 3, 17])
+    for options in ({}, OPTIONS["all"]):
+        assert_equals_the_reference(layout, HEADS[1], {**options, "sliding_window": window}, dtype)
+
+
+def test_what_a_window_leaves_far_behind_is_not_read():
+    layout = long_batch(1, 150, [40])
+    query, key, value = tensors(layout)
+    spoiled = value.detach().clone()
+    spoiled[:, :40] = float("nan")
+    clean = shared_prompt_attention(query, key, value, layout, sliding_window=5, backend="native").detach()
+    out = shared_prompt_attention(query, key, spoiled, layout, sliding_window=5, backend="native").detach()
+    far = slice(40 + 48, None)
+    torch.testing.assert_close(out[:, far], clean[:, far], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", ["none", "all"])
