@@ -87,8 +87,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     scoring.add_argument(
         "--combine",
         choices=("vote", "mean"),
-        default="vote",
-        help="how the prompts of an ensemble decide: by majority, or by mean log-probability",
+        help="how the prompts of an ensemble decide: by majority, or by mean log-probability (default: vote)",
     )
     add_compute_options(parser)
 
@@ -104,6 +103,11 @@ def run(args: argparse.Namespace) -> int:
     if output.exists() and not args.overwrite:
         raise UsageError(f"{output} exists already: name another --output or replace it with --overwrite")
     scored = args.score or folders != [adapter]
+    if args.combine and len(folders) == 1:
+        raise UsageError(
+            f"--combine says how the prompts of an ensemble decide, but {adapter} holds one prompt: "
+            "leave it out"
+        )
     if not scored and (args.calibrate or args.length_normalise or args.label_column):
         raise UsageError("--calibrate, --length-normalise and --label-column need --score")
     require_extra()

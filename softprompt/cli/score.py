@@ -90,7 +90,7 @@ def score_table(
         [len(encoder.targets[label]) for label in encoder.task.labels] if args.length_normalise else None
     )
     each = label_probabilities(logs, lengths=lengths, content_free=content_free)
-    chosen, shares = combine(each, args.combine)
+    chosen, shares = combine(each, args.combine or "vote")
     names = encoder.task.labels
     predicted = [names[number] for number in chosen.tolist()]
     columns = {args.output_column: predicted}

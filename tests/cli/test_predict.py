@@ -220,6 +220,8 @@ def test_labels_that_training_did_not_know_are_measured_only_where_asked(predict
     "more, header, message",
     [
         (("--calibrate",), ("Tweet text", "Note"), "--length-normalise and --label-column need --score"),
+        (("--combine", "mean"), ("Tweet text", "Note"), "out holds one prompt: leave it out"),
+        (("--score", "--combine", "vote"), ("Tweet text", "Note"), "--combine says how the prompts of an"),
         (("--score",), ("Tweet text", "p(x)"), "has a column 'p(x)' already: rename it"),
         (
             ("--score", "--output-column", "p(y)"),
