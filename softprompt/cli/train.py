@@ -155,9 +155,13 @@ def _check_ensemble(args: argparse.Namespace) -> None:
         raise UsageError("--ensemble needs softprompt's path: leave --no-patch out")
     if not args.ensemble_texts:
         return
+    if not args.ensemble:
+        raise UsageError(
+            "--ensemble-texts are the words of an ensemble: give --ensemble, or --init-text instead"
+        )
     if len(args.ensemble_texts) != args.ensemble:
         raise UsageError(
-            f"--ensemble-texts: expected one text for each of the {args.ensemble or 0} prompts of "
+            f"--ensemble-texts: expected one text for each of the {args.ensemble} prompts of "
             f"--ensemble, got {len(args.ensemble_texts)}"
         )
     if args.init != "text":

@@ -202,7 +202,7 @@ def test_an_adapter_in_the_place_of_an_ensemble_leaves_none_of_it_and_back(train
             "text",
             "expected one text for each of the 2 prompts of --ensemble, got 1",
         ),
-        (("--ensemble-texts", "a", "b"), "text", "each of the 0 prompts of --ensemble, got 2"),
+        (("--ensemble-texts", "a", "b"), "text", "give --ensemble, or --init-text instead"),
         (("--ensemble", 2, "--ensemble-texts", "a", "a"), "text", "the same give prompts that are the same"),
         (("--ensemble", 2, "--ensemble-texts", "a", "b"), "vocab", "needs --init text, got --init vocab"),
     ],
