@@ -20,6 +20,7 @@ from softprompt.engine.forward import (
     POSITIONS,
     UnsupportedModelError,
     check_option,
+    check_switch,
     obstacle_to,
 )
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
@@ -61,7 +62,7 @@ def patch(
         on_unsupported: what to do where only the stock forward is right: "fallback" (use it, warn once with
             the reason) or "error" (raise UnsupportedModelError).
         backend: "auto", or the back end that all ops use: "reference", "triton" or "native" (there is no
-            native attention, which then stays at "auto").
+            native attention on a GPU, which then stays at "auto").
         cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
             and replay it afterwards. Steps that cannot be recorded run as without, with one warning.
         compile: run the decoder of training steps through `torch.compile`; pays on a GPU, after minutes.
@@ -77,7 +78,8 @@ def patch(
 
     Raises:
         TypeError: not a PEFT model.
-        ValueError: an unknown option value; "after_bos" on a model without a BOS token.
+        ValueError: an unknown option value, or a switch that is no bool; "after_bos" on a model without a
+            BOS token.
         UnsupportedModelError: see `on_unsupported`; also for "compact" on a model that cannot be packed, and
             for "after_bos" on one that has no fast route.
     """
@@ -86,6 +88,8 @@ def patch(
     check_option("placement", placement, PLACEMENTS)
     check_option("logits", logits, LOGITS)
     check_option("backend", backend, (AUTO, *BACKENDS))
+    check_switch("cuda_graphs", cuda_graphs)
+    check_switch("compile", compile)
     if not isinstance(model, PeftModel):
         raise TypeError(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "

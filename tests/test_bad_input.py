@@ -187,6 +187,7 @@ def test_only_peft_models_are_patched(model):
     [
         ({"positions": "slots"}, "positions must be one of 'padded', 'compact', got 'slots'"),
         ({"on_unsupported": "ignore"}, "on_unsupported must be one of 'fallback', 'error', got 'ignore'"),
+        ({"cuda_graphs": "False"}, "cuda_graphs must be True or False, got 'False'"),
     ],
 )
 def test_unknown_option_values_are_named(models, options, message):
@@ -196,6 +197,12 @@ def test_unknown_option_values_are_named(models, options, message):
     assert type(models["llama"]) is before
     with pytest.raises(ValueError, match=message):
         softprompt.forward(build("llama"), torch.zeros(4, 48), BATCH["input_ids"], **options)
+
+
+@pytest.mark.parametrize("value", ["reduce-overhead", 1, None])
+def test_compile_is_no_mode_of_the_compiler(models, value):
+    with pytest.raises(ValueError, match=f"^compile must be True or False, got {value!r}$"):
+        softprompt.patch(models["llama"], compile=value)
 
 
 def test_an_unknown_backend_is_named():

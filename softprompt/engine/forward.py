@@ -89,6 +89,7 @@ def forward(
     check_option("positions", positions, POSITIONS)
     check_option("on_unsupported", on_unsupported, ON_UNSUPPORTED)
     check_option("backend", backend, (AUTO, *BACKENDS))
+    check_switch("cuda_graphs", cuda_graphs)
     refuse_prompt_model(model, "softprompt.forward")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -155,6 +156,12 @@ def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_switch(name: str, value: bool) -> None:
+    """Raises ValueError unless `value` is True or False: a text, as "False", would count as True."""
+    if not isinstance(cast(object, value), bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0, rows: int = 0) -> str | None:
