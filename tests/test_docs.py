@@ -33,6 +33,23 @@ def test_the_code_blocks_of_a_page_run(page, trained, monkeypatch):
         exec(compile(code, str(page), "exec"), namespace)
 
 
+def test_the_readme_names_every_module_of_the_package_and_of_its_engine():
+    tree = (ROOT / "README.md").read_text().split("## Architecture")[1].split("\n## ")[0]
+    named = set(re.findall(r"\b\w+\.py\b", tree))
+    package = ROOT / "softprompt"
+    modules = {path.name for folder in (package, package / "engine") for path in folder.glob("[!_]*.py")}
+    assert modules <= named
+
+
+def test_the_page_on_installing_names_every_native_op():
+    page = (ROOT / "docs" / "install.md").read_text()
+    ops = {path.parent.name for path in (ROOT / "softprompt" / "ops").glob("*/native.py")}
+    on_a_gpu = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert {op for op in ops if f"`{op}`" in page} == ops
+    assert "cross_entropy" in on_a_gpu
+    assert "attention" not in on_a_gpu  # the page says for the CPU alone
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_links_of_a_page_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
