@@ -148,6 +148,15 @@ def test_a_loss_alone_computes_no_logits(start, tmp_path, monkeypatch):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_trainer_finds_no_embeddings_for_noise_where_the_decoder_is_not_called_model(patched, tmp_path):
+    model = prompted("bloom", torch.float32)
+    if patched:
+        softprompt.patch(model)
+    with pytest.raises(AttributeError, match="object has no attribute 'model'"):
+        train(model, tmp_path, neftune_noise_alpha=5.0)
+
+
 # ------------------------------------------------------------------------------------------ label smoothing
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_label_smoothing_needs_logits_that_fit_the_labels(start, accumulated, tmp_path):
