@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from softprompt.cli.errors import UsageError
-from softprompt.prompts.adapters import PROMPT_KEY, read_adapter_weights
+from softprompt.prompts.adapters import read_adapter
 from softprompt.prompts.vocabulary import width_of
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -82,41 +82,38 @@ def load_model(model: str, dtype: torch.dtype | str) -> Any:
 
 def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
     """Put adapters on a model: one under PEFT's usual name, several under the names of their folders."""
-    from peft import PeftModelForCausalLM, set_peft_model_state_dict
+    from peft import PeftModel
 
     peft_model: Any = None
     for folder in folders:
-        config, weights = _read_adapter(base, model, folder)
-        config.inference_mode = True  # a prompt that is loaded is not made from its words first
+        _check_adapter(base, model, folder)
         name = "default" if len(folders) == 1 else folder.name
         try:
             if peft_model is None:
-                peft_model = PeftModelForCausalLM(base, config, adapter_name=name)
+                peft_model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
             else:
-                peft_model.add_adapter(name, config)
-            set_peft_model_state_dict(peft_model, weights, adapter_name=name)
+                peft_model.load_adapter(str(folder), name)
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"cannot load the adapter {folder}: {error}") from error
-    return peft_model.eval()
+    return peft_model
 
 
-def _read_adapter(base: Any, model: str, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Read an adapter; raises UsageError for what PEFT would load without a word, or look for on the hub."""
+def _check_adapter(base: Any, model: str, folder: Path) -> None:
+    """Raise UsageError for what PEFT would load without a word, or look for on the model hub."""
     try:
-        config, weights = read_adapter_weights(folder)
+        config, prompt = read_adapter(folder)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if config.task_type != "CAUSAL_LM":
         raise UsageError(
             f"the adapter in {folder} is for models of the task type {config.task_type}, expected CAUSAL_LM"
         )
-    width, model_width = weights[PROMPT_KEY].shape[1], width_of(base)
+    width, model_width = prompt.shape[1], width_of(base)
     if width != model_width:
         raise UsageError(
             f"the adapter {folder} does not fit the model {model}: its virtual tokens are {width} "
             f"numbers wide, the model's tokens {model_width}; give the --model that it was trained with"
         )
-    return config, weights
 
 
 def patch(model: Any, *, positions: str = "padded") -> Any:

@@ -18,8 +18,8 @@ from softprompt.files import whole_file
 INITIAL_PROMPT = "initial_prompt.npy"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-PROMPT_KEY = "prompt_embeddings"
 
+_KEY = "prompt_embeddings"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -146,17 +146,6 @@ def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
     Raises:
         ValueError: not a folder with a prompt-tuning adapter, or one that cannot be read.
     """
-    config, weights = read_adapter_weights(folder)
-    return config, weights[PROMPT_KEY].to(torch.float32)
-
-
-def read_adapter_weights(folder: str | Path) -> tuple[PromptTuningConfig, dict[str, Tensor]]:
-    """The configuration and all tensors of an adapter folder of PEFT, by their names in the file; the prompt
-    is `PROMPT_KEY`.
-
-    Raises:
-        ValueError: not a folder with a prompt-tuning adapter, or one that cannot be read.
-    """
     folder = Path(folder)
     # PEFT would look on the model hub for what a folder lacks.
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -180,17 +169,18 @@ def read_adapter_weights(folder: str | Path) -> tuple[PromptTuningConfig, dict[s
         raise ValueError(
             f"the adapter in {folder} is of type {PeftType(config.peft_type).value}, expected PROMPT_TUNING"
         )
-    prompt = weights.get(PROMPT_KEY)
+    prompt = weights.get(_KEY)
     if not isinstance(prompt, Tensor) or prompt.ndim != 2 or not prompt.is_floating_point():
-        raise ValueError(f"the adapter in {folder} has no floating-point {PROMPT_KEY} of shape [P, H]")
+        raise ValueError(f"the adapter in {folder} has no floating-point {_KEY} of shape [P, H]")
     expected = (config.num_virtual_tokens or 0) * (config.num_transformer_submodules or 1)
     if len(prompt) != expected:
         raise ValueError(
             f"the adapter in {folder} has {len(prompt)} virtual tokens, its configuration says {expected}"
         )
-    if not torch.isfinite(prompt.to(torch.float32)).all():
+    prompt = prompt.to(torch.float32)
+    if not torch.isfinite(prompt).all():
         raise ValueError(f"the adapter in {folder} has values that are not finite")
-    return config, weights
+    return config, prompt
 
 
 def check_base(model: Any, config: PromptTuningConfig, source: str) -> None:

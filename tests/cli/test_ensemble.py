@@ -222,36 +222,3 @@ def test_a_model_that_cannot_be_packed_has_no_ensemble(run, table, unpacked_fold
     )
     assert code == 2
     assert "--ensemble needs a model whose rows can be packed: rows stay padded" in err
-
-
-def test_predict_reads_every_prompt_once(predict, ensemble, monkeypatch):
-    files = []
-
-    def load_and_count(path, **options):
-        files.append(str(path))
-        return load_file(path, **options)
-
-    monkeypatch.setattr("peft.utils.save_and_load.safe_load_file", load_and_count)
-    predict()
-    predict(adapter=ensemble / "prompt-1", output="one.csv")
-    read = [ensemble / f"prompt-{number}" / "adapter_model.safetensors" for number in (1, 2, 3, 1)]
-    assert files == [str(path) for path in read]
-
-
-def test_prompts_are_loaded_as_peft_loads_them(ensemble, model_folder):
-    from softprompt.cli.models import load_adapters, load_model
-
-    folders = [ensemble / f"prompt-{number}" for number in (1, 2, 3)]
-    ours = load_adapters(load_model(str(model_folder), torch.bfloat16), str(model_folder), folders)
-    theirs = PeftModel.from_pretrained(
-        load_model(str(model_folder), torch.bfloat16), str(folders[0]), adapter_name="prompt-1"
-    )
-    for folder in folders[1:]:
-        theirs.load_adapter(str(folder), folder.name)
-    assert type(ours) is type(theirs)
-    assert ours.active_adapter == theirs.active_adapter
-    assert ours.peft_config == theirs.peft_config
-    assert [module.training for module in ours.modules()] == [module.training for module in theirs.modules()]
-    got, expected = ours.state_dict(), theirs.state_dict()
-    assert {name: value.dtype for name, value in got.items()} == {n: v.dtype for n, v in expected.items()}
-    assert all(torch.equal(got[name], value) for name, value in expected.items())
