@@ -21,7 +21,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BACKENDS = [backend_parameter(name) for name in ("triton", "native")]
 pytestmark = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-    # The interpreter computes with the uninitialised padding of the logits, which the kernel then discards.
+    # The interpreter computes with the minus infinity beyond the vocabulary, which the kernel then discards.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
 

@@ -19,7 +19,7 @@ OPTIONS = {
     "smoothing": {"label_smoothing": 0.2},
     "all": {"softcap": 5.0, "logit_scale": 1.5, "label_smoothing": 0.1, "num_items": 7.5},
 }
-# The interpreter computes with the uninitialised padding of the logits, which the kernel then discards.
+# The interpreter computes with the minus infinity beyond the vocabulary, which the kernel then discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 

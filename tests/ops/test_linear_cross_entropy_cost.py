@@ -16,7 +16,7 @@ from softprompt.ops.linear_cross_entropy.reference import linear_cross_entropy_r
 
 kernels = pytest.importorskip("softprompt.ops.linear_cross_entropy.triton")
 
-# The interpreter computes with the uninitialised padding of the logits, which the kernel then discards.
+# The interpreter computes with the minus infinity beyond the vocabulary, which the kernel then discards.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 

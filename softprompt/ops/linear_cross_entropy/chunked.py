@@ -15,8 +15,9 @@ from softprompt.ops.linear_cross_entropy.products import d_rows_of, logits_of
 _GPU_CHUNK_BYTES, _GPU_CHUNK_ROWS = 128 << 20, 1024
 _CPU_CHUNK_BYTES, _CPU_CHUNK_ROWS = 128 << 20, 1
 _ACCUMULATOR_BYTES = 64 << 20
-# Rows of the logits start at multiples of 16 entries, so that kernels can use vector loads for any V.
-_ROW_ALIGNMENT = 16
+# Rows of the logits are whole blocks of 32 entries: kernels can use vector loads for any V, and a library's
+# product that takes a row in blocks (AMX: 64 bytes, whatever V is) stays within the row.
+_ROW_ALIGNMENT = 32
 
 
 def losses_of_rows(
@@ -107,6 +108,9 @@ class _Head:
         bounds = list(chunk_bounds(num_rows, row_bytes, self.rows.device.type))
         most = max((chunk.stop - chunk.start for chunk in bounds), default=0)
         buffer = self.weight.new_empty(most, row_length)
+        # Such a product multiplies the padding with zeros, which is right for anything but NaN. The row
+        # functions leave it zero.
+        buffer[:, vocab_size:] = 0
         for chunk in bounds:
             logits = buffer[: chunk.stop - chunk.start, :vocab_size]
             logits_of(self.rows[chunk], self.weight, logits, self.backend)

@@ -54,7 +54,7 @@ def rows_loss_and_gradient_(
     Few rows are therefore split: a first launch leaves the maximum and the sum of every share, a second one
     combines a row's shares, always in the same order, and writes the gradient.
 
-    The padding between V and the row length belongs to the kernels, which may overwrite it.
+    The padding between V and the row length is read with the row, and is zero after it where it was before.
     """
     num_rows, vocab_size = logits.shape
     row_length = logits.stride(0)
