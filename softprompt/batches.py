@@ -15,6 +15,7 @@ from softprompt.engine.answers import starts_behind_pads
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.placement import after_bos
+from softprompt.nesting import base_of
 from softprompt.notices import say_once
 
 
@@ -37,7 +38,7 @@ def batch_of(
     prompts, prompt_of_row, _ = _prompts_of(model, names, task_ids, input_ids, inputs_embeds)
     batch = check_batch(
         list(prompts.values()),
-        prompt_width(model.get_base_model()),
+        prompt_width(base_of(model)),
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -69,7 +70,7 @@ def seq2seq_batch_of(
     lengths = [model.peft_config[name].num_virtual_tokens for name, _ in made]
     batch = check_batch(
         [prompt[:length] for prompt, length in zip(made.values(), lengths, strict=True)],
-        prompt_width(model.get_base_model()),
+        prompt_width(base_of(model)),
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -114,7 +115,7 @@ def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
     """
     options = model._softprompt.options
     if options.placement == "after_bos":
-        batch = after_bos(model.get_base_model(), batch)
+        batch = after_bos(base_of(model), batch)
     if batch.labels is None and options.positions == "padded" and plan.route == "packed":
         # A loss of the caller's own may look at any column that predicts a token.
         batch = replace(batch, wanted=starts_behind_pads(batch.attention_mask))

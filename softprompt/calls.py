@@ -20,6 +20,7 @@ from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import obstacle_to, prompt_width
 from softprompt.engine.token_scores import ASKED, scores_tokens
 from softprompt.layout import raise_out_of_range
+from softprompt.nesting import base_of, nesting_obstacle
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 # Where the texts of a row begin, as collators without padding say it.
@@ -48,7 +49,7 @@ def taking_turns(method: Method) -> Method:
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "get_base_model"):
             return method(self, *args, **kwargs)  # which says what it takes
-        with _LOCKS.setdefault(self.get_base_model(), threading.RLock()):
+        with _LOCKS.setdefault(base_of(self), threading.RLock()):
             return method(self, *args, **kwargs)
 
     return without_wrapped(alone, method)
@@ -151,7 +152,10 @@ def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = Fal
         )
         if obstacle is not None:
             return obstacle
-    base = model.get_base_model()
+    obstacle = nesting_obstacle(model)
+    if obstacle is not None:
+        return obstacle
+    base = base_of(model)
     if not as_forward and (sharding.is_fsdp(model) or sharding.by_fsdp(base)):
         return sharding.ONLY_FORWARD
     if sharding.has_foreign_hooks(base, known_forward=scores_tokens(base)):
@@ -219,7 +223,7 @@ def reason_for_stock(
         extra: the other arguments of the call.
         compact: whether pads are left out of the positions.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     obstacle = adapter_obstacle(model, names, as_forward=True)
     if obstacle is not None:
         return obstacle

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from softprompt.calls import reason_for_stock
 from softprompt.engine import plan_for
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
+from softprompt.nesting import base_of
 from softprompt.notices import fall_back
 from softprompt.state import model_named
 
@@ -43,7 +44,7 @@ def stock_is_traced(name: str, labelled: bool, asked: str, mixed: bool) -> bool:
         UnsupportedModelError: PEFT's forward cannot serve the call, or the patch does not allow it.
     """
     model: Any = model_named(name)
-    base = model.get_base_model()
+    base = base_of(model)
     reason: str | None = ONE_GRAPH
     if not _one_graph():
         reason = reason_for_stock(

@@ -17,6 +17,7 @@ from torch import Tensor
 from softprompt.calls import adapter_obstacle, prompt_of
 from softprompt.engine.ensembles import PromptLosses, losses_of_prompts
 from softprompt.engine.forward import UnsupportedModelError
+from softprompt.nesting import base_of
 from softprompt.state import state_of
 
 COMBINATIONS = ("vote", "mean")
@@ -119,7 +120,7 @@ def losses(
     if positions is None:
         positions = "padded" if state is None else state.options.positions
     return losses_of_prompts(
-        model.get_base_model(),
+        base_of(model),
         [prompt_of(model, name) for name in names],
         input_ids,
         attention_mask,

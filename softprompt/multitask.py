@@ -22,6 +22,7 @@ from softprompt.engine.batch import check_tensor
 from softprompt.engine.forward import UnsupportedModelError, warn_of_no_labels
 from softprompt.engine.groups import losses_of_groups
 from softprompt.layout import raise_out_of_range
+from softprompt.nesting import base_of
 from softprompt.notices import say_dropout
 from softprompt.state import graphs_of, state_of
 
@@ -159,7 +160,7 @@ def losses(
         raise ValueError("multitask.losses needs labels, got none")
     check_tensor("labels", labels)
     names = adapters_of_rows(model, adapter_names, input_ids, inputs_embeds)
-    base, compact = model.get_base_model(), state.options.positions == "compact"
+    base, compact = base_of(model), state.options.positions == "compact"
     plan = plan_for(base)
     if sharding.is_fsdp(model) or sharding.by_fsdp(base):
         raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}")

@@ -30,6 +30,7 @@ from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.instances import PatchedInstance, is_own_method, outlives_the_patch
 from softprompt.layout import raise_out_of_range
+from softprompt.nesting import base_of, has_prompt_below, is_nested
 from softprompt.notices import fall_back, say_dropout
 from softprompt.ops.library import AUTO
 from softprompt.state import graphs_of, state_of
@@ -94,7 +95,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             raise UnsupportedModelError(f"softprompt: {sharding.ROWS_OF_ADAPTERS}")
         plan = plan_of(self)
         # Asked before anything that may differ between ranks: one that did not ask would let the others wait.
-        agreed = not _is_sharded(self) or sharding.all_agree(self.get_base_model(), plan.choice)
+        agreed = not _is_sharded(self) or sharding.all_agree(base_of(self), plan.choice)
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = (0, 0)
         if isinstance(given, Tensor) and given.ndim > 1:
@@ -107,7 +108,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             _refuse_without_peft(self, reason)
             fall_back(self, reason, adapter_names)
             if all(extra.get(name) is None for name in NAMES):
-                check_stock_input(self.get_base_model(), **texts)
+                check_stock_input(base_of(self), **texts)
             return self._stock_forward(texts, extra, return_dict)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=extra)
         answer = _fast(
@@ -122,7 +123,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         if extra.get(ASKED):
             return answer
         loss, logits = answer
-        if return_dict is False or (return_dict is None and not self.get_base_model().config.return_dict):
+        if return_dict is False or (return_dict is None and not base_of(self).config.return_dict):
             return (logits,) if loss is None else (loss, logits)
         return plan.output_class(loss=loss, logits=logits)
 
@@ -146,7 +147,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
 
         Beside the arguments of transformers' generate `adapter_names` gives each row its adapter.
         """
-        base = self.get_base_model()
+        base = base_of(self)
         kwargs = with_tensor_of_tasks(self, kwargs)
         with own_inputs(base):
             if self._adapters_disabled:
@@ -161,7 +162,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
                 compact = self._softprompt.options.positions == "compact"
                 call = read_call(self, args, kwargs, None, compact=compact, backend=AUTO)
                 refuse_what_goes_wrong(call, 'placement="after_bos" puts it behind the first token')
-                return super().generate(*args, **kwargs)
+                return self._stock_generate(*args, **kwargs)
             if not hasattr(base, "model"):  # as PEFT does
                 base.generation_config = self.generation_config
             plan, options = plan_of(self), self._softprompt.options
@@ -171,10 +172,23 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             if reason is not None:
                 _refuse_without_peft(self, reason)
                 fall_back(self, reason, adapter_names, "generate")
-                return super().generate(*args, **kwargs)
+                return self._stock_generate(*args, **kwargs)
             self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
             call.arguments.pop("task_ids", None)  # of other types of adapters
             return _generate(self, plan, call)
+
+    def _stock_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own. Over another PEFT model it sets its inputs there, where nothing asks for them, and the
+        prompt would be left out.
+        """
+        if is_nested(self):
+            if has_prompt_below(self):
+                raise UnsupportedModelError(
+                    "softprompt: PEFT's own generate cannot put one prompt before another, each in a PEFT "
+                    "model of its own: give one model both adapters (model.add_adapter)"
+                )
+            base_of(self).__dict__["prepare_inputs_for_generation"] = self.prepare_inputs_for_generation
+        return super().generate(*args, **kwargs)
 
     @outlives_the_patch
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -187,7 +201,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         if options.placement == "prefix":
             return inputs
         return place_in_generation(
-            self.get_base_model(),
+            base_of(self),
             inputs,
             args[0] if args else kwargs["input_ids"],
             self.active_peft_config.num_virtual_tokens,
@@ -197,19 +211,19 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
 
 def plan_of(model: Any) -> Plan:
     """The plan of the base model."""
-    base, state = model.get_base_model(), state_of(model)
+    base, state = base_of(model), state_of(model)
     graphs = None if state is None else state.graphs
     watch = graphs.watch if graphs is not None and graphs.are_of(base) else None
     return plan_for(base, sharded=sharding.is_fsdp(model), watch=watch)
 
 
 def _is_sharded(model: Any) -> bool:
-    return sharding.is_fsdp(model) or sharding.by_fsdp(model.get_base_model())
+    return sharding.is_fsdp(model) or sharding.by_fsdp(base_of(model))
 
 
 def _refuse_without_peft(model: Any, reason: str) -> None:
     """Raises UnsupportedModelError where PEFT's own forward and generate fail on a sharded model."""
-    if sharding.embeds_in_parts(model.get_base_model()) and not sharding.is_fsdp(model):
+    if sharding.embeds_in_parts(base_of(model)) and not sharding.is_fsdp(model):
         raise UnsupportedModelError(f"softprompt: {reason}; {sharding.NOT_EMBEDDED}")
 
 
@@ -228,7 +242,7 @@ def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:
         del known[name]
     with torch.no_grad():
         prompts = {name: _prompt_of(model, name) for name in dict.fromkeys(call.names)}
-    return generate(model.get_base_model(), plan, call, prompts, known)
+    return generate(base_of(model), plan, call, prompts, known)
 
 
 def _fast(
@@ -245,7 +259,7 @@ def _fast(
     scores: bool,
 ) -> Any:
     """Loss and logits, or what TRL's head gives where it was asked for `scores`."""
-    base, options = model.get_base_model(), model._softprompt.options
+    base, options = base_of(model), model._softprompt.options
     batch, _ = batch_of(
         model,
         names,

@@ -19,6 +19,7 @@ from softprompt.engine.seq2seq import check_answers, prompted_texts
 from softprompt.engine.seq2seq_plan import Seq2SeqPlan, run_seq2seq, seq2seq_plan_for
 from softprompt.instances import PatchedInstance, outlives_the_patch
 from softprompt.layout import raise_out_of_range
+from softprompt.nesting import base_of
 from softprompt.notices import fall_back, say_dropout
 
 LEFT_OUT = "pads that all rows have, and columns behind the last label, are left out and draw no masks"
@@ -83,7 +84,7 @@ class PatchedSeq2SeqLM(PatchedInstance, PeftModelForSeq2SeqLM):
             fall_back(self, reason, adapter_names)
             return self._stock_forward(texts, decoder, extra, return_dict)
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
-        base = self.get_base_model()
+        base = base_of(self)
         plan = seq2seq_plan_for(base, sharded=sharding.is_fsdp(self))
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = (0, 0)
@@ -132,7 +133,7 @@ class PatchedSeq2SeqLM(PatchedInstance, PeftModelForSeq2SeqLM):
 
         Beside the arguments of PEFT's generate `adapter_names` gives each row its adapter.
         """
-        base = self.get_base_model()
+        base = base_of(self)
         with own_inputs(base):
             if adapter_names is None:
                 return super().generate(**with_tensor_of_tasks(self, kwargs))
@@ -161,7 +162,7 @@ def _fast(
     use_cache: bool | None,
     num_items: Any,
 ) -> Any:
-    base = model.get_base_model()
+    base = base_of(model)
     batch, decoder_prompts = seq2seq_batch_of(model, names, task_ids=task_ids, **texts)
     answers = check_answers(batch.shape[0], prompt_width(base), prompts=decoder_prompts, **decoder)
     loss, logits, encoded, trimmed = run_seq2seq(
@@ -196,7 +197,7 @@ def _prompted_inputs(model: Any, adapter_names: Sequence[str], kwargs: dict[str,
         inputs_embeds=None,
         task_ids=arguments.pop("task_ids", None),
     )
-    base = model.get_base_model()
+    base = base_of(model)
     check_stock_input(base, input_ids, None, mask, None)
     embeds, mask = prompted_texts(model.word_embeddings, batch, model._softprompt.options.backend)
     return {**arguments, "inputs_embeds": embeds, "attention_mask": mask}

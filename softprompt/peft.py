@@ -29,6 +29,7 @@ from softprompt.engine.forward import (
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.instances import is_own_method, subclass_of
+from softprompt.nesting import base_of
 from softprompt.ops.library import AUTO, BACKENDS
 from softprompt.patched_model import PatchedCausalLM, plan_of
 from softprompt.patched_seq2seq import PatchedSeq2SeqLM
@@ -104,7 +105,7 @@ def patch(
     state.refusal = _refusal(model)
     obstacle = state.refusal or _obstacle(model, options)
     if obstacle is None and placement == "after_bos":
-        bos_token_id(model.get_base_model())
+        bos_token_id(base_of(model))
     if obstacle is not None:
         if on_unsupported == "error" or options.without_stock is not None:
             raise UnsupportedModelError(f"softprompt: {obstacle}")
@@ -170,7 +171,7 @@ def _patched_class(stock: type) -> type:
 
 def _obstacle(model: PeftModel, options: PatchOptions) -> str | None:
     """Why no call of this model takes the fast route, or None."""
-    base, compact = model.get_base_model(), options.positions == "compact"
+    base, compact = base_of(model), options.positions == "compact"
     if not isinstance(model, PeftModelForSeq2SeqLM):
         return obstacle_to(plan_of(model), compact=compact)
     if options.placement != "prefix":

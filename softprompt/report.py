@@ -19,6 +19,7 @@ from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
 from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle, seq2seq_plan_for
 from softprompt.engine.token_scores import scores_tokens
+from softprompt.nesting import base_of
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.ops.shared_prompt_attention.api import usual_backend
 from softprompt.state import PatchState, state_of
@@ -86,7 +87,7 @@ def explain(model: CausalLM) -> Report:
     if not isinstance(cast(object, model), nn.Module):
         raise TypeError(f"softprompt.explain takes a model, got {type(model).__name__}")
     state = state_of(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
     plan = (seq2seq_plan_for if seq2seq else plan_for)(base, sharded=sharding.is_fsdp(model))
     refusal = state.refusal if state is not None else None

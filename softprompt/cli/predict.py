@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options, given
+from softprompt.nesting import base_of
 from softprompt.tasks.folders import adapter_folders
 
 
@@ -181,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_length(args: argparse.Namespace, model: Any, max_length: int) -> None:
-    positions = getattr(model.get_base_model().config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     tokens = max(config.num_virtual_tokens for config in model.peft_config.values())
     if positions is not None and tokens + max_length > positions:
         raise UsageError(

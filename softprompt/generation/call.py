@@ -21,6 +21,7 @@ from softprompt.engine.caches import CACHE, NAMES, OLD
 from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.prefill import prefill_for
+from softprompt.nesting import base_of
 
 # Older releases cut the first step as if the cache of the prompt were empty.
 CHUNKS_BEHIND_A_CACHE = parse(transformers.__version__) >= parse("5.21")
@@ -110,7 +111,7 @@ def read_call(
     Raises:
         ValueError: arguments that contradict each other, or that no prompt-tuned model can serve.
     """
-    base = model.get_base_model()
+    base = base_of(model)
     bound = inspect.signature(base.generate).bind(*args, **kwargs)
     arguments = dict(bound.arguments)
     arguments |= arguments.pop("kwargs", {})
@@ -263,7 +264,7 @@ def refuse_what_goes_wrong(call: GenerateCall, why: str) -> None:
 
 
 def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
-    base, config = model.get_base_model(), call.config
+    base, config = base_of(model), call.config
     obstacle = adapter_obstacle(model, call.names)
     if obstacle is not None:
         return obstacle

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.files import alone_by, sync, whole_file
+from softprompt.nesting import base_of
 from softprompt.prompts.adapters import ADAPTER_CONFIG, WEIGHTS, check_prompt, prompt_parameter, write_npy
-from softprompt.prompts.vocabulary import base_of, dtype_of, embed, width_of
+from softprompt.prompts.vocabulary import dtype_of, embed, width_of
 
 __all__ = ["completion_request", "encode", "prompt_embeds", "save_npy", "save_peft", "save_tensor"]
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.nesting import base_of
 from softprompt.prompts.adapters import (
     check_base,
     check_prompt,
@@ -28,7 +29,7 @@ from softprompt.prompts.adapters import (
     read_npy,
     set_prompt,
 )
-from softprompt.prompts.vocabulary import base_of, check_ids, embed, mean_and_std, vocab_size_of, width_of
+from softprompt.prompts.vocabulary import check_ids, embed, mean_and_std, vocab_size_of, width_of
 
 __all__ = [
     "class_labels",

@@ -12,18 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from softprompt.engine import families
 from softprompt.engine.forward import prompt_width
+from softprompt.nesting import base_of
 
 _BLOCK_BYTES = 64 * 2**20
-
-
-def base_of(model: Any) -> Any:
-    """The language model itself, out of a PEFT model or as it was given."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def width_of(model: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from softprompt.engine import families
+from softprompt.nesting import base_of
 from softprompt.tasks.classification import IGNORED, Encoder, Example
 from softprompt.tasks.collate import LeftPadCollator
 
@@ -68,7 +69,7 @@ def _batches(lengths: Sequence[int], batch_size: int, *, alike: bool) -> Iterato
 
 def _pads_never_count(model: Any) -> bool:
     """Whether the model itself leaves pads out of its positions (BLOOM, OPT)."""
-    return families.positions_from_mask(families.config_of(model.get_base_model()))
+    return families.positions_from_mask(families.config_of(base_of(model)))
 
 
 @torch.no_grad()

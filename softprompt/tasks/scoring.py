@@ -15,6 +15,7 @@ from torch import Tensor
 
 from softprompt.calls import prompt_of
 from softprompt.engine.scoring import score
+from softprompt.nesting import base_of
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.errors import TaskError
@@ -64,7 +65,7 @@ def label_log_likelihoods(
             ids = [encoder.prompt(text) for text in texts[start : start + batch_size]]
             batch = collate([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
             scores = score(
-                model.get_base_model(),
+                base_of(model),
                 prompts,
                 candidates,
                 batch["input_ids"].repeat(len(names), 1).to(model.device),

@@ -65,6 +65,28 @@ _OF_RANKS = {
 # Reasons that other tests bring about: sentence -> (file below tests/, what it looks for)
 ELSEWHERE = {
     **{sentence: ("distributed/fsdp_checks.py", phrase) for sentence, phrase in _OF_RANKS.items()},
+    "a {} with a prompt of its own lies below it, which the fast route would skip": (
+        "test_nested.py",
+        "with a prompt of its own lies below it",
+    ),
+    "a {} below it has hooks or a replaced forward, which the fast route would skip": (
+        "test_nested.py",
+        "below it has hooks or a replaced forward",
+    ),
+    "a {} below it has a forward of its own, which the fast route would skip": (
+        "test_nested.py",
+        "below it has a forward of its own",
+    ),
+    "a {} below it does more than its layers in the language model": (
+        "test_nested.py",
+        "below it does more than its layers",
+    ),
+    "an activated LoRA below it is told outside of the language model where it begins": (
+        "test_nested.py",
+        "an activated LoRA below it",
+    ),
+    "softprompt: PEFT's own generate cannot put one prompt before another, each in a PEFT model of its own: "
+    "give one model both adapters (model.add_adapter)": ("test_nested.py", "one prompt before another"),
     "the capture failed: {}": ("engine/test_recorders.py", 'match="the capture failed"'),
     "softprompt: prompts of several lengths cannot share a batch of up to {} positions: the model's rotary "
     "embedding changes beyond {}, for all prompts at once": ("test_ensemble.py", "for all prompts at once"),
