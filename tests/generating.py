@@ -1,8 +1,8 @@
 """Models and batches for generate, and what PEFT makes of them."""
 
 import contextlib
-import functools
-from unittest import mock
+import inspect
+import sys
 
 import pytest
 import torch
@@ -65,17 +65,21 @@ def counted_tokens(model):
     """Yields a list that gets the number of tokens of each call of the model's decoder."""
     counts = []
     body = families.body_of(model.get_base_model())
-    kind, stock = type(body), type(body).forward
+    code = inspect.unwrap(type(body).forward).__code__
 
-    @functools.wraps(stock)
-    def forward(self, input_ids=None, **kwargs):
-        if self is body:
-            given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+    def watch(frame, event, argument):
+        """A forward that was replaced would be noticed, and the prompt computed again."""
+        if event == "call" and frame.f_code is code and frame.f_locals["self"] is body:
+            ids, embeds = frame.f_locals.get("input_ids"), frame.f_locals["inputs_embeds"]
+            given = embeds if ids is None else ids
             counts.append(given.shape[0] * given.shape[1])
-        return stock(self, input_ids=input_ids, **kwargs)
 
-    with mock.patch.object(kind, "forward", forward):
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
         yield counts
+    finally:
+        sys.setprofile(before)
 
 
 def random_ids(rows, columns, seed=0):

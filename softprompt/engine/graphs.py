@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt.engine import families
 from softprompt.engine.attention import IN_USE
@@ -26,7 +26,7 @@ from softprompt.engine.packed import HiddenRows, rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorded import RecordedStep, StepBatch, record_step
 from softprompt.engine.recorders import RECORDERS, RecordingError, first_line
-from softprompt.engine.watch import Watch, shared_device_obstacle
+from softprompt.engine.watch import HOOKED, Watch, process_obstacle, shared_device_obstacle
 from softprompt.layout import PackedLayout, round_up
 from softprompt.warn import warn
 
@@ -162,8 +162,11 @@ class StepGraphs:
                 sight = self.watch.last_look()
         if self.watch is None or sight is None:
             return None, self._lasting
-        if sight.hooked or _global_hooks():
-            return None, "modules of the language model have hooks or a replaced forward"
+        if sight.hooked:
+            return None, HOOKED
+        obstacle = process_obstacle()
+        if obstacle is not None:
+            return None, obstacle
         if torch.is_anomaly_enabled():
             return None, "anomaly detection is on"
         mode = (self.watch.mode(), plan, _numerics(device.type))
@@ -312,16 +315,6 @@ def _numerics(device_type: str) -> tuple[Hashable, ...]:
         torch.get_autocast_dtype(device_type) if autocast else None,
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-def _global_hooks() -> bool:
-    module = nn.modules.module
-    return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
     )
 
 
