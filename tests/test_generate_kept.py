@@ -1,18 +1,23 @@
 """What a patched model keeps for later calls of `generate`, and what the patch leaves alone."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
-from generating import PEFTS_CACHE, patched, speaker, tokens, two_adapters
+from attribute_changes import ON_CODE, ON_INSTANCES, STEERING, steer, steering_of
+from generating import PEFTS_CACHE, counted_tokens, patched, speaker, tokens, two_adapters
 from parity import make_batch, prompt_of
 from peft import LoraConfig
-from tiny_models import pair
+from tiny_models import build, pair
+from torch.overrides import TorchFunctionMode
 
 import softprompt
+from softprompt.generation.known import Source
 
 
 # ---------------------------------------------------------------------------------------------- what it keeps
@@ -140,6 +145,115 @@ def test_hooks_that_change_their_mind_are_noticed():
     expected = tokens(stock)
     assert not torch.equal(expected, before)
     assert torch.equal(tokens(fast), expected)
+
+
+@pytest.mark.parametrize("change", ON_INSTANCES, ids=lambda change: change.__name__)
+def test_a_change_that_touches_no_weight_is_noticed(change):
+    stock, fast = pair(speaker("llama"))
+    before = tokens(patched(fast))
+    for model in (stock, fast):
+        change(model.get_base_model())
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+    assert torch.equal(tokens(fast), expected)
+
+
+@pytest.mark.parametrize("change", ON_CODE, ids=lambda change: change.__name__)
+def test_other_code_is_noticed(change, monkeypatch):
+    stock, fast = pair(speaker("llama"))
+    before = tokens(patched(fast))
+    change(monkeypatch.setattr)
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+    monkeypatch.undo()
+    assert torch.equal(tokens(fast), before)
+
+
+@pytest.mark.parametrize("change", STEERING, ids=lambda change: change.__name__)
+def test_what_a_module_of_the_users_own_looks_at_is_noticed(change, monkeypatch):
+    stock, fast = pair(speaker("llama"))
+    for model in (stock, fast):
+        steer(model.get_base_model())
+    before = tokens(patched(fast))
+    known = fast._softprompt.prompts["default"]
+    assert torch.equal(tokens(fast), before)
+    assert fast._softprompt.prompts["default"] is known
+    for model in (stock, fast):
+        change(model.get_base_model(), monkeypatch.setattr)
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_a_steering_vector_that_is_written_through_data_is_noticed():
+    stock, fast = pair(speaker("llama"))
+    for model in (stock, fast):
+        steer(model.get_base_model())
+    before = tokens(patched(fast))
+    for model in (stock, fast):
+        steering_of(model.get_base_model()).vectors[0].data.add_(1.0)
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_settings_of_the_configuration_are_noticed():
+    stock, fast = pair(speaker("gemma2"))
+    before = tokens(patched(fast))
+    for model in (stock, fast):
+        model.config.sliding_window = 20
+    expected = tokens(stock)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), expected)
+
+
+def test_a_mode_that_changes_what_functions_do_is_noticed():
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return 2 * result if function is torch.nn.functional.silu else result
+
+    stock, fast = pair(speaker("llama"))
+    before = tokens(patched(fast))
+    with Doubled():
+        expected = tokens(stock)
+        assert torch.equal(tokens(fast), expected)
+    assert not torch.equal(expected, before)
+    assert torch.equal(tokens(fast), before)
+
+
+def test_a_prompt_is_kept_where_nothing_counts_for_it():
+    """What other calls leave on a model, a head that changes, and a number that is set to what it was."""
+    fast = patched(speaker("llama"))
+    tokens(fast)
+    number = fast._softprompt.prompts["default"].number
+    base = fast.get_base_model()
+    with counted_tokens(fast) as counts:
+        base.generation_config.top_k = 7
+        base.warnings_issued = {"estimate_tokens": True}
+        norm = base.model.layers[0].input_layernorm
+        norm.variance_epsilon = float(str(norm.variance_epsilon))
+        base.lm_head.weight.neg_()
+        base.config.use_cache = not base.config.use_cache
+        tokens(fast, max_new_tokens=1)
+    assert counts == [7 + 3 + 5 - 3, 3]
+    assert fast._softprompt.prompts["default"].number == number
+    norm.variance_epsilon = 1.0
+    tokens(fast)
+    assert fast._softprompt.prompts["default"].number != number
+
+
+def test_what_a_kept_prompt_was_computed_from_may_go():
+    body = build("llama").model
+    source = Source(body)
+    assert source.is_still(body)
+    gone = [weakref.ref(body.layers[1]), weakref.ref(body.layers[1].mlp.up_proj.weight)]
+    body.layers = body.layers[:1]
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    assert not source.is_still(body)
 
 
 def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it():

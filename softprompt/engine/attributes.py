@@ -31,6 +31,8 @@ _ATOMS = (
     *(bool, int, float, complex, str, bytes, type(None), types.BuiltinFunctionType, types.CodeType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.Generator),
 )
+# Of a configuration, and said anew in every call of the engine's.
+_OF_CALLS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
 _PLAIN = (bool, int, float, str)
 _HEAVY = (Tensor, nn.Module)
 _SEEN_THROUGH = (dict, list, collections.deque, tuple, set, frozenset)
@@ -59,7 +61,7 @@ class Attributes:
         self._names: list[Names] = []
         self._walked: dict[int, Any] = {}
         self.foreign: str | None = None  # a function or class from elsewhere
-        self.unseen: str | None = None  # a value in it whose changes cannot be seen
+        self._unseen: list[str] = []  # values whose changes cannot be seen
         self._tensors: list[weakref.ref[Tensor]] = []
         self._see_model(root)
         del self._walked
@@ -81,6 +83,11 @@ class Attributes:
             return False
         self._ids, self._kept = now, [None if isinstance(value, _HEAVY) else value for value in values]
         return True
+
+    @property
+    def unseen(self) -> str | None:
+        """What code from elsewhere holds that may change without being seen, in half a sentence, or None."""
+        return f"{self.foreign} holds {self._unseen[0]}" if self.foreign and self._unseen else None
 
     def tensors(self) -> list[Tensor]:
         """Those that are neither parameters nor buffers."""
@@ -172,9 +179,12 @@ class Attributes:
         if known and not isinstance(value, PreTrainedConfig):
             return []
         if isinstance(value, types.ModuleType) or not hasattr(value, "__dict__"):
-            self.unseen = self.unseen or f"a {type(value).__name__}"
+            self._unseen.append(f"a {type(value).__name__}")
             return []
-        self._dicts.append(vars(value))
+        if isinstance(value, PreTrainedConfig):
+            self._names.append((vars(value), _getter(name for name in vars(value) if name not in _OF_CALLS)))
+        else:
+            self._dicts.append(vars(value))
         return [type(value), *vars(value).values()]
 
     def _inside_function(self, function: types.FunctionType) -> list[Any]:

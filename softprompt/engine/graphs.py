@@ -162,6 +162,8 @@ class StepGraphs:
                 sight = self.watch.last_look()
         if self.watch is None or sight is None:
             return None, self._lasting
+        if self.watch.unseen is not None:
+            return None, f"{self.watch.unseen}, whose changes cannot be seen"
         if sight.hooked:
             return None, HOOKED
         obstacle = process_obstacle()

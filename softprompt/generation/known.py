@@ -20,7 +20,8 @@ from softprompt.engine.structure import structure_of
 from softprompt.engine.watch import process_obstacle
 
 _SAMPLES = 16  # numbers of each weight
-_DTYPE, _VERSION = operator.attrgetter("dtype"), operator.attrgetter("_version")
+_DEVICE, _DTYPE = operator.attrgetter("device"), operator.attrgetter("dtype")
+_VERSION = operator.attrgetter("_version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ def known_prompt(model: CausalLM, known: KnownPrompt | None, prompt: Tensor) -> 
     )
     body = families.body_of(model)
     same_source = known is not None and known.source.is_still(body)
-    if known is not None and same_prompt and same_source and not known.source.tells_little(body):
+    if known is not None and same_prompt and same_source and not known.source.is_open:
         return known
     states = _states(model, prompt)
     if known is not None and same_prompt and _equal(known.states, states):
@@ -76,6 +77,9 @@ class Source:
         self._attributes = Attributes(body)
         self._tensors = _Tensors([*_weights_of(modules), *self._attributes.tensors()])
         self._autocast = _autocast_of(self._tensors.devices)
+        # The decoder may compute something else although nothing of it has changed: hooks, and code that is
+        # none of the libraries', may look at anything.
+        self.is_open = self._is_open(modules)
 
     def is_still(self, body: nn.Module) -> bool:
         """Whether nothing of it has changed."""
@@ -85,15 +89,13 @@ class Source:
             and self._attributes.same()
             and self._tensors.same([*_weights_of(modules), *self._attributes.tensors()])
             and self._autocast == _autocast_of(self._tensors.devices)
+            and self._is_open(modules) == self.is_open
         )
 
-    def tells_little(self, body: nn.Module) -> bool:
-        """Whether the decoder may compute something else although nothing of it has changed: hooks, and code
-        that is none of the libraries', may look at anything.
-        """
+    def _is_open(self, modules: Sequence[nn.Module]) -> bool:
         if self._attributes.foreign is not None or process_obstacle() is not None:
             return True
-        return any(map(families.has_hooks, structure_of(body)[1]))
+        return any(map(families.has_hooks, modules))
 
 
 class _Tensors:
@@ -104,39 +106,46 @@ class _Tensors:
         self._plain = [i for i, tensor in enumerate(tensors) if type(tensor) in (Tensor, nn.Parameter)]
         self._counted = [i for i, tensor in enumerate(tensors) if not tensor.is_inference()]
         self.devices = {tensor.device.type for tensor in tensors}
-        # Numbers of one byte can neither be joined with others nor compared everywhere.
-        self._sampled = [
-            i
-            for i in self._plain
-            if tensors[i].is_floating_point() and tensors[i].element_size() > 1 and tensors[i].numel()
-        ]
+        # Places by device, and the distance of the numbers that are compared. Numbers of one byte can neither
+        # be joined with others nor compared everywhere.
+        self._sampled: dict[torch.device, list[tuple[int, int]]] = {}
+        for place in self._plain:
+            tensor = tensors[place]
+            if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
+                step = -(-tensor.numel() // _SAMPLES)
+                self._sampled.setdefault(tensor.device, []).append((place, step))
         self._signs, self._samples = self._signs_of(tensors), self._samples_of(tensors)
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         if list(map(id, tensors)) != self._ids or self._signs_of(tensors) != self._signs:
             return False
-        samples = self._samples_of(tensors)
-        return samples.keys() == self._samples.keys() and all(
-            torch.equal(self._samples[device], values) for device, values in samples.items()
-        )
+        return all(map(torch.equal, self._samples, self._samples_of(tensors)))
 
     def _signs_of(self, tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+        plain = list(map(tensors.__getitem__, self._plain))
         return (
+            list(map(_DEVICE, tensors)),
             list(map(_DTYPE, tensors)),
             list(map(_VERSION, map(tensors.__getitem__, self._counted))),
-            list(map(Tensor.data_ptr, map(tensors.__getitem__, self._plain))),
+            list(map(Tensor.data_ptr, plain)),
+            list(map(Tensor.numel, plain)),
         )
 
-    def _samples_of(self, tensors: Sequence[Tensor]) -> dict[torch.device, Tensor]:
-        """Some values of each, which show what was written through `.data`: no version counts that."""
-        parts: dict[torch.device, list[Tensor]] = {}
-        for place in self._sampled:
-            tensor = tensors[place].detach()
-            step = -(-tensor.numel() // _SAMPLES)
-            values = tensor if tensor.is_contiguous() else tensor.contiguous()
-            some = values.as_strided((-(-values.numel() // step),), (step,))
-            parts.setdefault(tensor.device, []).append(some)
-        return {device: torch.cat(values) for device, values in parts.items()}
+    @torch.no_grad()
+    def _samples_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Some values of each, by device, which show what was written through `.data`: no version counts
+        that.
+        """
+        return [
+            torch.cat([_every(step, tensors[place]) for place, step in places])
+            for places in self._sampled.values()
+        ]
+
+
+def _every(step: int, tensor: Tensor) -> Tensor:
+    """Every `step`th number of a tensor."""
+    values = tensor if tensor.is_contiguous() else tensor.contiguous()
+    return values.as_strided((-(-values.numel() // step),), (step,))
 
 
 def _weights_of(modules: Sequence[nn.Module]) -> list[Tensor]:

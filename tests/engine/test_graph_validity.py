@@ -6,8 +6,10 @@ import gc
 import pickle
 import weakref
 
+import numpy
 import pytest
 import torch
+from attribute_changes import ON_CODE, ON_INSTANCES, STEERING, steer
 from parity import assert_close, make_batch, step
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -245,3 +247,76 @@ def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(ta
     assert watch.last_look() == (True, False)
     base.lm_head.weight.data = base.lm_head.weight.data.clone()
     assert watch.last_look() == (False, False)
+
+
+def assert_follows(base, prompt, change):
+    """A replay gives what an eager step gives, before and after a change."""
+    record(base, prompt)
+    before = loss_of(base, prompt, 7).detach()
+    assert_close(before, loss_of(base, prompt, 7, recorded=False).detach(), EXACT, "loss")
+    change()
+    for _ in range(3):
+        expected = loss_of(base, prompt, 7, recorded=False).detach()
+        assert_close(loss_of(base, prompt, 7).detach(), expected, EXACT, "loss")
+    assert abs(expected - before) > 1e-6
+    return before
+
+
+@pytest.mark.parametrize("change", ON_INSTANCES, ids=lambda change: change.__name__)
+def test_a_change_that_touches_no_weight_is_followed(change, tape):
+    base, prompt = build("llama"), leaf()
+    assert_follows(base, prompt, lambda: change(base))
+    assert tape.replays > 1
+
+
+@pytest.mark.parametrize("change", ON_CODE, ids=lambda change: change.__name__)
+def test_other_code_is_followed(change, tape, monkeypatch):
+    base, prompt = build("llama"), leaf()
+    before = assert_follows(base, prompt, lambda: change(monkeypatch.setattr))
+    monkeypatch.undo()
+    assert_close(loss_of(base, prompt, 7).detach(), before, EXACT, "loss")
+
+
+@pytest.mark.parametrize("change", STEERING, ids=lambda change: change.__name__)
+def test_what_a_module_of_the_users_own_looks_at_is_followed(change, tape, monkeypatch):
+    base, prompt = build("llama"), leaf()
+    steer(base)
+    assert_follows(base, prompt, lambda: change(base, monkeypatch.setattr))
+    assert tape.replays > 1
+
+
+class Tabled(nn.Module):
+    """Its table is seen by no one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.table = inner, numpy.array([0.0])
+
+    def forward(self, x):
+        return self.inner(x) + float(self.table[0])
+
+
+def test_a_step_of_code_whose_changes_cannot_be_seen_is_not_recorded(tape):
+    base, prompt = build("llama"), leaf()
+    base.model.layers[0].mlp = Tabled(base.model.layers[0].mlp)
+    with pytest.warns(UserWarning, match="not recorded: .*Tabled holds a ndarray, whose changes cannot be"):
+        record(base, prompt)
+    before = loss_of(base, prompt, 7).item()
+    base.model.layers[0].mlp.table[0] = 2.0
+    got = loss_of(base, prompt, 7).item()
+    assert got == loss_of(base, prompt, 7, recorded=False).item() != before
+    assert tape.replays == 0
+
+
+def test_settings_that_come_and_go_and_calls_of_generate_keep_the_recorded_steps(tape):
+    model, _ = recorded_and_eager("llama")
+    base = model.get_base_model()
+    for seed in range(6):
+        model(**make_batch(seed=seed)).loss.backward()
+        model.generate(**make_batch(side="left", labels=None), max_new_tokens=2)
+        base.config.use_cache = bool(seed % 2)
+        base.generation_config.top_k = seed
+        norm = base.model.layers[0].input_layernorm
+        norm.variance_epsilon = float(str(norm.variance_epsilon))
+    statistics = model._softprompt.graphs.statistics
+    assert (statistics.recorded, statistics.replayed, statistics.dropped) == (1, 5, 0)
