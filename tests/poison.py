@@ -59,7 +59,9 @@ class _Watch(TorchDispatchMode):
     def _look_into(self, func, args, kwargs):
         """Runs an op's own code with this mode, which is off while an operation is answered, on again."""
         device = next(one.device for one in tree_leaves((args, kwargs)) if torch.is_tensor(one))
-        key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}[device.type]
+        key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}.get(device.type)
+        if key is None:  # nothing is computed on "meta"
+            return func(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd(), self:
             return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
 

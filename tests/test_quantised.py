@@ -327,12 +327,17 @@ MIXED = {
 def test_mixed_dtypes_are_packed_with_no_more_error_than_pefts_own(dtype, change):
     stock, fast = patched_pair(prompted(change(build("llama", dtype))))
     assert facts(fast)[0] == "packed"
-    truth, expected, got = (step(model, BATCH) for model in (double(stock), stock, fast))
+    truth = double(stock)
+    # A single loss may happen to hit the truth, which depends on how a processor rounds.
+    batches = [make_batch(labels="everywhere", seed=seed) for seed in range(4)]
+    steps = [[step(model, batch) for model in (truth, stock, fast)] for batch in batches]
     for what in ("loss", "grads"):
-        of = [getattr(one, what) for one in (truth, expected, got)]
-        true, peft, ours = (next(iter(x.values())) if what == "grads" else x for x in of)
-        allowed = 2 * relative_error(peft, true) + 2e-3
-        assert relative_error(ours, true) <= allowed, what
+        theirs, ours = 0.0, 0.0
+        for one in steps:
+            true, peft, own = (next(iter(s.grads.values())) if what == "grads" else s.loss for s in one)
+            theirs += relative_error(peft, true) / len(steps)
+            ours += relative_error(own, true) / len(steps)
+        assert ours <= 2 * theirs + 2e-3, what
 
 
 def test_a_head_that_casts_its_logits_keeps_their_dtype_under_autocast():

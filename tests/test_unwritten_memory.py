@@ -51,7 +51,7 @@ def assert_right(got, stock, truth, batch, dtype):
         ("gradient", got.grads[key], theirs.grads[key], right.grads[key]),
     ):
         assert mine.isfinite().all(), f"{what} is not finite"
-        limit = 2 * relative_error(peft, true) + 4 * torch.finfo(dtype).eps
+        limit = 2 * relative_error(peft, true) + max(4 * torch.finfo(dtype).eps, 4e-6)
         assert relative_error(mine, true) <= limit, what
 
 
@@ -60,7 +60,7 @@ def parameters(cases):
     return [pytest.param(*case[:-1], *case[-1].values, marks=case[-1].marks) for case in cases]
 
 
-@pytest.mark.parametrize("name, dtype, vocabulary, backend", parameters(CASES))
+@pytest.mark.parametrize("name, dtype, vocabulary, backend", parameters(CASES), ids=str)
 def test_a_step_reads_nothing_unwritten(name, dtype, vocabulary, backend):
     stock, fast, truth = models(prompted, name, dtype, vocab_size=vocabulary)
     softprompt.patch(fast, on_unsupported="error", backend=backend)
@@ -73,7 +73,7 @@ def test_a_step_reads_nothing_unwritten(name, dtype, vocabulary, backend):
         assert_right(got, stock, truth, batch, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_recorded_step_reads_nothing_unwritten(name, dtype, tape):
     stock, fast, truth = models(prompted, name, dtype)
@@ -88,7 +88,7 @@ def test_a_recorded_step_reads_nothing_unwritten(name, dtype, tape):
         assert_right(got, stock, truth, batch, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["t5-1.1", "bart"])
 def test_a_step_of_an_encoder_decoder_reads_nothing_unwritten(name, dtype):
     stock, fast, truth = models(seq2seq_prompted, name, dtype)
@@ -122,7 +122,7 @@ def test_scoring_reads_nothing_unwritten():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [97, 1001, 50257])
 def test_a_trained_head_in_chunks_of_several_sizes_reads_nothing_unwritten(
     vocabulary, dtype, backend, monkeypatch
@@ -136,11 +136,11 @@ def test_a_trained_head_in_chunks_of_several_sizes_reads_nothing_unwritten(
         found = loss_and_gradients(linear_cross_entropy, *case, backend=backend)
     assert watch.products
     for ours, pytorch, true in zip(found, plain, truth, strict=True):
-        assert largest_error(ours, true) <= 2 * largest_error(pytorch, true) + 2 * torch.finfo(dtype).eps
+        assert largest_error(ours, true) <= 2 * largest_error(pytorch, true) + 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_functions_leave_the_padding_zero(backend, dtype, gradient):
     module = importlib.import_module(f"softprompt.ops.linear_cross_entropy.{backend}")
