@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 from torch import nn
 
 from softprompt.engine import families, hooks, precision, sharding
 from softprompt.engine.families import CausalLM
+from softprompt.engine.structure import structure_of
 
 
 def fingerprint(model: CausalLM) -> tuple[Any, ...]:
@@ -24,6 +27,7 @@ def fingerprint(model: CausalLM) -> tuple[Any, ...]:
         bool(getattr(config, "output_router_logits", False)),
         _unanswered(model),
         sharding.obstacle(model),
+        _code_of(model) if isinstance(model, nn.Module) else None,
     )
     passing = (  # FSDP2 changes these
         None if weight is None else (weight.dtype, weight.device.type),
@@ -33,6 +37,24 @@ def fingerprint(model: CausalLM) -> tuple[Any, ...]:
         sharding.has_parts(model),
     )
     return lasting, passing
+
+
+def _code_of(model: nn.Module) -> tuple[Any, ...]:
+    """The forwards of a model's classes and the functions beside them, which kernel libraries exchange.
+
+    Told apart by identity and code: a function that is held here may hold the model.
+    """
+    kinds = dict.fromkeys(map(type, structure_of(model)[1]))
+    forwards = [kind.forward for kind in kinds]
+    files = dict.fromkeys(getattr(forward, "__module__", "") for forward in forwards)
+    beside = [
+        value
+        for name in files
+        if name.startswith("transformers.models.")
+        for value in vars(sys.modules[name]).values()
+        if isinstance(value, types.FunctionType)
+    ]
+    return tuple((id(function), getattr(function, "__code__", None)) for function in (*forwards, *beside))
 
 
 def _unanswered(model: CausalLM) -> str | None:
