@@ -22,8 +22,10 @@ from softprompt.cli.models import (
     patch,
     set_threads,
 )
+from softprompt.cli.notes import say_rows
 from softprompt.cli.progress import TrainingProgress
 from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, check_whole, fingerprint
+from softprompt.cli.table_options import table_arguments
 from softprompt.engine import plan_for
 from softprompt.engine.forward import obstacle_to
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, read_npy, set_prompt
@@ -31,7 +33,14 @@ from softprompt.tasks.classification import ClassificationTask, Encoder, load_ta
 from softprompt.tasks.ensemble_trainer import EnsembleTrainer
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import adapter_folders
-from softprompt.tasks.table import Table, check_labels_known, read_table, split_table
+from softprompt.tasks.table import (
+    Table,
+    check_several_labels,
+    read_table,
+    split_table,
+    with_known_labels,
+)
+from softprompt.tasks.template import parse_template
 from softprompt.tasks.trainer import Patience, PromptTrainer, StopAtStepEnd
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
@@ -41,21 +50,20 @@ DEFAULT_PATIENCE = 3
 
 def read_tables(args: argparse.Namespace) -> tuple[Table, Table | None]:
     """Return the training rows and the evaluation rows, None if nothing is to be measured."""
-
-    def read(source: str) -> Table:
-        return read_table(
-            source,
-            args.text_column,
-            args.label_column,
-            subset=args.data_config,
-            split=args.data_split,
-        )
-
-    train_table = read(args.data or _tiny("train_table"))
-    if args.eval_data or args.data is None:
-        eval_table = read(args.eval_data or _tiny("eval_table"))
-        check_labels_known(eval_table, train_table.known_labels())
-        return train_table, eval_table
+    columns = parse_template(args.template, args.text_column, args.label_column).columns
+    train_source = args.data or _tiny("train_table")
+    eval_source = args.eval_data or (_tiny("eval_table") if args.data is None else None)
+    sources = [source for source in (train_source, eval_source) if source is not None]
+    arguments = table_arguments(args, sources)
+    tables = [
+        read_table(source, args.text_column, args.label_column, columns=columns, **arguments)
+        for source in sources
+    ]
+    train_table = tables[0]
+    check_several_labels(train_table)
+    if len(tables) == 2:
+        known = train_table.known_labels()
+        return train_table, with_known_labels(tables[1], known, train_table.label_names)
     if args.eval_share == 0:
         return train_table, None
     return split_table(train_table, args.eval_share, args.seed)
@@ -109,6 +117,7 @@ def build_trainer(
         evaluated=progress.evaluated,
     )
     trainer.remove_callback(PrinterCallback)
+    say_rows(encoder, train_table, eval_table, validation_table)
     return trainer, stop
 
 
@@ -123,6 +132,7 @@ def task_of(args: argparse.Namespace, train_table: Table, base: Any) -> Classifi
         padding=args.padding,
         end_token=args.end_token or ("eos" if args.model is None else "pad"),
         positions=choose_positions(args, base),
+        label_names=tuple(train_table.label_names.items()),
     )
 
 

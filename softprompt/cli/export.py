@@ -133,6 +133,11 @@ def _write_request(args: argparse.Namespace, saved: "SavedPrompt", output: Path)
     if saved.task is None:
         ids = tokenizer(args.text)["input_ids"]
     else:
+        if saved.task.columns:
+            raise UsageError(
+                f"the template of {saved.source} reads {', '.join(map(repr, saved.task.columns))} beside the "
+                "text, and --text is one text: export --format npy, and fill the template in where rows are"
+            )
         encoder = Encoder(saved.task, tokenizer)
         ids, stops, longest = encoder.prompt(args.text), encoder.stop_token_ids, encoder.max_target
     try:

@@ -50,16 +50,6 @@ def add_command(
     return parser
 
 
-def add_dataset_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options that choose a part of a data set."""
-    group.add_argument(
-        "--data-config", type=given, metavar="NAME", help="part of a data set from the `datasets` library"
-    )
-    group.add_argument(
-        "--data-split", type=given, metavar="NAME", default="train", help="split of such a data set to read"
-    )
-
-
 def add_prompt_options(parser: Parser) -> None:
     """Add the options that name a trained prompt and its model."""
     parser.add_argument(

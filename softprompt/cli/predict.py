@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options, given
+from softprompt.cli.options import Parser, add_command, add_compute_options, given
+from softprompt.cli.table_options import add_table_options, table_arguments
 from softprompt.nesting import base_of
 from softprompt.tasks.folders import adapter_folders
 
@@ -60,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="NAME",
         help="the frozen model, if it is not where it was in training (default: the one trained with)",
     )
-    add_dataset_options(data)
+    add_table_options(data)
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument(
         "--score",
@@ -127,9 +128,11 @@ def run(args: argparse.Namespace) -> int:
         quiet_libraries,
         set_threads,
     )
+    from softprompt.cli.notes import length_notes, row_notes, say
     from softprompt.tasks.classification import Encoder, load_task
     from softprompt.tasks.inference import label_texts
-    from softprompt.tasks.table import check_writable_type, read_table, write_frame
+    from softprompt.tasks.table import read_table
+    from softprompt.tasks.written import check_writable, check_writable_type, write_frame
 
     quiet_libraries()
     check_writable_type(output)
@@ -137,8 +140,9 @@ def run(args: argparse.Namespace) -> int:
     table = read_table(
         args.data,
         args.text_column or task.text_column,
-        subset=args.data_config,
-        split=args.data_split,
+        columns=task.columns,
+        every_line=True,
+        **table_arguments(args, [args.data]),
     )
     if args.output_column in table.frame.columns:
         raise UsageError(
@@ -148,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         from softprompt.cli.score import check_outputs
 
         check_outputs(args, task, table)
+    check_writable(table.frame, output)
     device = choose_device(args.device)
     set_threads(args.threads, tiny=False)
     dtype = choose_dtype(bf16=args.bf16, fp16=args.fp16, device=device)
@@ -157,6 +162,8 @@ def run(args: argparse.Namespace) -> int:
     _check_length(args, model, task.max_length)
     if not args.no_patch:
         model = patch(model)
+    trained = f"the adapter was trained with --max-length {task.max_length}"
+    say(row_notes([table]) + length_notes(encoder, [table], trained))
     if scored:
         from softprompt.cli.score import score_table
 
@@ -169,15 +176,17 @@ def run(args: argparse.Namespace) -> int:
         labels = label_texts(
             model,
             encoder,
-            table.texts,
+            table.rows,
             batch_size=args.batch_size,
             progress=lambda rows: progress.update(bar, advance=rows),
         )
-    write_frame(table.frame.assign(**{args.output_column: labels}), output)
+    names = [task.name_of(label) for label in labels]
+    write_frame(table.frame.assign(**{args.output_column: names}), output)
     foreign = sum(label not in task.labels for label in labels)
     print(f"{len(labels)} rows labelled in {time.perf_counter() - start:.1f} s: {output}")
     if foreign:
-        print(f"for {foreign} of them the model wrote something else than {', '.join(task.labels)}")
+        known = ", ".join(map(task.name_of, task.labels))
+        print(f"for {foreign} of them the model wrote something else than {known}")
     return 0
 
 

@@ -49,8 +49,9 @@ SavedRun = tuple[ClassificationTask, str, dict[str, Any]]
 
 
 def fingerprint(table: Table) -> str:
-    """Return a hash of the texts and labels, in their order."""
-    content = json.dumps([table.texts, table.labels]).encode()
+    """Return a hash of the texts, labels and other columns that the template reads, in their order."""
+    others = [table.others] if table.others else []
+    content = json.dumps([table.texts, table.labels, *others]).encode()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -83,7 +84,8 @@ def check_same_run(saved: SavedRun, now: SavedRun) -> None:
     before = {**vars(saved[0]), "model": saved[1], **saved[2]}
     after = {**vars(now[0]), "model": now[1], **now[2]}
     for name, value in after.items():
-        if before.get(name) == value:
+        # What the table calls the labels changes nothing that is learnt.
+        if name == "label_names" or before.get(name) == value:
             continue
         if name in ("rows", "labels"):
             raise UsageError(

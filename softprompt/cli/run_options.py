@@ -3,7 +3,8 @@
 import argparse
 
 from softprompt.cli.initial import add_init_options
-from softprompt.cli.options import MAX_SEED, Parser, add_dataset_options, given, number, whole, words
+from softprompt.cli.options import MAX_SEED, Parser, given, number, whole
+from softprompt.cli.table_options import add_table_options, template_text
 
 RECIPES = {
     "paper": {
@@ -45,7 +46,7 @@ def add_data_options(parser: Parser) -> None:
         metavar="SHARE",
         help="share of every label's rows to measure on if --eval-data is not given; 0 measures nothing",
     )
-    add_dataset_options(data)
+    add_table_options(data)
 
 
 def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
@@ -63,9 +64,11 @@ def add_model_options(parser: Parser) -> argparse._ArgumentGroup:
     add_init_options(prompt)
     prompt.add_argument(
         "--template",
-        type=words,
+        type=template_text,
         default="{text_column} : {text} Label : ",
-        help="how a text is put before the model; the label is written behind it",
+        help="how a row is put before the model; the label is written behind it. {text} is the text, "
+        "{text_column} the name of its column, and any other name in braces the cell of that column; {{ and "
+        "}} are braces, \\n is a new line, \\t a tab, \\\\ a backslash",
     )
     prompt.add_argument(
         "--max-length",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from softprompt.cli.errors import UsageError
+from softprompt.cli.table_options import table_arguments
 from softprompt.files import write_text
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.errors import TaskError
@@ -19,12 +20,13 @@ from softprompt.tasks.scoring import (
     label_log_likelihoods,
     label_probabilities,
 )
-from softprompt.tasks.table import Table, check_labels_known, read_table, write_frame
+from softprompt.tasks.table import Table, read_table, with_known_labels
+from softprompt.tasks.written import write_frame
 
 
 def check_outputs(args: argparse.Namespace, task: ClassificationTask, table: Table) -> None:
     """Raise UsageError where a column or a file that scoring writes is there already, or would be twice."""
-    for column in map(probability_column, task.labels):
+    for column in map(probability_column, map(task.name_of, task.labels)):
         if column == args.output_column:
             raise UsageError(f"--output-column {column} is the column of a probability: give another name")
         if column in table.frame.columns:
@@ -40,7 +42,7 @@ def probability_column(label: str) -> str:
 
 
 def read_labels(args: argparse.Namespace, task: ClassificationTask, table: Table) -> list[str] | None:
-    """Return the true labels of the rows, None where the table has none.
+    """Return the names of the true labels of the rows, None where the table has none.
 
     Without `--label-column` the column of the training is used if it is there and holds known labels only.
     """
@@ -50,15 +52,15 @@ def read_labels(args: argparse.Namespace, task: ClassificationTask, table: Table
         return None
     try:
         labelled = read_table(
-            args.data, table.text_column, column, subset=args.data_config, split=args.data_split
+            args.data, table.text_column, column, every_line=True, **table_arguments(args, [args.data])
         )
-        check_labels_known(labelled, task.labels)
+        labelled = with_known_labels(labelled, task.labels, dict(task.label_names))
     except TaskError as error:
         if asked:
             raise
         print(f"nothing is measured: {error}")
         return None
-    return labelled.labels
+    return [task.name_of(label) for label in labelled.labels or []]
 
 
 def score_table(
@@ -80,7 +82,7 @@ def score_table(
         logs = label_log_likelihoods(
             model,
             encoder,
-            table.texts,
+            table.rows,
             adapters=adapters,
             batch_size=args.batch_size,
             progress=lambda rows: progress.update(bar, advance=rows),
@@ -91,7 +93,7 @@ def score_table(
     )
     each = label_probabilities(logs, lengths=lengths, content_free=content_free)
     chosen, shares = combine(each, args.combine or "vote")
-    names = encoder.task.labels
+    names = tuple(map(encoder.task.name_of, encoder.task.labels))
     predicted = [names[number] for number in chosen.tolist()]
     columns = {args.output_column: predicted}
     columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}

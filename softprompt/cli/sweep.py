@@ -127,6 +127,7 @@ def _train(
     from softprompt.tasks.sweep import summary_of, table_of
 
     start = time.perf_counter()
+    sweep.say_rows()
     missing = sweep.missing()
     try:
         sweep.train(missing, starts)

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from softprompt.cli.models import (
     patch,
     set_threads,
 )
+from softprompt.cli.notes import say_rows
 from softprompt.cli.resume import RESUME_SETTINGS, fingerprint
 from softprompt.cli.sweep import with_values
 from softprompt.engine import plan_for
@@ -51,6 +51,7 @@ from softprompt.tasks.folders import publish_folder, staging
 from softprompt.tasks.metrics import to_json
 from softprompt.tasks.sweep import RECORD, Run, batches_of_runs, grid, read_record
 from softprompt.tasks.sweep_trainer import Member, SweepTrainer
+from softprompt.tasks.template import Row
 
 # Of those a batch stream, or an optimizer, has one.
 SAME = ["batch_size", "epochs", "steps", "optimizer", "schedule"]
@@ -59,7 +60,7 @@ SHIPPED = "the shipped tiny model"
 MARKS = ("weights", "tokens", "start", "no_patch")
 
 
-def marks_of(args: argparse.Namespace, base: Any, encoder: Encoder, texts: Sequence[str]) -> dict[str, Any]:
+def marks_of(args: argparse.Namespace, base: Any, encoder: Encoder, rows: Sequence[Row]) -> dict[str, Any]:
     """Marks of what names and options do not tell: files may change and keep their names.
 
     The shipped model and a run without these options have none.
@@ -71,7 +72,7 @@ def marks_of(args: argparse.Namespace, base: Any, encoder: Encoder, texts: Seque
             some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
             numbers.update(name.encode() + some.double().cpu().numpy().tobytes())
         marks["weights"] = numbers.hexdigest()[:12]
-        ids = [encoder.prompt(text) for text in texts[:64]]
+        ids = [encoder.prompt(row) for row in rows[:64]]
         marks["tokens"] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
     if args.init_from:
         start = Path(args.init_from)
@@ -108,12 +109,16 @@ class Sweep:
         settings = {
             **{name: getattr(args, name) for name in RESUME_SETTINGS if name not in NOT_SWEPT},
             "model": SHIPPED if args.model is None else self.model_name,
-            "task": asdict(task),
+            "task": task.record(),
             "rows": fingerprint(self.train_table),
             "eval_rows": fingerprint(self.eval_table),
-            **marks_of(args, self.base, self.encoder, self.train_table.texts),
+            **marks_of(args, self.base, self.encoder, self.train_table.rows),
         }
         self.runs = grid(over, range(args.seed, args.seed + args.seeds), settings)
+
+    def say_rows(self) -> None:
+        """Print how many rows each label has, and the notes on the tables."""
+        say_rows(self.encoder, self.train_table, self.eval_table)
 
     def missing(self) -> list[Run]:
         """Return the runs that have not finished."""

@@ -13,9 +13,11 @@ from typing import Any
 
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import TASK_FILE
+from softprompt.tasks.template import TEXT, Row, Template, from_before_columns, parse_template
 
 DEFAULT_TEMPLATE = "{text_column} : {text} Label : "
 IGNORED = -100
+LENGTHS_AT_ONCE = 1000
 CHOICES = {
     "padding": ("max_length", "longest"),
     "end_token": ("pad", "eos"),
@@ -33,12 +35,14 @@ class ClassificationTask:
         text_column: name of the text column in the training table; fills `{text_column}` of the template.
         label_column: name of the label column in the training table.
         labels: the labels of the training rows.
-        template: the text of the input, with `{text}` once and `{text_column}` at will.
+        template: the text of the input, with `{text}` once, and `{text_column}` and other columns at will;
+            see `softprompt.tasks.template`.
         max_length: number of tokens of the longest row, prompt, label and end token together.
         padding: "max_length" pads every batch to `max_length`, "longest" to its own longest row.
         end_token: "pad" ends a label with the tokenizer's pad token, "eos" with its end-of-sequence token.
         positions: "padded": pads count for the positions that the prompt was trained with, as in PEFT;
             "compact": they do not, so a row is what it is alone.
+        label_names: (label, name) of the labels that the training table calls otherwise.
     """
 
     text_column: str
@@ -49,6 +53,7 @@ class ClassificationTask:
     padding: str = "max_length"
     end_token: str = "pad"
     positions: str = "padded"
+    label_names: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field: an adapter of someone else brings them along."""
@@ -62,24 +67,46 @@ class ClassificationTask:
                 )
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise TaskError(f"max_length must be a whole number of at least 1, got {self.max_length!r}")
-        if self.template.count("{text}") != 1:
-            raise TaskError(f"the template {self.template!r} must contain {{text}} exactly once")
+        parse_template(self.template, self.text_column, self.label_column)
         if not self.labels:
             raise TaskError("a classification task needs at least one label")
         for label in self.labels:
             if not isinstance(label, str) or not label.strip():
                 raise TaskError(f"a label must be a text that is not blank, got {label!r}")
 
-    def fill(self, text: str) -> str:
-        """Return the template with the text in it."""
-        before, after = (
-            part.replace("{text_column}", self.text_column) for part in self.template.split("{text}")
-        )
-        return before + text + after
+    @property
+    def parts(self) -> Template:
+        """The template, taken apart."""
+        return parse_template(self.template, self.text_column, self.label_column)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns beside the text that the template reads."""
+        return self.parts.columns
+
+    def fill(self, row: Row) -> str:
+        """Return the template with the row in it."""
+        return self.parts.fill(row)
+
+    def name_of(self, label: str) -> str:
+        """Return what the training table calls a label."""
+        return dict(self.label_names).get(label, label)
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields as `softprompt.json` has them.
+
+        What was not there before templates read columns, and class names kept their underscores, is there
+        only where it says something: other tasks are written, and told apart, as they always were.
+        """
+        content = asdict(self)
+        names = dict(content.pop("label_names"))
+        if from_before_columns(self.template) != self.template:
+            content["template_columns"] = list(self.columns)
+        return content | ({"label_names": names} if names else {})
 
     def save(self, folder: Path, *, model: str, training: dict[str, Any]) -> None:
         """Write `softprompt.json`: this task, the base model and the settings of the training run."""
-        content = {"model": model, **asdict(self), "training": training}
+        content = {"model": model, **self.record(), "training": training}
         (folder / TASK_FILE).write_text(
             json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
@@ -104,7 +131,10 @@ def load_task(folder: Path) -> tuple[ClassificationTask, str, dict[str, Any]]:
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
-        task = ClassificationTask(**content, labels=tuple(labels))
+        if content.pop("template_columns", None) is None and isinstance(content.get("template"), str):
+            content["template"] = from_before_columns(content["template"])
+        names = tuple(content.pop("label_names", {}).items())
+        task = ClassificationTask(**content, labels=tuple(labels), label_names=names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TaskError(
             f"{path} is not a file that `softprompt train` wrote ({error}): train again"
@@ -117,7 +147,8 @@ class Encoder:
 
     Where the tokenizer lacks the pad or the end-of-sequence token, the other one stands in for it. A text
     that is too long loses its end, never the template's and never the label: every prompt keeps room for the
-    longest label, so that a text is cut in the same place in training and in labelling.
+    longest label, so that a text is cut in the same place in training and in labelling. Where the other
+    columns of the template leave no room for the text, they lose their ends too, the last one first.
 
     Attributes:
         pad_token_id: fills batches.
@@ -149,7 +180,7 @@ class Encoder:
             )
         self.max_target = max(len(target) for target in self.targets.values())
         self.max_prompt = task.max_length - self.max_target
-        template_length = len(self._tokenize(""))
+        template_length = len(self._tokenize(self.filled_with("")))
         if template_length + 1 > self.max_prompt:
             raise TaskError(
                 f"max_length {task.max_length} is too small: the template takes {template_length} tokens and "
@@ -157,32 +188,52 @@ class Encoder:
                 f"{template_length + 1 + self.max_target}"
             )
 
-    def prompt(self, text: str) -> list[int]:
+    def prompt(self, row: Row) -> list[int]:
         """Return the token ids of the filled template, at most `max_prompt` of them."""
-        input_ids = self._tokenize(text)
+        input_ids = self._tokenize(row)
         if len(input_ids) <= self.max_prompt:
             return input_ids
-        fits, too_long = 0, len(text)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if len(self._tokenize(text[:middle])) <= self.max_prompt:
-                fits = middle
-            else:
-                too_long = middle
-        return self._tokenize(text[:fits])
+        cells = {TEXT: row} if isinstance(row, str) else dict(row)
+        for name in (TEXT, *reversed(self.task.columns)):
+            whole = cells[name]
+            if len(self._tokenize(cells | {name: ""})) > self.max_prompt:
+                cells[name] = ""  # the next one has to lose something, too
+                continue
+            fits, too_long = 0, len(whole)
+            while too_long - fits > 1:
+                middle = (fits + too_long) // 2
+                if len(self._tokenize(cells | {name: whole[:middle]})) <= self.max_prompt:
+                    fits = middle
+                else:
+                    too_long = middle
+            cells[name] = whole[:fits]
+            break
+        return self._tokenize(cells)
 
-    def example(self, text: str, label: str) -> Example:
+    def filled_with(self, text: str) -> Row:
+        """Return a row that has the same text in each of its columns."""
+        return dict.fromkeys((TEXT, *self.task.columns), text)
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """Return the tokens of each filled template: one with more than `max_prompt` is cut in `prompt`."""
+        found: list[int] = []
+        for start in range(0, len(rows), LENGTHS_AT_ONCE):
+            texts = [self.task.fill(row) for row in rows[start : start + LENGTHS_AT_ONCE]]
+            found += [len(self._without_end(ids)) for ids in self.tokenizer(texts)["input_ids"]]
+        return found
+
+    def example(self, row: Row, label: str) -> Example:
         """Return `input_ids`, `attention_mask` and `labels` of one row, all of its own length."""
-        prompt, target = self.prompt(text), self.targets[label]
+        prompt, target = self.prompt(row), self.targets[label]
         return {
             "input_ids": prompt + target,
             "attention_mask": [1] * (len(prompt) + len(target)),
             "labels": [IGNORED] * len(prompt) + target,
         }
 
-    def examples(self, texts: Sequence[str], labels: Sequence[str]) -> list[Example]:
+    def examples(self, rows: Sequence[Row], labels: Sequence[str]) -> list[Example]:
         """Return `example` of every row."""
-        return [self.example(text, label) for text, label in zip(texts, labels, strict=True)]
+        return [self.example(row, label) for row, label in zip(rows, labels, strict=True)]
 
     def decode(self, generated: Sequence[int]) -> str:
         """Return the label that the generated ids spell, or their text where they spell none."""
@@ -193,12 +244,13 @@ class Encoder:
         ids = list(itertools.takewhile(lambda token_id: token_id not in self.stop_token_ids, token_ids))
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _tokenize(self, text: str) -> list[int]:
-        input_ids: list[int] = list(self.tokenizer(self.task.fill(text))["input_ids"])
+    def _tokenize(self, row: Row) -> list[int]:
+        return self._without_end(self.tokenizer(self.task.fill(row))["input_ids"])
+
+    def _without_end(self, token_ids: Sequence[int]) -> list[int]:
         # Some tokenizers close every text with the end-of-sequence token; here the label comes next.
-        if input_ids and input_ids[-1] == self.tokenizer.eos_token_id:
-            input_ids.pop()
-        return input_ids
+        ids = list(token_ids)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
 
 def _first_set(*token_ids: int | None) -> int:

@@ -90,7 +90,7 @@ class EnsembleTrainer(PromptTrainer):
         return label_log_likelihoods(
             self.model,
             self.encoder,
-            table.texts,
+            table.rows,
             adapters=self.adapters,
             batch_size=self.args.per_device_eval_batch_size,
             progress=progress,

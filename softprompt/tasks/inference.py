@@ -10,6 +10,7 @@ from softprompt.engine import families
 from softprompt.nesting import base_of
 from softprompt.tasks.classification import IGNORED, Encoder, Example
 from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.template import Row
 
 Progress = Callable[[int], None]
 
@@ -18,7 +19,7 @@ Progress = Callable[[int], None]
 def label_texts(
     model: Any,
     encoder: Encoder,
-    texts: Sequence[str],
+    texts: Sequence[Row],
     *,
     batch_size: int,
     progress: Progress | None = None,
@@ -27,8 +28,8 @@ def label_texts(
 
     A text gets the same label in every batch. Where the task pads to `max_length` and pads count for
     positions, prompts are padded to the longest that training knows; where pads do not count, only texts of
-    one length are batched, so that there are none. `progress` is called with the number of rows done in each
-    batch.
+    one length are batched, so that there are none. Where the template reads several columns, a text stands
+    for the row with them. `progress` is called with the number of rows done in each batch.
     """
     task = encoder.task
     padded = task.positions == "padded" and task.padding == "max_length"

@@ -20,6 +20,7 @@ from softprompt.tasks.classification import Encoder
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.inference import evaluation_mode
+from softprompt.tasks.template import Row
 
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")  # of Zhao et al. 2021, section 5
 
@@ -28,7 +29,7 @@ CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")  # of Zhao et al. 2021, section 5
 def label_log_likelihoods(
     model: Any,
     encoder: Encoder,
-    texts: Sequence[str],
+    texts: Sequence[Row],
     *,
     adapters: Sequence[str] | None = None,
     batch_size: int,
@@ -39,7 +40,8 @@ def label_log_likelihoods(
     Args:
         model: a PEFT prompt-tuning model, patched or not.
         encoder: of the task.
-        texts: N texts; one that is too long loses its end, as in training.
+        texts: N texts, or rows where the template reads other columns, too; one that is too long loses its
+            end, as in training.
         adapters: K adapters; every text is scored behind each of their prompts, all in one forward. None: the
             active one.
         batch_size: texts in a forward.
@@ -100,10 +102,12 @@ def label_candidates(encoder: Encoder) -> list[list[int]]:
 def content_free_log_likelihoods(
     model: Any, encoder: Encoder, *, adapters: Sequence[str] | None = None
 ) -> Tensor:
-    """`label_log_likelihoods` [K, 3, C] of texts that say nothing: "N/A", the empty text and "[MASK]"."""
-    return label_log_likelihoods(
-        model, encoder, CONTENT_FREE_TEXTS, adapters=adapters, batch_size=len(CONTENT_FREE_TEXTS)
-    )
+    """`label_log_likelihoods` [K, 3, C] of texts that say nothing: "N/A", the empty text and "[MASK]".
+
+    They stand in every column that the template reads.
+    """
+    rows = [encoder.filled_with(text) for text in CONTENT_FREE_TEXTS]
+    return label_log_likelihoods(model, encoder, rows, adapters=adapters, batch_size=len(rows))
 
 
 def label_probabilities(

@@ -1,21 +1,19 @@
-"""Tables of texts and labels: reading, checking, splitting and writing."""
+"""Tables of texts and labels: reading, checking and splitting."""
 
-import json
-import os
 import random
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from softprompt.files import whole_file
 from softprompt.tasks.errors import TaskError
+from softprompt.tasks.frames import Reading, Source, quoted, read_source
+from softprompt.tasks.labels import clean_label, label_words, look_of
+from softprompt.tasks.template import TEXT, Row
+from softprompt.tasks.written import is_missing
 
-FILE_TYPES = (".csv", ".jsonl", ".parquet")
 _NO_TEXT = (dict, list, tuple, bytes, np.ndarray)
 
 
@@ -23,7 +21,16 @@ _NO_TEXT = (dict, list, tuple, bytes, np.ndarray)
 class Table:
     """Rows of text, with their labels where a label column was asked for.
 
-    `labels` is None for a table read without a label column. `frame` holds every column as it was read.
+    Attributes:
+        source: the file or data set.
+        text_column: column of the texts.
+        label_column: column of the labels.
+        texts: one of each row.
+        labels: one of each row, as a model writes it; None for a table read without a label column.
+        frame: every column as it was read.
+        others: the cells of the other columns that were asked for, "" where one is missing.
+        label_names: what the labels are called in the table, where a model writes them otherwise.
+        blank_lines: how many blank lines between the rows were left out.
     """
 
     source: str
@@ -32,9 +39,21 @@ class Table:
     texts: list[str]
     labels: list[str] | None
     frame: Any = field(repr=False, compare=False)
+    others: dict[str, list[str]] = field(default_factory=dict)
+    label_names: dict[str, str] = field(default_factory=dict)
+    blank_lines: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """What fills a template: the texts, with the cells of the other columns where there are some."""
+        if not self.others:
+            return self.texts
+        names = [TEXT, *self.others]
+        rows = zip(self.texts, *self.others.values(), strict=True)
+        return [dict(zip(names, cells, strict=True)) for cells in rows]
 
     def take(self, indices: Sequence[int]) -> "Table":
         """Return the rows at `indices`, in that order."""
@@ -45,6 +64,9 @@ class Table:
             texts=[self.texts[i] for i in indices],
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             frame=self.frame.iloc[list(indices)].reset_index(drop=True),
+            others={name: [cells[i] for i in indices] for name, cells in self.others.items()},
+            label_names=self.label_names,
+            blank_lines=self.blank_lines,
         )
 
     def known_labels(self) -> tuple[str, ...]:
@@ -57,14 +79,34 @@ def read_table(
     text_column: str,
     label_column: str | None = None,
     *,
+    columns: Sequence[str] = (),
+    every_line: bool = False,
     subset: str | None = None,
-    split: str = "train",
+    split: str | None = None,
+    encoding: str | None = None,
+    separator: str = ",",
+    header: bool = True,
 ) -> Table:
     """Read a table of texts and, where `label_column` is given, of labels.
 
     `source` is a `.csv`, `.jsonl` or `.parquet` file, a folder that `datasets` can load, or the name of a
-    data set; `subset` and `split` choose among the parts of a data set. Cells become strings; the names of a
-    `datasets.ClassLabel` are used with their underscores as spaces.
+    data set. Cells become strings. Labels lose the spaces and the characters without width around them; the
+    names of a `datasets.ClassLabel` are written with their underscores as spaces (`Table.label_names` has
+    the names).
+
+    Args:
+        source: see above.
+        text_column: column of the texts.
+        label_column: column of the labels.
+        columns: other columns that a template reads.
+        every_line: refuse blank lines between the rows of a file, which are left out otherwise: for tables
+            whose lines have to stand beside those of another file.
+        subset: part of a data set.
+        split: split of a data set; None takes "train".
+        encoding: of a CSV or JSONL file; None goes by its byte order mark, else takes UTF-8.
+        separator: between the cells of a CSV file.
+        header: whether the first line of a CSV file has the names of its columns; they are called 1, 2 and
+            so on where it has not.
 
     Raises:
         TaskError: the source does not exist, is of an unknown type, cannot be read or has no rows; a column
@@ -73,56 +115,32 @@ def read_table(
     """
     if label_column == text_column:
         raise TaskError(f"column {text_column!r} cannot be both the text and the label: name two columns")
-    frame = read_frame(source, subset=subset, split=split)
-    texts = _text_cells(frame, text_column, "text", str(source))
-    labels = None if label_column is None else _text_cells(frame, label_column, "label", str(source))
-    return Table(str(source), text_column, label_column, texts, labels, frame)
-
-
-def read_frame(source: str | Path, *, subset: str | None = None, split: str = "train") -> Any:
-    """Read every column of `source` into a pandas data frame (see `read_table`)."""
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if path.is_file():
-        if suffix not in FILE_TYPES:
-            raise TaskError(
-                f"{source} is of the unknown type {suffix!r}: give one of {', '.join(FILE_TYPES)}"
-            )
-        try:
-            frame = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": pd.read_parquet}[suffix](path)
-        except TaskError:
-            raise
-        except (OSError, ValueError, pd.errors.ParserError) as error:
-            raise TaskError(f"{source} is not a readable {suffix} table: {_first_line(error)}") from error
-    elif path.is_dir() or not _is_file_name(str(source)):
-        frame = _read_dataset(str(source), subset, split)
-    else:
-        raise TaskError(f"{source} does not exist: check the path of the table")
-    if len(frame) == 0:
-        raise TaskError(f"{source} has no rows: give a table with at least one")
-    return frame
-
-
-def write_frame(frame: Any, path: str | Path) -> None:
-    """Write a data frame as CSV, JSONL or Parquet by the extension; no half-written file is ever left."""
-    path = Path(path)
-    check_writable_type(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = path.suffix.lower()
-    with whole_file(path) as partial:
-        if suffix == ".csv":
-            frame.to_csv(partial, index=False)
-        elif suffix == ".jsonl":
-            frame.to_json(partial, orient="records", lines=True, force_ascii=False)
-        else:
-            frame.to_parquet(partial, index=False)
-
-
-def check_writable_type(path: str | Path) -> None:
-    """Raise TaskError unless the extension of `path` is one that `write_frame` can write."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in FILE_TYPES:
-        raise TaskError(f"cannot write {path}: its type {suffix!r} is not one of {', '.join(FILE_TYPES)}")
+    found = read_source(source, Reading(subset, split, encoding, separator, header))
+    if every_line and found.blank_lines:
+        lines = ", ".join(map(str, found.blank_lines[:5])) + (", ..." if len(found.blank_lines) > 5 else "")
+        raise TaskError(
+            f"{source} has empty lines between its rows (line {lines}), which have no text to label, and "
+            "without them the rows of the output would not be the lines of the table: fill them in or remove "
+            "them"
+        )
+    texts = _cells(found, text_column, "text", str(source))
+    labels, label_names = None, dict[str, str]()
+    if label_column is not None:
+        labels = [clean_label(cell) for cell in _cells(found, label_column, "label", str(source))]
+        words = label_words(found.class_names.get(label_column, []))
+        labels = [words.get(label, label) for label in labels]
+        label_names = {word: name for name, word in words.items() if word != name}
+    return Table(
+        source=str(source),
+        text_column=text_column,
+        label_column=label_column,
+        texts=texts,
+        labels=labels,
+        frame=found.frame,
+        others={name: _cells(found, name, "column", str(source)) for name in columns},
+        label_names=label_names,
+        blank_lines=len(found.blank_lines),
+    )
 
 
 def split_table(table: Table, share: float, seed: int) -> tuple[Table, Table]:
@@ -148,106 +166,79 @@ def split_table(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     return table.take(rest), table.take(sorted(chosen))
 
 
+def check_several_labels(table: Table) -> None:
+    """Raise TaskError where all rows of a training table have one label, which teaches nothing."""
+    known = table.known_labels()
+    if len(known) < 2:
+        raise TaskError(
+            f"{table.source} has the label {quoted(known)} in all {len(table)} rows: a prompt learns to tell "
+            f"labels apart, so give rows of at least two (is {table.label_column!r} the right label column?)"
+        )
+
+
 def check_labels_known(table: Table, known: Sequence[str]) -> None:
     """Raise TaskError naming the first row of `table` whose label is not among `known`."""
     for row, label in enumerate(table.labels or [], start=1):
         if label not in known:
+            alike = [other for other in known if look_of(other) == look_of(label)]
+            like = f"; it differs from {quoted(alike)} in case, spaces or number form alone" if alike else ""
             raise TaskError(
                 f"{table.source}: row {row} has the label {label!r}, which no training row has "
-                f"(known: {_quoted(known)}): correct it or add training rows with it"
+                f"(known: {quoted(known)}{like}): correct it or add training rows with it"
             )
 
 
-def _read_csv(path: Path) -> Any:
-    # Without index_col=False pandas drops the first cells of rows that are longer than the header.
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    try:
-        header = pd.read_csv(path, header=None, nrows=1, **options)
-        _check_columns(path, header.iloc[0].tolist())
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(path, index_col=False, **options)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except pd.errors.ParserWarning as error:
-        raise TaskError(
-            f"{path} has rows with more cells than its header has columns: put texts with commas into "
-            "quotation marks"
-        ) from error
+def with_known_labels(table: Table, known: Sequence[str], names: Mapping[str, str]) -> Table:
+    """Return the table with its labels as training has them.
+
+    Training may have got words for the names of classes, or names from where this table has words: `names` is
+    what the table of the training called the known labels where it called them otherwise.
+
+    Raises:
+        TaskError: a row has a label that training does not know.
+    """
+    words = {name: label for label, name in names.items()}
+
+    def recognised(label: str) -> str:
+        own = table.label_names.get(label, label)
+        forms = (label, words.get(label, label), own, words.get(own, own))
+        return next((form for form in forms if form in known), label)
+
+    labels = [recognised(label) for label in table.labels or []]
+    found = replace(table, labels=labels)
+    check_labels_known(found, known)
+    return found
 
 
-def _check_columns(path: Path, names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise TaskError(
-            f"{path} has several columns of the name {_quoted(twice)}: rename all but one of them"
-        )
-
-
-def _read_jsonl(path: Path) -> Any:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise TaskError(
-                f"{path}: line {number} is not JSON ({error}): write one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}: line {number} is not a JSON object: write one object a line")
-        rows.append(row)
-    return pd.DataFrame(rows, dtype=object)
-
-
-def _read_dataset(source: str, subset: str | None, split: str) -> Any:
-    import datasets
-
-    folder = Path(source)
-    saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-    try:
-        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, subset)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise TaskError(
-            f"{source} is neither a table file nor a data set that can be loaded ({_first_line(error)}): "
-            "check the name or the path"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise TaskError(f"{source} has no split {split!r}: name one of {_quoted(list(loaded))}")
-        loaded = loaded[split]
-    frame = loaded.to_pandas()
-    for name, feature in loaded.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            names = [class_name.replace("_", " ") for class_name in feature.names]
-            frame[name] = [names[i] if i is not None and i >= 0 else None for i in loaded[name]]
-    return frame
-
-
-def _text_cells(frame: Any, column: str, kind: str, source: str) -> list[str]:
+def _cells(found: Source, column: str, kind: str, source: str) -> list[str]:
+    """Return a column as strings; only one of the kind "column" may have empty cells."""
+    frame = found.frame
     if column not in frame.columns:
+        there = f"{source} has no column {column!r}; its columns are {quoted(list(frame.columns))}"
+        if kind != "column":
+            raise TaskError(f"{there}: {found.hint or f'name one of them as the {kind} column'}")
+        brace = f"write {{{{{column}}}}} for these words in braces"
+        advice = "leave it out, the label is written behind the template" if column == "label" else brace
         raise TaskError(
-            f"{source} has no column {column!r}; its columns are {_quoted(list(frame.columns))}: "
-            f"name one of them as the {kind} column"
+            f"{there}, but the template reads {{{column}}}: {found.hint or f'correct the name, or {advice}'}"
         )
     values = frame[column].tolist()
-    cells = ["" if _is_missing(value) else str(value) for value in values]
+    cells = ["" if is_missing(value) else str(value) for value in values]
     for row, (value, cell) in enumerate(zip(values, cells, strict=True), start=1):
         place = f"{source}: row {row} (counted from 1, without the header)"
-        if not cell.strip():
+        if kind != "column" and not (clean_label(cell) if kind == "label" else cell.strip()):
             raise TaskError(f"{place} has an empty {kind} in column {column!r}: fill it in or remove the row")
         if isinstance(value, _NO_TEXT):
             raise TaskError(
-                f"{place} has a {type(value).__name__} in column {column!r}, expected a {kind}: name another "
-                "column or make texts of them"
+                f"{place} has a {type(value).__name__} in column {column!r}, expected a "
+                f"{'text' if kind == 'column' else kind}: name another column or make texts of them"
             )
         if not _is_unicode(cell):
             raise TaskError(
-                f"{place} has a {kind} in column {column!r} that is no valid Unicode (half of a surrogate "
-                "pair): correct it"
+                f"{place} has a {'text' if kind == 'column' else kind} in column {column!r} that is no valid "
+                "Unicode (half of a surrogate pair): correct it"
             )
-    return [cell.strip() for cell in cells] if kind == "label" else cells
+    return cells
 
 
 def _is_unicode(cell: str) -> bool:
@@ -256,19 +247,3 @@ def _is_unicode(cell: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
-
-
-def _is_file_name(source: str) -> bool:
-    return Path(source).suffix.lower() in FILE_TYPES or source.startswith((".", "~", os.sep))
-
-
-def _quoted(names: Sequence[Any]) -> str:
-    return ", ".join(repr(str(name)) for name in names)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

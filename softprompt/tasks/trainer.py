@@ -74,10 +74,10 @@ class PromptTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=encoder.examples(train_table.texts, train_table.labels or []),
+            train_dataset=encoder.examples(train_table.rows, train_table.labels or []),
             eval_dataset=[]
             if eval_table is None
-            else encoder.examples(eval_table.texts, eval_table.labels or []),
+            else encoder.examples(eval_table.rows, eval_table.labels or []),
             callbacks=callbacks,
         )
         self.encoder = encoder
@@ -138,7 +138,7 @@ class PromptTrainer(Trainer):
 
     def loss_of(self, table: Table, progress: Callable[[int], None]) -> float:
         """Return the mean loss over all target tokens of a table."""
-        examples = self.encoder.examples(table.texts, table.labels or [])
+        examples = self.encoder.examples(table.rows, table.labels or [])
         batch_size = self.args.per_device_eval_batch_size
         return mean_loss(self.model, self.data_collator, examples, batch_size=batch_size, progress=progress)
 
@@ -148,7 +148,7 @@ class PromptTrainer(Trainer):
         predicted = label_texts(
             self.model,
             self.encoder,
-            table.texts,
+            table.rows,
             batch_size=GENERATED_BATCHES * self.args.per_device_eval_batch_size,
             progress=progress,
         )

@@ -19,7 +19,7 @@ from softprompt import files
 from softprompt.prompts import export
 from softprompt.prompts.adapters import read_adapter, read_npy, write_npy
 from softprompt.tasks.plot import save_figure
-from softprompt.tasks.table import write_frame
+from softprompt.tasks.written import write_frame
 
 LENGTHS = {"old": 2, "new": 3}
 

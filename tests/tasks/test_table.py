@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,11 +10,10 @@ from softprompt.tasks.errors import TaskError
 from softprompt.tasks.table import (
     Table,
     check_labels_known,
-    check_writable_type,
     read_table,
     split_table,
-    write_frame,
 )
+from softprompt.tasks.written import check_writable_type, write_frame
 
 datasets = pytest.importorskip("datasets")
 
@@ -85,11 +85,15 @@ BAD_FILES = {
         "row 1 (counted from 1, without the header) has an empty label",
     ),
     "null label": ("t.jsonl", b'{"text": "a", "label": null}', "row 1 (counted from 1, without the header)"),
-    "ragged row": ("t.csv", b"text,label\na,b,c,d\na,b,c,d,e\n", "is not a readable .csv table"),
+    "ragged row": (
+        "t.csv",
+        b"text,label\na,b\na,b,c,d\n",
+        "rows with more cells than its header has columns (line 3: 4, expected 2)",
+    ),
     "one comma too many in every row": (
         "t.csv",
         b"text,label\nhello, you,b\nbye, you,c\n",
-        "has rows with more cells than its header has columns: put texts with commas into quotation marks",
+        "(line 2: 3, expected 2): put texts with commas into quotation marks",
     ),
     "a column twice": (
         "t.csv",
@@ -157,11 +161,11 @@ def test_a_table_of_an_unknown_type_is_not_written(tmp_path):
         check_writable_type(tmp_path / "out.txt")
 
 
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "out.jsonl"
     path.write_text("old")
     frame = pd.DataFrame({"a": [1, 2]})
-    frame.to_json = lambda partial, **_: (partial.write_text("half"), 1 / 0)
+    monkeypatch.setattr(Path, "write_bytes", lambda partial, content: (partial.write_text("half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         write_frame(frame, path)
     assert path.read_text() == "old"

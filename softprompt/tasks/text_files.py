@@ -1,0 +1,273 @@
+"""CSV and JSONL files: from their bytes to rows, and what a file looks like that is neither."""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.tasks.errors import TaskError
+
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+
+_MARKS = {  # the longer one first: that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_UNPACK = "unpack it first"
+_FOREIGN = {
+    b"\x1f\x8b": "it is compressed with gzip: unpack it first",
+    b"BZh": "it is compressed with bzip2: unpack it first",
+    b"\xfd7zXZ": "it is compressed with xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it first",
+    b"PK\x03\x04": "it is a zip archive, as .xlsx files are: unpack it, or save the sheet as CSV in UTF-8",
+    b"\xd0\xcf\x11\xe0": "it is a workbook of old Excel: save the sheet as CSV in UTF-8",
+    b"PAR1": "it is a Parquet file: rename it to .parquet",
+    b"SQLite format 3": "it is an SQLite database: write the table to a CSV file",
+    b"%PDF": "it is a PDF: give the table itself",
+    b"version https://git-lfs": "it is a pointer of Git LFS and not the file: fetch it with git lfs pull",
+    b"<!doctype html": "it is a web page: download the table itself",
+    b"<html": "it is a web page: download the table itself",
+}
+_WIDE = "it looks like UTF-16: give --encoding {}, or save it as UTF-8"
+_ZERO = "it has zero bytes, which no text has: give the table itself, or its --encoding"
+_END = "\x00"  # no text has it
+_SENTENCE = 5  # words: fewer may well be the name of a column
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a text file holds.
+
+    Attributes:
+        names: of the columns; None where every row names its own.
+        rows: cells in the order of `names`, or objects.
+        blank_lines: numbers, from 1, of the blank lines between rows.
+        hint: what to do where the columns are not those that were expected; may be empty.
+    """
+
+    names: list[str] | None
+    rows: list[Any]
+    blank_lines: list[int]
+    hint: str = ""
+
+
+def foreign_format(start: bytes) -> str | None:
+    """Return what a file of another format looks like by its first bytes, and what to do with it."""
+    start = start.lower()
+    return next((what for magic, what in _FOREIGN.items() if start.startswith(magic.lower())), None)
+
+
+def read_text(path: Path, encoding: str | None) -> str:
+    """Return the text of a file, by default as its byte order mark says or in UTF-8.
+
+    Raises:
+        TaskError: it is no text, or one in another encoding.
+    """
+    data = path.read_bytes()
+    unreadable = f"{path} is not a readable {path.suffix.lower()} table"
+    foreign = foreign_format(data[:32])
+    if foreign is not None:
+        raise TaskError(f"{unreadable}: {foreign}")
+    marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    if encoding is not None and marked is not None and _family(encoding) != _family(marked):
+        raise TaskError(
+            f"{path} begins with the byte order mark of {_family(marked)}, but --encoding is {encoding}: "
+            "leave --encoding out"
+        )
+    try:
+        text = data.decode(encoding or marked or "utf-8")
+    except UnicodeError as error:
+        why = _why_undecodable(data, encoding or marked or "utf-8", error, given=encoding is not None)
+        raise TaskError(f"{unreadable}: {why}") from error
+    if "\x00" in text:
+        wide = None if encoding else _looks_wide(data)
+        raise TaskError(f"{unreadable}: " + (_WIDE.format(wide) if wide else _ZERO))
+    return text.removeprefix("\ufeff")
+
+
+def _family(encoding: str) -> str:
+    """The encoding without what it says of the order of bytes and of their mark."""
+    return "-".join(codecs.lookup(encoding).name.split("-")[:2])
+
+
+def _looks_wide(data: bytes) -> str | None:
+    """Return the form of UTF-16 whose zero bytes the file has, None where it has few."""
+    some = data[:4096]
+    even, odd = (some[start::2].count(0) / max(1, len(some) // 2) for start in (0, 1))
+    if max(even, odd) < 0.2:
+        return None
+    return "utf-16-le" if odd > even else "utf-16-be"
+
+
+def _why_undecodable(data: bytes, encoding: str, error: UnicodeError, *, given: bool) -> str:
+    if not isinstance(error, UnicodeDecodeError):
+        return f"it is not in {encoding} ({error}): give another --encoding"
+    if error.reason in ("unexpected end of data", "truncated data"):
+        return "it ends in the middle of a character: was it cut short? Give the whole file"
+    wide = None if given else _looks_wide(data)
+    if wide:
+        return _WIDE.format(wide)
+    number = data.count(b"\n", 0, error.start) + 1
+    place = f"byte 0x{data[error.start]:02x} in line {number} is not {encoding.upper()}"
+    if given:
+        return f"{place}: give another --encoding"
+    guess = "cp1252" if _decodes(data, "cp1252") else "latin-1"
+    start = max(data.rfind(b"\n", 0, error.start) + 1, error.start - 12)
+    excerpt = data[start : error.start + 12].split(b"\n")[0].decode(guess).strip()
+    return (
+        f"{place}; in {guess} (Western European) it would read {excerpt!r}: give --encoding {guess}, or that "
+        "of the program that wrote it, or save it as UTF-8"
+    )
+
+
+def _decodes(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def parse_csv(text: str, path: Path, *, separator: str, header: bool) -> Rows:
+    """Return the rows of a CSV file; without a header its columns are called 1, 2, and so on.
+
+    Short rows are filled with empty cells.
+
+    Raises:
+        TaskError: a quotation mark is never closed, a row is longer than the header, or the last one ends
+            too early.
+    """
+    lines, blank = _records(text, path, separator)
+    if not lines:
+        return Rows([], [], [])
+    names = lines.pop(0)[1] if header else [str(i + 1) for i in range(len(lines[0][1]))]
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+    hint = _hint(names, [row for _, row in lines], separator, header=header)
+    for number, row in lines:
+        if len(row) > len(names):
+            advice = hint or (
+                f"put texts with {_spoken(separator)} into quotation marks, or give the --separator of the "
+                "file"
+            )
+            raise TaskError(
+                f"{path} has rows with more cells than its header has columns (line {number}: {len(row)}, "
+                f"expected {len(names)}): {advice}"
+            )
+    if lines and len(lines[-1][1]) < len(names) and not text.endswith(("\n", "\r")):
+        number, row = lines[-1]
+        raise TaskError(
+            f"{path} ends within line {number}, with {len(row)} of {len(names)} cells and no line break: "
+            "was it cut short? Give the whole file, or end the line with a line break"
+        )
+    rows = [row + [""] * (len(names) - len(row)) for _, row in lines]
+    return Rows(names, rows, blank, hint)
+
+
+def _records(text: str, path: Path, separator: str) -> tuple[list[tuple[int, list[str]]], list[int]]:
+    """Return (line number, cells) of every row, and the numbers of the blank lines between them."""
+    reader = csv.reader(itertools.chain(io.StringIO(text, newline=""), [_END]), delimiter=separator)
+    found: list[tuple[int, list[str]]] = []
+    blank: list[int] = []
+    with _long_cells():
+        number = 1
+        try:
+            for row in reader:
+                if not row or (len(row) == 1 and row[0].isspace()):
+                    blank.append(number)
+                else:
+                    found.append((number, row))
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise TaskError(f"{path} is not a readable .csv table: line {number}: {error}") from error
+    number, last = found.pop()
+    if last != [_END]:
+        raise TaskError(
+            f"{path} is not a readable .csv table: the quotation mark that opens in line {number} is never "
+            'closed: was the file cut short? Give the whole file, or write "" for a mark inside a text'
+        )
+    inside = range(found[0][0], found[-1][0]) if found else range(0)
+    return found, [line for line in blank if line in inside]
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let the csv module read cells of any length for a block."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _hint(names: Sequence[str], rows: Sequence[Sequence[str]], separator: str, *, header: bool) -> str:
+    others = [mark for mark in SEPARATORS.values() if mark != separator]
+    best = max(others, key=names[0].count) if len(names) == 1 else ""
+    if best and best in names[0]:
+        name = next(name for name, mark in SEPARATORS.items() if mark == best)
+        return f"its header looks separated by {_spoken(best)}: give --separator {name}"
+    if header and _is_row(names, rows):
+        return (
+            "its first line looks like a row and not like a header: give --no-header, and name the columns "
+            "by their numbers (1, 2, ...)"
+        )
+    return ""
+
+
+def _is_row(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the cells of the first line look like those of a row."""
+    some = rows[:1000]
+    again = any(name in {row[i] for row in some if len(row) > i} for i, name in enumerate(names))
+    return again or any(_is_number(name) or len(name.split()) >= _SENTENCE for name in names)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _spoken(separator: str) -> str:
+    return {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}.get(separator, repr(separator))
+
+
+def parse_jsonl(text: str, path: Path) -> Rows:
+    """Return the objects of a JSONL file.
+
+    Raises:
+        TaskError: a line is no JSON object.
+    """
+    lines = text.split("\n")
+    rows, blank = list[Any](), list[int]()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            blank.append(number)
+            continue
+        last = number == len(lines)
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            cut = "; the file ends there: was it cut short?" if last and rows else ""
+            raise TaskError(
+                f"{path}: line {number} is not JSON ({error}){cut or ': write one object a line'}"
+            ) from error
+        if not isinstance(row, dict):
+            raise TaskError(f"{path}: line {number} is not a JSON object: write one object a line")
+        rows.append(row)
+    first, end = _span(lines)
+    return Rows(None, rows, [number for number in blank if first < number < end])
+
+
+def _span(lines: Sequence[str]) -> tuple[int, int]:
+    full = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    return (full[0], full[-1]) if full else (0, 0)

@@ -1,0 +1,157 @@
+"""Data frames as CSV, JSONL and Parquet files in which every cell is what it was.
+
+CSV and JSONL have no times, decimals, bytes or (CSV) lists: these become text, in ISO 8601, with all digits,
+as UTF-8 (base64 where they are none), and as JSON.
+"""
+
+import base64
+import datetime
+import io
+import json
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softprompt.files import whole_file
+from softprompt.tasks.errors import TaskError
+from softprompt.tasks.sources import FILE_TYPES
+
+
+def write_frame(frame: Any, path: str | Path) -> None:
+    """Write a data frame as CSV, JSONL or Parquet by the extension; no half-written file is ever left.
+
+    Raises:
+        TaskError: the extension is another one, or a file of it cannot hold the cells.
+    """
+    path = Path(path)
+    content = _encoded(frame, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def check_writable(frame: Any, path: str | Path) -> None:
+    """Raise TaskError where `write_frame` would: before the work of a long run, not behind it."""
+    _encoded(frame, Path(path))
+
+
+def check_writable_type(path: str | Path) -> None:
+    """Raise TaskError unless the extension of `path` is one that `write_frame` can write."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FILE_TYPES:
+        raise TaskError(f"cannot write {path}: its type {suffix!r} is not one of {', '.join(FILE_TYPES)}")
+
+
+def _encoded(frame: Any, path: Path) -> bytes:
+    check_writable_type(path)
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".csv":
+            return _csv(frame).encode()
+        return _jsonl(frame) if suffix == ".jsonl" else _parquet(frame)
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        other = "text without halves of surrogate pairs" if suffix == ".csv" else "one type in each column"
+        raise TaskError(
+            f"cannot write {path}: a {suffix} file needs {other} ({' '.join(str(error).split())}): name a "
+            ".jsonl file as the output"
+        ) from error
+
+
+def _csv(frame: Any) -> str:
+    columns = [_csv_cells(frame[name]) for name in frame.columns]
+    names = [str(name) for name in frame.columns]
+    lines = [names, *zip(*columns, strict=True)]
+    return "".join(",".join(_quoted(cell, alone=len(names) == 1) for cell in line) + "\n" for line in lines)
+
+
+def _quoted(cell: str, *, alone: bool) -> str:
+    # A carriage return ends a row for many readers; an empty cell alone in its line would be a blank line.
+    if any(mark in cell for mark in ',"\n\r') or (alone and not cell.strip()):
+        return '"' + cell.replace('"', '""') + '"'
+    return cell
+
+
+def _csv_cells(series: Any) -> list[str]:
+    values = series.tolist()
+    times = [value for value in values if isinstance(value, pd.Timestamp) and not is_missing(value)]
+    if times and all(value == value.normalize() for value in times):
+        values = [value.date() if isinstance(value, pd.Timestamp) else value for value in values]
+    if series.dtype in ("float32", pd.ArrowDtype(pa.float32())):
+        values = [value if is_missing(value) else np.float32(value) for value in values]
+    return ["" if is_missing(value) else _csv_cell(value) for value in values]
+
+
+def _csv_cell(value: Any) -> str:
+    if isinstance(value, (str, bool, int, float, np.generic, datetime.datetime, datetime.timedelta)):
+        return str(value)
+    plain = _plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+
+
+def _jsonl(frame: Any) -> bytes:
+    names = [str(name) for name in frame.columns]
+    columns = [[_plain(value) for value in frame[name].tolist()] for name in frame.columns]
+    return b"".join(_line(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return (json.dumps(row, allow_nan=False) + "\n").encode()
+
+
+def _parquet(frame: Any) -> bytes:
+    # Without the notes of pandas on its own types, some of which it cannot read itself.
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is None, not a number, not a time, or NA."""
+    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for a cell: null, a truth value, a number, a text, a list or an object."""
+    if isinstance(value, (np.datetime64, np.timedelta64)):
+        value = pd.Timestamp(value) if isinstance(value, np.datetime64) else pd.Timedelta(value)
+    elif isinstance(value, np.generic):
+        value = value.item()
+    if is_missing(value):
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"  # JSON has no number for it
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, datetime.timedelta):
+        return pd.Timedelta(value).isoformat()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, bytes):
+        return _text_of(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()] if value.ndim else _plain(value.item())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def _text_of(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode()
