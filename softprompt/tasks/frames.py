@@ -64,19 +64,14 @@ def read_source(source: str | Path, reading: Reading) -> Source:
         raise TaskError(f"{source} does not exist: check the path of the table")
     elif kind == ".csv":
         text = read_text(path, reading.encoding)
-        found = _of_rows(parse_csv(text, path, separator=reading.separator, header=reading.header))
+        rows = parse_csv(text, path, separator=reading.separator, header=reading.header)
+        found = _of_rows(rows, path)
     elif kind == ".jsonl":
-        found = _of_rows(parse_jsonl(read_text(path, reading.encoding), path))
+        found = _of_rows(parse_jsonl(read_text(path, reading.encoding), path), path)
     elif kind == ".parquet":
         found = Source(_read_parquet(path))
     else:
         raise TaskError(f"{source} is of the unknown type {kind!r}: give one of {', '.join(FILE_TYPES)}")
-    names = [str(name) for name in found.frame.columns]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise TaskError(
-            f"{source} has several columns of the name {quoted(twice)}: rename all but one of them"
-        )
     if len(found.frame) == 0:
         raise TaskError(f"{source} has no rows: give a table with at least one")
     return found
@@ -87,7 +82,14 @@ def quoted(names: Sequence[Any]) -> str:
     return ", ".join(repr(str(name)) for name in names)
 
 
-def _of_rows(rows: Rows) -> Source:
+def _check_names(names: Sequence[str], path: Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise TaskError(f"{path} has several columns of the name {quoted(twice)}: rename all but one of them")
+
+
+def _of_rows(rows: Rows, path: Path) -> Source:
+    _check_names(rows.names or [], path)
     frame = pd.DataFrame(rows.rows, columns=rows.names, dtype=object)
     return Source(frame, blank_lines=rows.blank_lines, hint=rows.hint)
 
@@ -97,9 +99,13 @@ def _read_parquet(path: Path) -> Any:
         table = pq.ParquetFile(path).read()
     except (OSError, ValueError, pa.ArrowException) as error:
         with path.open("rb") as file:
-            why = foreign_format(file.read(32)) or f"{_first_line(error)}: was it cut short?"
+            start = file.read(32)
+        foreign = None if start.startswith(b"PAR1") else foreign_format(start)
+        why = foreign or f"{_first_line(error)}: was it cut short?"
         raise TaskError(f"{path} is not a readable .parquet table: {why}") from error
-    return _frame_of(_with_index(table))
+    table = _with_index(table)
+    _check_names(table.column_names, path)
+    return _frame_of(table)
 
 
 def _frame_of(table: pa.Table) -> Any:
@@ -149,7 +155,7 @@ def _read_dataset(source: str, reading: Reading) -> Source:
         if split not in loaded:
             raise TaskError(f"{source} has no split {split!r}: name one of {quoted(list(loaded))}")
         loaded = loaded[split]
-    elif reading.split is not None:
+    elif reading.split not in (None, "train", str(loaded.split)):
         raise TaskError(f"{source} is one data set without splits: leave --data-split out")
     frame = _frame_of(loaded.with_format("arrow")[:])
     class_names = {}
@@ -170,8 +176,9 @@ def _why_not_loaded(source: str, folder: Path, error: Exception) -> str:
             f"{source} is a data set with a loading script ({name}), which the datasets library does not run "
             "any more: save its rows as a .csv, .jsonl or .parquet file and give that"
         )
+    cause = error.__cause__ or error  # datasets wraps what went wrong into an error that does not say it
     return (
-        f"{source} is neither a table file nor a data set that can be loaded ({_first_line(error)}): "
+        f"{source} is neither a table file nor a data set that can be loaded ({_first_line(cause)}): "
         "check the name or the path"
     )
 

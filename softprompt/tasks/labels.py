@@ -80,4 +80,4 @@ def evaluation_notes(known: Sequence[str], labels: Sequence[str], use: str) -> l
 
 
 def _with_counts(labels: Sequence[str], counts: Counter[str]) -> str:
-    return ", ".join(f"{label!r} ({counts[label]:,} rows)" for label in labels)
+    return ", ".join(f"{label!r} ({counts[label]:,} row{'s' * (counts[label] > 1)})" for label in labels)

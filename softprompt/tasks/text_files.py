@@ -40,7 +40,7 @@ _FOREIGN = {
 _WIDE = "it looks like UTF-16: give --encoding {}, or save it as UTF-8"
 _ZERO = "it has zero bytes, which no text has: give the table itself, or its --encoding"
 _END = "\x00"  # no text has it
-_SENTENCE = 5  # words: fewer may well be the name of a column
+_SENTENCE = 4  # words: fewer may well be the name of a column
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def _looks_wide(data: bytes) -> str | None:
 def _why_undecodable(data: bytes, encoding: str, error: UnicodeError, *, given: bool) -> str:
     if not isinstance(error, UnicodeDecodeError):
         return f"it is not in {encoding} ({error}): give another --encoding"
-    if error.reason in ("unexpected end of data", "truncated data"):
+    # A last byte alone may as well be a letter of another encoding, unless UTF-8 went well before it.
+    ends = error.reason == "unexpected end of data" and not data[: error.start].isascii()
+    if ends or error.reason == "truncated data":
         return "it ends in the middle of a character: was it cut short? Give the whole file"
     wide = None if given else _looks_wide(data)
     if wide:
@@ -214,6 +216,8 @@ def _hint(names: Sequence[str], rows: Sequence[Sequence[str]], separator: str, *
     if best and best in names[0]:
         name = next(name for name, mark in SEPARATORS.items() if mark == best)
         return f"its header looks separated by {_spoken(best)}: give --separator {name}"
+    if names[0].startswith(("{", "[")):
+        return "its first line looks like JSON: rename it to .jsonl, with one object a line"
     if header and _is_row(names, rows):
         return (
             "its first line looks like a row and not like a header: give --no-header, and name the columns "

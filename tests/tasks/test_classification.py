@@ -129,6 +129,59 @@ def test_a_saved_task_is_read_back(tmp_path):
     assert saved["template"] == "{text} => "
 
 
+PAIRS = replace(
+    TASK, template="{text} : {other} Label :", max_length=10
+)  # 3 words, and 3 of the longest label
+
+
+@pytest.mark.parametrize(
+    "text, other, kept",
+    [
+        ("a b", "c d", "a b : c d Label :"),
+        ("a b c d", "e f", "a b : e f Label :"),
+        ("a b", "c d e f g h", ": c d e f Label :"),
+    ],
+)
+def test_a_row_that_is_too_long_loses_the_end_of_its_text_before_that_of_other_columns(
+    tokenizer, ids, text, other, kept
+):
+    encoder = Encoder(PAIRS, tokenizer)
+    row = {"text": text, "other": other}
+    assert encoder.prompt(row) == ids(kept)
+    assert encoder.lengths([row, {"text": "a", "other": ""}]) == [len(f"{text} {other}".split()) + 3, 4]
+
+
+def test_other_columns_lose_their_ends_from_the_last_to_the_first(tokenizer, ids):
+    encoder = Encoder(replace(PAIRS, template="{text} {first} : {second}", max_length=7), tokenizer)
+    row = {"text": "a b", "first": "c d e f g", "second": "h i"}
+    assert encoder.prompt(row) == ids("c d e :")
+
+
+def test_a_task_with_columns_is_read_back_and_an_older_one_keeps_its_meaning(tmp_path):
+    task = replace(TASK, template="{other} {{x}} {text}", label_names=(("no complaint", "no_complaint"),))
+    task.save(tmp_path, model="some/model", training={})
+    assert load_task(tmp_path)[0] == task
+    saved = json.loads((tmp_path / "softprompt.json").read_text())
+    assert saved["template_columns"] == ["other"]
+    assert saved["label_names"] == {"no complaint": "no_complaint"}
+    saved["template"] = "{other} {{x}} {text}\\n{label}"
+    del saved["template_columns"], saved["label_names"]  # as it was written before
+    (tmp_path / "softprompt.json").write_text(json.dumps(saved))
+    older = load_task(tmp_path)[0]
+    assert older.fill("a") == "{other} {{x}} a\\n{label}"
+    assert older.columns == ()
+    older.save(tmp_path, model="some/model", training={})
+    assert load_task(tmp_path)[0] == older
+
+
+def test_a_task_without_columns_is_written_as_before(tmp_path):
+    assert "label_names" not in TASK.record()
+    assert "template_columns" not in TASK.record()
+    assert list(TASK.record()) == [
+        "text_column", "label_column", "labels", "template", "max_length", "padding", "end_token", "positions"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "content", [None, "{", "[]", '{"model": "m"}', '{"model": "m", "training": {}, "labels": 1}']
 )
