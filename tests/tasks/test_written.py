@@ -30,6 +30,7 @@ CELLS = {
     "unsigned": (pa.uint64(), 2**64 - 1, 2**64 - 1, "18446744073709551615"),
     "truth": (pa.bool_(), True, True, "True"),
     "text": (pa.string(), 'a, "b"\r\nc\r', 'a, "b"\r\nc\r', 'a, "b"\r\nc\r'),
+    "return": (pa.string(), "a\rb", "a\rb", "a\rb"),
     "class": (pa.dictionary(pa.int8(), pa.string()), "x", "x", "x"),
     "moment": (pa.timestamp("us"), MOMENT, "2024-01-01T10:11:12.345678", "2024-01-01 10:11:12.345678"),
     "nanos": (
