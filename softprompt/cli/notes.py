@@ -29,13 +29,15 @@ def say_rows(
 def row_notes(tables: Sequence[Table]) -> list[str]:
     """Return what is to be said of lines and cells without content."""
     lines = {table.source: table.blank_lines for table in tables if table.blank_lines}
-    notes = [f"{source}: {count:,} blank lines between rows were left out" for source, count in lines.items()]
+    notes = [
+        f"{source}: blank lines between rows were left out: {count:,}" for source, count in lines.items()
+    ]
     empty: Counter[str] = Counter()
     for table in tables:
         for name, cells in table.others.items():
             empty[name] += sum(not cell.strip() for cell in cells)
     return notes + [
-        f"{count:,} rows have nothing in column {name!r}, which the template reads"
+        f"rows with nothing in column {name!r}, which the template reads: {count:,}"
         for name, count in empty.items()
         if count
     ]

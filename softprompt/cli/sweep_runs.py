@@ -105,11 +105,13 @@ class Sweep:
         dtype = choose_dtype(bf16=args.bf16, fp16=args.fp16, device=self.device)
         self.base = load_model(self.model_name, dtype)
         task = task_of(args, self.train_table, self.base)
+        # What the table calls the labels changes nothing that is learnt.
+        told_apart = {name: value for name, value in task.record().items() if name != "label_names"}
         self.encoder = Encoder(task, load_tokenizer(self.model_name))
         settings = {
             **{name: getattr(args, name) for name in RESUME_SETTINGS if name not in NOT_SWEPT},
             "model": SHIPPED if args.model is None else self.model_name,
-            "task": task.record(),
+            "task": told_apart,
             "rows": fingerprint(self.train_table),
             "eval_rows": fingerprint(self.eval_table),
             **marks_of(args, self.base, self.encoder, self.train_table.rows),

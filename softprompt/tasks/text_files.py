@@ -72,8 +72,11 @@ def read_text(path: Path, encoding: str | None) -> str:
     Raises:
         TaskError: it is no text, or one in another encoding.
     """
-    data = path.read_bytes()
     unreadable = f"{path} is not a readable {path.suffix.lower()} table"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{unreadable}: {error.strerror}") from error
     foreign = foreign_format(data[:32])
     if foreign is not None:
         raise TaskError(f"{unreadable}: {foreign}")

@@ -169,7 +169,7 @@ def test_blank_lines_between_rows_to_learn_are_left_out_and_said(train, tmp_path
     (tmp_path / "t.csv").write_text("text,label\n" + "a,x\n\nb,y\n" * 5)
     code, _, err = train(tmp_path / "t.csv")
     assert code == 0
-    assert "5 blank lines between rows were left out" in err
+    assert "t.csv: blank lines between rows were left out: 5\n" in err
 
 
 def test_indices_times_and_small_numbers_of_a_parquet_table_come_back(predict, tmp_path):
@@ -327,3 +327,25 @@ def test_a_folder_with_a_loading_script_is_one_line(train, tmp_path):
     code, _, err = train(folder)
     assert code == 2
     assert "is a data set with a loading script (reviews.py)" in err
+
+
+def test_empty_cells_of_other_columns_are_nothing_and_counted(predict, make_table, monkeypatch):
+    seen = prompts_seen(monkeypatch)
+    code, _, err = predict(make_table([("x", ""), ("y", "z")], header=("premise", "hypothesis")))
+    assert code == 0
+    assert err == "softprompt: rows with nothing in column 'hypothesis', which the template reads: 1\n"
+    assert "x\n =>" in seen
+
+
+def test_what_a_table_calls_its_labels_makes_no_other_runs_of_a_sweep(run, model_folder, tmp_path):
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no_x", "x"])}
+    rows = {"text": [f"w {i}" for i in range(12)], "label": [0, 1] * 6}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "set")
+    words = pd.DataFrame({"text": rows["text"], "label": ["no x", "x"] * 6})
+    words.to_csv(tmp_path / "words.csv", index=False)
+    names = ["--text-column", "text", "--label-column", "label", "--model", model_folder, "--epochs", 1]
+    more = ["--seeds", 1, "--over", "learning-rate", "0.1", "0.2", "--output", tmp_path / "sweep"]
+    assert run("sweep", "--data", tmp_path / "set", *names, *more)[0] == 0
+    code, out, _ = run("sweep", "--data", tmp_path / "words.csv", *names, *more)
+    assert code == 0
+    assert "2 runs, 2 of them done before" in out
