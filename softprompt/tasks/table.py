@@ -201,7 +201,7 @@ def with_known_labels(table: Table, known: Sequence[str], names: Mapping[str, st
 
     def recognised(label: str) -> str:
         own = table.label_names.get(label, label)
-        forms = (label, words.get(label, label), own, words.get(own, own))
+        forms = (label, words.get(label, label), own)
         return next((form for form in forms if form in known), label)
 
     labels = [recognised(label) for label in table.labels or []]
