@@ -44,7 +44,7 @@ def _code_of(model: nn.Module) -> tuple[Any, ...]:
 
     Told apart by identity and code: a function that is held here may hold the model.
     """
-    kinds = dict.fromkeys(map(type, structure_of(model)[1]))
+    kinds: dict[Any, None] = dict.fromkeys(map(type, structure_of(model)[1]))
     forwards = [kind.forward for kind in kinds]
     files = dict.fromkeys(getattr(forward, "__module__", "") for forward in forwards)
     beside = [
