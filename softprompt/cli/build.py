@@ -222,7 +222,7 @@ def _build_model(
         if start is not None:
             set_prompt(model, start, name)
     _check_different(args, model)
-    return model if args.no_patch else patch(model, positions=encoder.task.positions)
+    return patch(model, positions=encoder.task.positions, no_patch=args.no_patch)
 
 
 def check_prompt_fits(args: argparse.Namespace, base: Any, model_name: str, tokenizer: Any) -> None:

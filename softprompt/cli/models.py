@@ -1,15 +1,20 @@
 """Loading the frozen model and its tokenizer, with one-line errors."""
 
+import functools
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from softprompt.cli.errors import UsageError
+from softprompt.generation.stock import right_options
 from softprompt.prompts.adapters import read_adapter
 from softprompt.prompts.vocabulary import width_of
 
@@ -116,11 +121,24 @@ def _check_adapter(base: Any, model: str, folder: Path) -> None:
         )
 
 
-def patch(model: Any, *, positions: str = "padded") -> Any:
-    """Put softprompt's faster path under a PEFT model."""
+def patch(model: Any, *, positions: str = "padded", no_patch: bool = False) -> Any:
+    """Put softprompt's faster path under a PEFT model, or leave it as it is for `--no-patch`."""
     import softprompt
 
-    return softprompt.patch(model, positions=positions)
+    if not no_patch:
+        return softprompt.patch(model, positions=positions)
+    if right_options(model):
+        _say_once(
+            f"softprompt: --no-patch: PEFT {peft.__version__} cannot tell from the cache of transformers "
+            f"{transformers.__version__} whether it holds the prompt, so labels are written without a cache, "
+            "which is slower"
+        )
+    return model
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _sentence(error: BaseException) -> str:

@@ -154,8 +154,7 @@ def run(args: argparse.Namespace) -> int:
     encoder = Encoder(task, load_tokenizer(model_name))
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
     _check_length(args, model, task.max_length)
-    if not args.no_patch:
-        model = patch(model)
+    model = patch(model, no_patch=args.no_patch)
     if scored:
         from softprompt.cli.score import score_table
 

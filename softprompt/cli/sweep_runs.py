@@ -220,7 +220,7 @@ class Sweep:
             start = starts[run.name]
             if start is not None:
                 set_prompt(model, start, run.name)
-        return model if self.args.no_patch else patch(model, positions=self.encoder.task.positions)
+        return patch(model, positions=self.encoder.task.positions, no_patch=self.args.no_patch)
 
     def _keep(self, run: Run, trainer: SweepTrainer, first: Tensor, seconds: float) -> dict[str, Any]:
         """Measure a run and write its folder; returns its record."""

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from softprompt.generation.stock import right_options
 from softprompt.tiny import eval_table, model_path, train_table
 from softprompt.tiny.generate import LABEL_COLUMN, TEXT_COLUMN, template
 
@@ -72,6 +73,7 @@ def exact_match(
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **right_options(model),
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.decode(new_tokens, skip_special_tokens=True)

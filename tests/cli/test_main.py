@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from softprompt.cli import build_parser, errors, main
 
@@ -82,6 +83,22 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_p
     code, _, err = run("train")
     assert code == 2
     assert err == 'softprompt: datasets, rich is not installed: run pip install "softprompt[cli]"\n'
+
+
+def test_that_plain_peft_writes_labels_without_a_cache_is_said_once(monkeypatch, capsys):
+    from softprompt.cli import models
+
+    models._say_once.cache_clear()
+    model = torch.nn.Identity()
+    assert models.patch(model, no_patch=True) is model
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(models, "right_options", lambda model: {"use_cache": False})
+    for _ in range(2):
+        assert models.patch(model, no_patch=True) is model
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "softprompt: --no-patch: PEFT" in said
+    assert "labels are written without a cache, which is slower" in said
 
 
 def test_ctrl_c_outside_training_is_exit_code_130(run, monkeypatch):
