@@ -14,7 +14,6 @@ from softprompt import ensemble
 from softprompt.cli.errors import UsageError
 from softprompt.cli.initial import PEFT_INITS, initial_prompt
 from softprompt.cli.models import (
-    check_model,
     choose_device,
     choose_dtype,
     load_model,
@@ -22,6 +21,7 @@ from softprompt.cli.models import (
     patch,
     set_threads,
 )
+from softprompt.cli.paths import check_model
 from softprompt.cli.progress import TrainingProgress
 from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, check_whole, fingerprint
 from softprompt.engine import plan_for

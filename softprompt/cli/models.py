@@ -18,8 +18,6 @@ from softprompt.generation.stock import right_options
 from softprompt.prompts.adapters import read_adapter
 from softprompt.prompts.vocabulary import width_of
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
-
 
 def quiet_libraries() -> None:
     """Keep the progress bars and notices of transformers and PEFT out of the command's own output."""
@@ -48,25 +46,6 @@ def choose_dtype(*, bf16: bool, fp16: bool, device: str) -> torch.dtype:
     if fp16 and device == "cpu":
         raise UsageError("--fp16 needs a GPU; use --bf16 or full precision on the CPU")
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-
-
-def check_model(model: str) -> str:
-    """Return the model's name, a folder made absolute; raises UsageError for a folder that is no model."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise UsageError(f"the model {model} is not a folder: give a model folder or the name of a model")
-        return model
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"the model folder {model} has no config.json: give a folder saved by save_pretrained"
-        )
-    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise UsageError(
-            f"the model folder {model} has no weights (*.safetensors or pytorch_model.bin): "
-            "download or save the whole model"
-        )
-    return str(folder.resolve())
 
 
 def load_tokenizer(model: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options, given
+from softprompt.cli.paths import check_adapters, check_inputs, check_model
 from softprompt.tasks.folders import adapter_folders
 
 
@@ -110,13 +111,14 @@ def run(args: argparse.Namespace) -> int:
         )
     if not scored and (args.calibrate or args.length_normalise or args.label_column):
         raise UsageError("--calibrate, --length-normalise and --label-column need --score")
+    check_adapters(folders)
+    check_inputs(tables=[args.data], model=args.model)
     require_extra()
 
     from rich.console import Console
     from rich.progress import Progress
 
     from softprompt.cli.models import (
-        check_model,
         choose_device,
         choose_dtype,
         load_adapters,

@@ -34,7 +34,6 @@ from softprompt.cli.build import (
 from softprompt.cli.errors import UsageError
 from softprompt.cli.initial import initial_prompt
 from softprompt.cli.models import (
-    check_model,
     choose_device,
     choose_dtype,
     load_model,
@@ -42,6 +41,7 @@ from softprompt.cli.models import (
     patch,
     set_threads,
 )
+from softprompt.cli.paths import check_model
 from softprompt.cli.resume import RESUME_SETTINGS, fingerprint
 from softprompt.cli.sweep import with_values
 from softprompt.engine import plan_for

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt.files import alone_by, sync, whole_file
-from softprompt.prompts.adapters import ADAPTER_CONFIG, WEIGHTS, check_prompt, prompt_parameter, write_npy
+from softprompt.prompt_paths import ADAPTER_CONFIG, WEIGHTS
+from softprompt.prompts.adapters import check_prompt, prompt_parameter, write_npy
 from softprompt.prompts.vocabulary import base_of, dtype_of, embed, width_of
 
 __all__ = ["completion_request", "encode", "prompt_embeds", "save_npy", "save_peft", "save_tensor"]
