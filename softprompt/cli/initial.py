@@ -63,7 +63,7 @@ def check_init_options(args: argparse.Namespace) -> None:
     if args.init != "saved" and (args.init_from or args.init_other_base):
         option = "--init-from" if args.init_from else "--init-other-base"
         raise UsageError(f"{option} belongs to --init saved, but --init is {args.init}")
-    if args.init == "saved":
+    if args.init == "saved" and not getattr(args, "resume", False):  # a checkpoint holds the prompt
         try:
             check_prompts(args.init_from)
         except ValueError as error:

@@ -304,4 +304,4 @@ class SweepProgress(TrainerCallback):
 def _tiny_model() -> str:
     from softprompt.tiny import model_path
 
-    return str(model_path())
+    return model_path()

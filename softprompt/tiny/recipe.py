@@ -114,7 +114,7 @@ def tune(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, default=model_path())
+    parser.add_argument("--model", default=model_path())
     parser.add_argument("--init", choices=[init.value for init in PromptTuningInit], default="TEXT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=10)
@@ -133,7 +133,7 @@ def main() -> None:
             prompt_tuning_init=arguments.init,
             prompt_tuning_init_text=INIT_TEXT if arguments.init == "TEXT" else None,
             num_virtual_tokens=arguments.num_virtual_tokens,
-            tokenizer_name_or_path=str(arguments.model),
+            tokenizer_name_or_path=arguments.model,
         )
         model: Any = get_peft_model(base, config)
         before = exact_match(model, tokenizer, eval_rows)
