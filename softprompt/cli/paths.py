@@ -5,7 +5,8 @@ from pathlib import Path
 
 from softprompt.cli.errors import UsageError
 from softprompt.prompt_paths import check_adapter_folder, check_prompt_path
-from softprompt.tasks.folders import adapter_folders
+from softprompt.tasks.classification import load_task
+from softprompt.tasks.folders import TASK_FILE, adapter_folders
 from softprompt.tasks.sources import check_source
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -37,6 +38,12 @@ def check_model(model: str) -> str:
             "download or save the whole model"
         )
     return str(folder.resolve())
+
+
+def recorded_model(adapter: str) -> str | None:
+    """Return the model that `softprompt train` recorded in an adapter folder, None where it has not."""
+    folder = Path(adapter)
+    return load_task(folder)[1] if (folder / TASK_FILE).is_file() else None
 
 
 def check_prompt_option(option: str, source: str) -> None:

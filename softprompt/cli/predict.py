@@ -8,6 +8,7 @@ from typing import Any
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_compute_options, add_dataset_options, given
 from softprompt.cli.paths import check_adapters, check_inputs, check_model
+from softprompt.tasks.classification import load_task
 from softprompt.tasks.folders import adapter_folders
 
 
@@ -112,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     if not scored and (args.calibrate or args.length_normalise or args.label_column):
         raise UsageError("--calibrate, --length-normalise and --label-column need --score")
     check_adapters(folders)
-    check_inputs(tables=[args.data], model=args.model)
+    task, trained_model, _ = load_task(adapter)
+    check_inputs(tables=[args.data], model=args.model or trained_model)
     require_extra()
 
     from rich.console import Console
@@ -128,13 +130,12 @@ def run(args: argparse.Namespace) -> int:
         quiet_libraries,
         set_threads,
     )
-    from softprompt.tasks.classification import Encoder, load_task
+    from softprompt.tasks.classification import Encoder
     from softprompt.tasks.inference import label_texts
     from softprompt.tasks.table import check_writable_type, read_table, write_frame
 
     quiet_libraries()
     check_writable_type(output)
-    task, trained_model, _ = load_task(adapter)
     table = read_table(
         args.data,
         args.text_column or task.text_column,

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -9,6 +10,7 @@ import torch
 
 from softprompt import __version__
 from softprompt.cli import build_parser, errors, main
+from softprompt.tasks.classification import ClassificationTask
 
 
 def test_help_does_not_import_torch():
@@ -97,6 +99,9 @@ NOWHERE = {
     "predict --adapter half --data rows.csv --output o.csv": "half has no weights: expected adapter_model.s",
     "predict --adapter whole --data none.csv --output o.csv": "none.csv does not exist: check the path of ",
     "predict --adapter whole --data rows.csv --output o.csv --model ./none": "the model ./none is not a fol",
+    "predict --adapter whole --data rows.csv --output o.csv": "the model /nowhere/bloom is not a folder",
+    "predict --adapter half/full --data rows.csv --output o.csv": "half/full has no softprompt.json: give a ",
+    "inspect --adapter whole": "the model /nowhere/bloom is not a folder",
     "inspect --adapter none": "--adapter: none does not exist: give a .npy file or an adapter folder",
     "inspect --adapter several": "--adapter: several holds an ensemble of 2 prompts: name one of them",
     "inspect --adapter whole --initial none.npy": "--initial: none.npy does not exist: give a .npy file",
@@ -126,7 +131,11 @@ def said_of_nowhere(tmp_path_factory):
         (folder / name).mkdir()
     for name in ("half", "whole", "several/prompt-1", "several/prompt-2"):
         (folder / name / "adapter_config.json").write_text("{}")
-    (folder / "whole" / "adapter_model.safetensors").write_bytes(b"")
+    shutil.copytree(folder / "half", folder / "half" / "full")
+    for name in ("whole", "half/full"):
+        (folder / name / "adapter_model.safetensors").write_bytes(b"")
+    task = ClassificationTask("Tweet text", "Label", ("complaint", "no complaint"))
+    task.save(folder / "whole", model="/nowhere/bloom", training={})
     for name in ("rows.csv", "rows.txt"):
         (folder / name).write_text("Tweet text,Label\nhello,complaint\nbye,no complaint\n")
     finished = subprocess.run(
