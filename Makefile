@@ -45,8 +45,8 @@ check: $(READY)
 	$(BIN)/mypy
 
 tiny-model: $(READY)
-	$(BIN)/python -m softprompt.tiny.generate
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m softprompt.tiny.pretrain
+	$(BIN)/python -m benchmarks.tiny_model.generate
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.tiny_model.pretrain
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run --suite cpu

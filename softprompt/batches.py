@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.encoders import prompts_of_rows, tasks_of_rows
+from softprompt.encoders import prompts_of_rows, tasks_of_rows, unshared
 from softprompt.engine import Plan
 from softprompt.engine.answers import starts_behind_pads
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.placement import after_bos
+from softprompt.notices import say_once
 
 
 def batch_of(
@@ -33,9 +34,7 @@ def batch_of(
         IndexError: a task that an adapter does not have.
         ValueError: says what was given and what is expected.
     """
-    tasks = tasks_of_rows(model, names, task_ids, _rows_of(names, input_ids, inputs_embeds))
-    tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
-    prompts, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
+    prompts, prompt_of_row, _ = _prompts_of(model, names, task_ids, input_ids, inputs_embeds)
     batch = check_batch(
         list(prompts.values()),
         prompt_width(model.get_base_model()),
@@ -66,9 +65,7 @@ def seq2seq_batch_of(
         IndexError: a task that an adapter does not have.
         ValueError: says what was given and what is expected.
     """
-    tasks = tasks_of_rows(model, names, task_ids, _rows_of(names, input_ids, inputs_embeds))
-    tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
-    made, prompt_of_row = prompts_of_rows(model, names, tasks, tokens)
+    made, prompt_of_row, tasks = _prompts_of(model, names, task_ids, input_ids, inputs_embeds)
     lengths = [model.peft_config[name].num_virtual_tokens for name, _ in made]
     batch = check_batch(
         [prompt[:length] for prompt, length in zip(made.values(), lengths, strict=True)],
@@ -91,9 +88,22 @@ def seq2seq_batch_of(
     return batch, rest if sizes != {0} else None
 
 
-def _rows_of(names: Sequence[str], input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+def _prompts_of(
+    model: Any,
+    names: Sequence[str],
+    task_ids: Tensor | Sequence[int] | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> tuple[dict[tuple[str, int | None], Tensor], list[int] | None, list[int] | None]:
+    """What `prompts_of_rows` gives for a call, and the task of each row."""
     given = input_ids if inputs_embeds is None else inputs_embeds
-    return len(names) if given is None or given.ndim == 0 else given.shape[0]
+    num_rows = len(names) if given is None or given.ndim == 0 else given.shape[0]
+    tasks = tasks_of_rows(model, names, task_ids, num_rows)
+    why = unshared(model, names)
+    if why is not None:
+        say_once(model, f"{why}: it is asked for the prompt of each row, and rows share none (slower)")
+    tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
+    return *prompts_of_rows(model, names, tasks, tokens, num_rows), tasks
 
 
 def placed(model: Any, plan: Plan, batch: Batch) -> Batch:

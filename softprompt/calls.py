@@ -28,6 +28,15 @@ _JOINED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
+def without_wrapped(wrapper: Callable[..., Any], method: Method) -> Method:
+    """The wrapper, with the method's signature. accelerate unwraps a forward down to the innermost one, and
+    would lose the wrapper.
+    """
+    wrapper.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    del wrapper.__wrapped__  # type: ignore[attr-defined]
+    return cast(Method, wrapper)
+
+
 def taking_turns(method: Method) -> Method:
     """A method of a PEFT model in which one thread at a time is, for all methods and each base model.
 
@@ -42,10 +51,7 @@ def taking_turns(method: Method) -> Method:
         with _LOCKS.setdefault(self.get_base_model(), threading.RLock()):
             return method(self, *args, **kwargs)
 
-    # accelerate unwraps a forward down to the innermost one, which would not take turns.
-    alone.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
-    del alone.__wrapped__
-    return cast(Method, alone)
+    return without_wrapped(alone, method)
 
 
 @contextlib.contextmanager
@@ -105,6 +111,15 @@ def prompt_of(model: Any, name: str) -> Tensor:
     return encoders.prompt_of(model, name, tokens)
 
 
+def foreign_method(model: Any, name: str) -> str | None:
+    """Why a method of a PEFT model's class has to be called, as a sentence, or None: it is not PEFT's."""
+    state = getattr(model, "_softprompt", None)
+    stock: Any = type(model) if state is None else state.stock_class
+    if encoders.is_pefts(getattr(stock, name)):
+        return None
+    return f"{stock.__name__} has a {name} of its own, which the packed one would not call"
+
+
 def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = False) -> str | None:
     """Why these adapters of a PEFT model are not served, as a sentence, or None.
 
@@ -117,6 +132,15 @@ def adapter_obstacle(model: Any, names: Sequence[str], *, as_forward: bool = Fal
     state = getattr(model, "_softprompt", None)
     if state is not None and state.options.placement != "prefix" and not as_forward:
         return f'the model is patched with placement="{state.options.placement}", which only forward serves'
+    unshared = encoders.unshared(model, names)
+    if as_forward:
+        obstacle = foreign_method(model, "forward")
+        if obstacle is not None:
+            return obstacle
+        if unshared is not None and list(names) != [model.active_adapter] * len(names):
+            return f"{unshared}: it gives prompts of the active adapter alone, and adapter_names has others"
+    elif unshared is not None:
+        return f"{unshared}, and only forward asks it for the prompt of each row"
     seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
     for name in dict.fromkeys(names):
         obstacle = encoders.encoder_obstacle(
@@ -201,7 +225,7 @@ def reason_for_stock(
         return obstacle
     lengths = {name: model.peft_config[name].num_virtual_tokens for name in names}
     prompts = sum(lengths.values())
-    if extra.get("task_ids") is not None:  # each row may bring a prompt of its own
+    if extra.get("task_ids") is not None or encoders.unshared(model, names):  # of each row, maybe
         prompts = max(lengths.values()) * text_shape[0]
     obstacle = obstacle_to(
         plan,

@@ -1,15 +1,19 @@
-"""What a patched model does where `torch.compile` or `torch.export` traces its forward.
+"""What a patched model does where its forward is traced or transformed.
 
-A packed step reads the layout of its batch, so its size is not known while it is traced: it runs outside of
-the graph, which breaks there. Where no break is allowed PEFT's forward is traced, which is one graph.
+A packed step reads the layout of its batch, so its size is not known while `torch.compile` traces it: it runs
+outside of the graph, which breaks there. Where no break is allowed (`torch.export`, `torch.jit.trace`, fake
+tensors) PEFT's forward is traced, which is one graph; it also is what `torch.func` transforms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft import PeftModelForSeq2SeqLM
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from softprompt.calls import reason_for_stock
 from softprompt.engine import plan_for
@@ -55,6 +59,27 @@ def stock_is_traced(name: str, labelled: bool, asked: str, mixed: bool) -> bool:
         return False
     fall_back(model, reason, ["of each row"] if mixed else None)
     return True
+
+
+def transform_in_use(model: Any, values: Iterable[Any]) -> str | None:
+    """Why a call is PEFT's because something transforms it, as a sentence, or None.
+
+    Args:
+        model: the patched model.
+        values: the tensors of the call, and None.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform (grad, vmap, jvp, ...) has no rule for packed steps"
+    if torch._C._is_tracing():
+        return "torch.jit.trace would record the layout of this one batch"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD has no rule for packed steps"
+    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    prompts = model.prompt_encoder.parameters() if hasattr(model, "prompt_encoder") else ()
+    fake = any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    if fake or any(isinstance(value, FakeTensor) for value in (*values, *prompts)):
+        return "fake tensors have no values, which the layout of a packed step is read from"
+    return None
 
 
 def asked_for(arguments: dict[str, Any]) -> str:

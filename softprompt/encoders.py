@@ -1,7 +1,8 @@
 """What stands in front of each row of a call: the output of PEFT's prompt encoders, one prompt each.
 
 Prompt tuning, P-tuning and multitask prompt tuning differ in how they make [P, H] from their parameters. The
-packed route only needs that output, and autograd takes its gradient back into whatever made it.
+packed route only needs that output, and autograd takes its gradient back into whatever made it. The encoders
+get the shapes that PEFT's `get_prompt` gives them, which a hook or an encoder of a user's own may count on.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from typing import Any
 
+import peft.peft_model
 import torch
 from peft import PeftType
-from torch import Tensor
+from peft.tuners import MultitaskPromptEmbedding
+from torch import Tensor, nn
 
 from softprompt.engine.batch import integers_on
 
@@ -98,11 +101,64 @@ def with_tensor_of_tasks(model: Any, arguments: dict[str, Any]) -> dict[str, Any
     }
 
 
+def is_pefts(method: Any) -> bool:
+    """Whether a method is PEFT's code. A wrapper around it is not: it has the globals of its own module."""
+    return getattr(method, "__globals__", None) is vars(peft.peft_model)
+
+
+def unshared(model: Any, names: Sequence[str]) -> str | None:
+    """Why each row of a call brings a prompt of its own, as a sentence, or None.
+
+    What PEFT's `get_prompt` gives is the same for all rows of an adapter and a task. What another one gives
+    may differ from row to row, and so may what a multitask encoder gives that is not PEFT's alone, since it
+    sees all rows at once.
+    """
+    if not is_pefts(model.get_prompt):
+        return "get_prompt was replaced"
+    for name in dict.fromkeys(names):
+        encoder = model.prompt_encoder[name] if has_tasks(model, name) else None
+        if encoder is not None and (type(encoder) is not MultitaskPromptEmbedding or does_more(encoder)):
+            return f"the encoder of adapter {name!r} has hooks, or is not PEFT's"
+    return None
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether calling a module, or one inside of it, does more than its class says."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(
+        "forward" in part.__dict__ or any(getattr(part, name) for name in hooks) for part in module.modules()
+    )
+
+
+def prompt_of_each_row(
+    model: Any, name: str, tasks: Sequence[int] | None, num_rows: int
+) -> dict[tuple[str, int | None], Tensor]:
+    """B prompts [P, H] by adapter and row: what `get_prompt` gives to PEFT's forward.
+
+    Args:
+        model: the PEFT model.
+        name: its active adapter.
+        tasks: of each row, see `tasks_of_rows`.
+        num_rows: B.
+
+    Raises:
+        ValueError: `get_prompt` gave something else.
+    """
+    device = model.prompt_encoder[name].embedding.weight.device
+    task_ids = None if tasks is None else integers_on(device, tasks)
+    made: Any = model.get_prompt(batch_size=num_rows, task_ids=task_ids)
+    if not isinstance(made, Tensor) or made.ndim != 3 or made.shape[0] != num_rows:
+        given = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(f"get_prompt must give [B, P, H] with B = {num_rows}, got {given}")
+    return {(name, row): prompt for row, prompt in enumerate(made.unbind(0))}
+
+
 def prompts_of_rows(
     model: Any,
     names: Sequence[str],
     tasks: Sequence[int] | None,
     tokens: dict[str, Tensor],
+    num_rows: int,
 ) -> tuple[dict[tuple[str, int | None], Tensor], list[int] | None]:
     """The distinct prompts of a call, and which of them each row sees.
 
@@ -111,11 +167,15 @@ def prompts_of_rows(
         names: adapter of each row, or one for all.
         tasks: of each row, see `tasks_of_rows`.
         tokens: [P] PEFT's virtual token ids of each adapter, on the device of its encoder.
+        num_rows: B.
 
     Returns:
-        K prompts [P_k, H] by adapter and task (None: the adapter has no tasks), and the number of each row's
-        prompt: None where all rows see the only one.
+        K prompts [P_k, H] by adapter and task (None: the adapter has no tasks) or row (where they are not
+        shared), and the number of each row's prompt: None where all rows see the only one.
     """
+    if unshared(model, names) is not None:
+        made = prompt_of_each_row(model, names[0], tasks, num_rows)
+        return made, None if num_rows == 1 else list(range(num_rows))
     if tasks is not None and len(names) == 1:
         names = [names[0]] * len(tasks)
     keys = [
@@ -125,7 +185,7 @@ def prompts_of_rows(
     tasks_of: dict[str, list[int]] = {}
     for name, task in dict.fromkeys(keys):
         tasks_of.setdefault(name, []).extend([] if task is None else [task])
-    made: dict[tuple[str, int | None], Tensor] = {}
+    made = {}
     for name, wanted in tasks_of.items():
         if wanted:
             made |= {(name, task): prompt for task, prompt in _of_tasks(model, name, wanted, tokens[name])}
@@ -142,16 +202,24 @@ def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
         model: the PEFT model.
         name: of the adapter.
         tokens: [P] PEFT's virtual token ids, on the device of the encoder.
+
+    Raises:
+        ValueError: an encoder that gives no [1, P, H].
     """
     encoder = model.prompt_encoder[name]
     if model.peft_config[name].inference_mode:
         # A loaded P-tuning adapter holds what its head made, and no head.
         prompt: Tensor = encoder.embedding.weight
-    elif model.peft_config[name].peft_type == PeftType.PROMPT_TUNING:
-        prompt = encoder(tokens)
-    else:
-        prompt = encoder(tokens[None])[0]
-    return prompt
+        return prompt
+    given: Any = encoder(tokens[None])
+    if isinstance(given, Tensor) and given.ndim == 2:  # PEFT repeats it for each row all the same
+        return given
+    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[0] != 1:
+        what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"the prompt encoder of adapter {name!r} must give [1, P, H] for [1, P] token ids, got {what}"
+        )
+    return given[0]
 
 
 def _of_tasks(model: Any, name: str, tasks: list[int], tokens: Tensor) -> list[tuple[int, Tensor]]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
+from softprompt.calls import without_wrapped
 from softprompt.state import STATE, PatchState, give_state
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -25,8 +29,26 @@ def subclass_of(front: type, stock: type) -> type:
 def is_own_method(model: nn.Module, name: str, value: Any) -> bool:
     """Whether a value of an instance is its class's own method, bound (PEFT's contexts leave such copies)."""
     return (
-        inspect.ismethod(value) and value.__self__ is model and value.__func__ is getattr(type(model), name)
+        inspect.ismethod(value)
+        and value.__self__ is model
+        and value.__func__ is getattr(type(model), name, None)
     )
+
+
+def outlives_the_patch(method: Method) -> Method:
+    """A method of a patched class that may be kept, bound, while the patch comes and goes.
+
+    accelerate's `prepare` and `add_hook_to_module` wrap the forward of an instance, and others keep
+    `model.forward` in an attribute. Called after `unpatch`, it is the method that the class has then.
+    """
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, PatchedInstance):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), method.__name__)(self, *args, **kwargs)
+
+    return without_wrapped(called, method)
 
 
 class PatchedInstance:
@@ -52,9 +74,12 @@ class PatchedInstance:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""
         known: Any = self
-        state = {
-            name: value for name, value in self.__dict__.items() if not is_own_method(known, name, value)
-        } | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
+        kept = {
+            name: value
+            for name, value in known.__getstate__().items()
+            if not is_own_method(known, name, value)
+        }
+        state = kept | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
         front = type(self).__bases__[0]
         return _rebuild, (front, self._softprompt.stock_class), state
 

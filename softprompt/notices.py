@@ -26,9 +26,15 @@ def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, meth
             f"softprompt: adapter_names has no stock {method} to fall back to: {reason}"
         )
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
-    if reason not in state.said:
-        state.said.add(reason)
-        warn(f"PEFT's own {method} was used: {reason}")
+    say_once(model, reason, f"PEFT's own {method} was used: {reason}")
+
+
+def say_once(model: Any, note: str, message: str | None = None) -> None:
+    """One warning of a patched model for a note, with a message that is longer than the note."""
+    state: PatchState = model._softprompt
+    if note not in state.said:
+        state.said.add(note)
+        warn(message or note)
 
 
 _PACKED = "the packed row draws the prompt's masks once per step where PEFT draws them per row"
@@ -38,7 +44,7 @@ def say_dropout(model: Any, base: nn.Module, why: str = _PACKED) -> None:
     """One warning where a patched model in training mode has dropout."""
     if "dropout" in model._softprompt.said:
         return
-    model._softprompt.said.add("dropout")
+    model._softprompt.said.add("dropout")  # also where there is none: it is looked for once
     active = families.dropout_of(base)
     if active:
         warn(

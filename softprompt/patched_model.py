@@ -13,12 +13,13 @@ from softprompt.batches import batch_of, placed, tokens_of
 from softprompt.calls import (
     adapters_of_rows,
     check_stock_input,
+    foreign_method,
     own_inputs,
     reason_for_stock,
     refuse_joined_texts,
     taking_turns,
 )
-from softprompt.compiling import asked_for, stock_is_traced
+from softprompt.compiling import asked_for, stock_is_traced, transform_in_use
 from softprompt.encoders import prompt_of, with_tensor_of_tasks
 from softprompt.engine import Plan, families, plan_for, run_plan, sharding
 from softprompt.engine.answers import trimmed
@@ -28,7 +29,7 @@ from softprompt.engine.placement import place_in_generation
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.generation.stock import step_inputs, tells_its_length
-from softprompt.instances import PatchedInstance
+from softprompt.instances import PatchedInstance, is_own_method, outlives_the_patch
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
 from softprompt.ops.library import AUTO
@@ -38,6 +39,7 @@ from softprompt.state import graphs_of, state_of
 class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
     """What `patch` puts in front of the class of a causal language model."""
 
+    @outlives_the_patch
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -83,6 +85,10 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         adapter_names: Sequence[str] | None,
     ) -> Any:
         input_ids, inputs_embeds = texts["input_ids"], texts["inputs_embeds"]
+        reason = transform_in_use(self, texts.values())
+        if reason is not None:  # before anything that reads a tensor
+            fall_back(self, reason, adapter_names)
+            return self._stock_forward(texts, extra, return_dict)
         refuse_joined_texts(texts["attention_mask"], extra)
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         if adapter_names is not None and sharding.is_fsdp(self):
@@ -134,6 +140,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         columns = given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0
         return trimmed(output, which, num_virtual_tokens, columns)
 
+    @outlives_the_patch
     @taking_turns
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """PEFT's generate, with each prompt computed once and kept for later calls.
@@ -161,7 +168,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             plan, options = plan_of(self), self._softprompt.options
             compact = options.positions == "compact"
             call = read_call(self, args, kwargs, adapter_names, compact=compact, backend=options.backend)
-            reason = stock_reason(self, plan, call)
+            reason = stock_reason(self, plan, call) or _replaced_in_generate(self)
             if reason is not None:
                 _refuse_without_peft(self, reason)
                 if call.use_cache and not tells_its_length(base):
@@ -173,6 +180,7 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             call.arguments.pop("task_ids", None)  # of other types of adapters
             return _generate(self, plan, call)
 
+    @outlives_the_patch
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """PEFT's inputs of one step of generate, with the prompt where the patch puts it.
 
@@ -208,6 +216,15 @@ def _refuse_without_peft(model: Any, reason: str) -> None:
     """Raises UnsupportedModelError where PEFT's own forward and generate fail on a sharded model."""
     if sharding.embeds_in_parts(model.get_base_model()) and not sharding.is_fsdp(model):
         raise UnsupportedModelError(f"softprompt: {reason}; {sharding.NOT_EMBEDDED}")
+
+
+def _replaced_in_generate(model: Any) -> str | None:
+    """Why PEFT's generate has to be called for what was put in place of its parts, or None."""
+    name = "prepare_inputs_for_generation"
+    own = model.__dict__.get(name)
+    if own is not None and not is_own_method(model, name, own):
+        return f"the model's {name} was replaced on the instance"
+    return foreign_method(model, "generate") or foreign_method(model, name)
 
 
 def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:

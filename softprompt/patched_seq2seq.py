@@ -11,13 +11,13 @@ from torch import Tensor
 
 from softprompt.batches import seq2seq_batch_of
 from softprompt.calls import adapters_of_rows, check_stock_input, own_inputs, reason_for_stock, taking_turns
-from softprompt.compiling import asked_for, stock_is_traced
+from softprompt.compiling import asked_for, stock_is_traced, transform_in_use
 from softprompt.encoders import has_tasks, with_tensor_of_tasks
 from softprompt.engine import sharding
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.seq2seq import check_answers, prompted_texts
 from softprompt.engine.seq2seq_plan import Seq2SeqPlan, run_seq2seq, seq2seq_plan_for
-from softprompt.instances import PatchedInstance
+from softprompt.instances import PatchedInstance, outlives_the_patch
 from softprompt.layout import raise_out_of_range
 from softprompt.notices import fall_back, say_dropout
 
@@ -27,6 +27,7 @@ LEFT_OUT = "pads that all rows have, and columns behind the last label, are left
 class PatchedSeq2SeqLM(PatchedInstance, PeftModelForSeq2SeqLM):
     """What `patch` puts in front of the class of an encoder-decoder."""
 
+    @outlives_the_patch
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -77,6 +78,10 @@ class PatchedSeq2SeqLM(PatchedInstance, PeftModelForSeq2SeqLM):
         adapter_names: Sequence[str] | None,
     ) -> Any:
         input_ids, inputs_embeds, labels = texts["input_ids"], texts["inputs_embeds"], decoder["labels"]
+        reason = transform_in_use(self, (*texts.values(), *decoder.values()))
+        if reason is not None:  # before anything that reads a tensor
+            fall_back(self, reason, adapter_names)
+            return self._stock_forward(texts, decoder, extra, return_dict)
         names = adapters_of_rows(self, adapter_names, input_ids, inputs_embeds)
         base = self.get_base_model()
         plan = seq2seq_plan_for(base, sharded=sharding.is_fsdp(self))
@@ -120,6 +125,7 @@ class PatchedSeq2SeqLM(PatchedInstance, PeftModelForSeq2SeqLM):
             **texts, **decoder, return_dict=return_dict, **with_tensor_of_tasks(self, extra)
         )
 
+    @outlives_the_patch
     @taking_turns
     def generate(self, *, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """PEFT's generate, whose encoder runs once for a call, prompt included.

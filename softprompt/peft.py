@@ -7,12 +7,15 @@ The instance's class becomes a subclass of its own class whose `forward` takes t
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from torch import nn
 
+from softprompt.calls import foreign_method
+from softprompt.encoders import is_pefts
 from softprompt.engine import sharding
 from softprompt.engine.answers import LOGITS
 from softprompt.engine.forward import (
@@ -123,7 +126,7 @@ def unpatch(model: Model) -> Model:
         raise TypeError(f"softprompt.unpatch takes a model, got {type(model).__name__}")
     state: PatchState | None = model.__dict__.get(STATE)
     if state is not None:
-        if getattr(model, "_adapters_disabled", False):
+        if _adapters_off(model):
             raise RuntimeError(
                 "unpatch the model outside of disable_adapter(), which puts its forward back at the end"
             )
@@ -155,7 +158,7 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
 
 # PEFT's classes, and what the patch puts in front of each.
-_FRONTS: dict[type[PeftModel], type] = {
+_FRONTS: dict[type[PeftModel], Any] = {
     PeftModelForCausalLM: PatchedCausalLM,
     PeftModelForSeq2SeqLM: PatchedSeq2SeqLM,
 }
@@ -177,25 +180,40 @@ def _obstacle(model: PeftModel, options: PatchOptions) -> str | None:
 
 def _refusal(model: PeftModel) -> str | None:
     """Why the class of this model is left alone, or None."""
-    known = next((cls for cls in _FRONTS if isinstance(model, cls)), None)
-    if known is None:
+    if not isinstance(model, tuple(_FRONTS)):
         return (
             f"{type(model).__name__} is not a causal language model (task type CAUSAL_LM), "
             "and no encoder-decoder (SEQ_2_SEQ_LM)"
         )
-    stock = model.__dict__[STATE].stock_class if STATE in model.__dict__ else type(model)
-    for name in ("forward", "get_prompt"):
-        if getattr(stock, name) is not getattr(known, name):
-            return f"{stock.__name__} has a {name} of its own, which the packed forward would not call"
-    if "get_prompt" in model.__dict__:
-        return "the model's get_prompt was replaced on the instance"
+    obstacle = foreign_method(model, "forward")
+    if obstacle is not None:
+        return obstacle
     replaced = model.__dict__.get("forward")
-    if replaced is not None and not is_own_method(model, "forward", replaced):
+    if replaced is not None and not _leads_to_own(model, replaced):
         return (
             "the model's forward was replaced on the instance (accelerate's prepare does that); "
             "call softprompt.patch before"
         )
     return None
+
+
+def _leads_to_own(model: PeftModel, forward: Any) -> bool:
+    """Whether a forward on the instance ends in the one of its class, or of the patch."""
+    if is_own_method(model, "forward", forward):
+        return True
+    innermost = inspect.unwrap(forward)
+    innermost = getattr(innermost, "__func__", innermost)
+    if innermost in {front.forward for front in _FRONTS.values()}:
+        return True
+    # Around a wrapper that does not say what it wraps: set after the patch, it wraps the patch's forward.
+    state: PatchState | None = model.__dict__.get(STATE)
+    since = state is not None and state.refusal is None and not _adapters_off(model)
+    return since and not is_pefts(innermost)
+
+
+def _adapters_off(model: PeftModel) -> bool:
+    """Whether a model is inside of `disable_adapter`, where its forward is the base model's."""
+    return bool(getattr(model, "_adapters_disabled", False))
 
 
 def _drop_bound_methods(model: nn.Module) -> None:

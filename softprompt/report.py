@@ -11,7 +11,7 @@ from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
 from torch import nn
 
 from softprompt.calls import adapter_obstacle
-from softprompt.encoders import has_tasks
+from softprompt.encoders import has_tasks, unshared
 from softprompt.engine import Plan, families, plan_for, sharding
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
@@ -135,6 +135,9 @@ def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str]
     options = None if state is None else state.options
     if options is not None and options.placement == "after_bos":
         text += ", behind the BOS token of each text"
+    why = unshared(model, [name])
+    if why is not None:
+        text += f", one for each row: {why}"
     rows = [("prompt", text)]
     if options is not None and options.logits != "full" and isinstance(model, PeftModelForCausalLM):
         rows.append(("logits", f"[B, L, V], without the prompt's ({options.logits!r})"))

@@ -1,9 +1,8 @@
 """A tiny BLOOM and a small table of tweets that travel with the package, so that every example runs offline.
 
-Model, tokenizer and tweets are synthetic: this project generated the text from word banks
-(`softprompt.tiny.generate`) and pretrained the model on it (`python -m softprompt.tiny.pretrain`). Nobody
-wrote these tweets, and no figure obtained with them says anything about quality on real tweets; they are
-there to show and to test that prompt tuning works.
+Model, tokenizer and tweets are synthetic: this project generated the text from word banks and pretrained
+the model on it (benchmarks/tiny_model in the sources). Nobody wrote these tweets, and no figure obtained with
+them says anything about quality on real tweets; they are there to show and to test that prompt tuning works.
 """
 
 from __future__ import annotations

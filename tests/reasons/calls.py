@@ -8,12 +8,14 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftModelForCausalLM,
     PrefixTuningConfig,
     TaskType,
     get_peft_model,
 )
 from tiny_models import build, prompt_config, prompted
+from torch._subclasses import FakeTensorMode
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -198,14 +200,14 @@ def classifier(kit):
     return softprompt.patch(get_peft_model(base, config))
 
 
-class _OwnPrompt(PeftModelForCausalLM):
-    def get_prompt(self, *args, **kwargs):
-        return super().get_prompt(*args, **kwargs)
+class _OwnForward(PeftModelForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
 
 def own_class(kit):
     model = kit.llama()
-    model.__class__ = _OwnPrompt
+    model.__class__ = _OwnForward
     return softprompt.patch(model)
 
 
@@ -216,6 +218,91 @@ def replaced(name):
         return softprompt.patch(model)
 
     return act
+
+
+def own_prompts(model):
+    """With a `get_prompt` that gives what PEFT's gives."""
+    stock = type(model).get_prompt
+    model.get_prompt = types.MethodType(lambda self, *args, **kwargs: stock(self, *args, **kwargs), model)
+
+
+def own_prompts_in_generate(kit):
+    model = kit.llama()
+    own_prompts(model)
+    softprompt.patch(model)
+    model.generate(input_ids=BATCH["input_ids"], max_new_tokens=1)
+    return model
+
+
+def own_prompts_of_others(kit):
+    model = kit.llama()
+    model.add_adapter("second", prompt_config(model.get_base_model()))
+    own_prompts(model)
+    softprompt.patch(model)(**BATCH, adapter_names=["default", "second", "default"])
+
+
+def replaced_in_generate(kit):
+    model = softprompt.patch(kit.llama())
+    stock = type(model).prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = types.MethodType(lambda self, *a, **k: stock(self, *a, **k), model)
+    model.generate(input_ids=BATCH["input_ids"], max_new_tokens=1)
+    return model
+
+
+def hooked_tasks(kit):
+    base = build("llama")
+    config = MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=4,
+        token_dim=base.get_input_embeddings().embedding_dim,
+        num_layers=1,
+        num_attention_heads=1,
+        num_tasks=2,
+        num_ranks=2,
+    )
+    model = softprompt.patch(get_peft_model(base, config))
+    model.prompt_encoder["default"].register_forward_hook(lambda module, args, output: output)
+    model(**BATCH, task_ids=torch.tensor([0, 1, 0]))
+    return model
+
+
+def transformed(how):
+    """A call under a transform of torch, which PEFT's forward serves."""
+
+    def act(kit):
+        model = softprompt.patch(kit.llama())
+        model.get_base_model().set_attn_implementation("eager")  # SDPA has no forward-mode AD on a CPU
+        how(model)
+        return model
+
+    return act
+
+
+def under_torch_func(model):
+    values = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    torch.func.grad(lambda values: torch.func.functional_call(model, values, (), BATCH).loss)(values)
+
+
+def under_jit_trace(model):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    torch.jit.trace(Logits(), BATCH["input_ids"], check_trace=False)
+
+
+def under_forward_mode(model):
+    with torch.autograd.forward_ad.dual_level():
+        model(**BATCH)
+
+
+def under_fake_tensors(model):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(**{name: mode.from_tensor(value) for name, value in BATCH.items()})
 
 
 def rows():
@@ -235,8 +322,30 @@ def rows():
         "{} is not a causal language model (task type CAUSAL_LM), and no encoder-decoder (SEQ_2_SEQ_LM)",
         classifier,
     )
-    yield Row("{} has a {} of its own, which the packed forward would not call", own_class)
-    yield Row("the model's get_prompt was replaced on the instance", replaced("get_prompt"))
+    yield Row("{} has a {} of its own, which the packed one would not call", own_class)
+    yield Row("get_prompt was replaced", own_prompts_in_generate)
+    yield Row("{}, and only forward asks it for the prompt of each row", own_prompts_in_generate)
+    yield Row(
+        "{}: it gives prompts of the active adapter alone, and adapter_names has others",
+        own_prompts_of_others,
+        "error",
+    )
+    yield Row("the encoder of adapter {} has hooks, or is not PEFT's", hooked_tasks)
+    yield Row(
+        "a torch.func transform (grad, vmap, jvp, ...) has no rule for packed steps",
+        transformed(under_torch_func),
+    )
+    yield Row("torch.jit.trace would record the layout of this one batch", transformed(under_jit_trace))
+    yield Row("forward-mode AD has no rule for packed steps", transformed(under_forward_mode))
+    yield Row(
+        "fake tensors have no values, which the layout of a packed step is read from",
+        transformed(under_fake_tensors),
+    )
+    yield Row(
+        "the model's {} was replaced on the instance",
+        replaced_in_generate,
+        reads="the model's prepare_inputs_for_generation was replaced on the instance",
+    )
     yield Row(
         "the model's forward was replaced on the instance (accelerate's prepare does that); call "
         "softprompt.patch before",

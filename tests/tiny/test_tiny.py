@@ -13,8 +13,8 @@ import torch
 from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomForCausalLM, set_seed
 
+from benchmarks.tiny_model import generate, pretrain, recipe
 from softprompt import tiny
-from softprompt.tiny import generate, pretrain, recipe
 
 SMALL = pretrain.Recipe(
     vocab_size=400, hidden_size=32, n_layer=1, n_head=2, batch_size=16, text_rows=16, learning_rate=1e-2

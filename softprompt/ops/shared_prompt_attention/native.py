@@ -95,8 +95,11 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         return (None,) * 15
     query, key, value, out, lse, *vectors, slopes, sinks, branches = ctx.saved_tensors
-    # Only the op tells autograd that its results depend on the inputs: differentiated again, it raises.
-    gradient = _GRADIENT if torch.is_grad_enabled() or type(query) not in _PLAIN else _backward_kernel
+    # Only the op tells autograd that its results depend on the inputs: differentiated again, it raises. And
+    # only an op can be run for each of the gradients of `is_grads_batched=True`.
+    direct = type(query) in _PLAIN and not torch.is_grad_enabled()
+    direct = direct and not torch._C._functorch.is_legacy_batchedtensor(grad_out)
+    gradient = _backward_kernel if direct else _GRADIENT
     grads = gradient(grad_out, query, key, value, out, lse, *vectors, *ctx.options, slopes, sinks, branches)
     return *grads[:3], *(None,) * 10, None if sinks is None else grads[3], None
 

@@ -1,4 +1,4 @@
-"""Prompt tuning of the tiny model with stock PEFT: `python -m softprompt.tiny.recipe`.
+"""Prompt tuning of the tiny model with stock PEFT: `python -m benchmarks.tiny_model.recipe`.
 
 It tunes 8 virtual tokens on `tweets.csv` and prints the share of exact labels on `tweets_eval.csv` of the
 model without a prompt, with the initial prompt, and with the tuned prompt.
@@ -23,9 +23,9 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks.tiny_model.generate import LABEL_COLUMN, TEXT_COLUMN, template
 from softprompt.generation.stock import right_options
 from softprompt.tiny import eval_table, model_path, train_table
-from softprompt.tiny.generate import LABEL_COLUMN, TEXT_COLUMN, template
 
 INIT_TEXT = "Classify if the tweet is a complaint or not:"
 MAX_LENGTH = 64

@@ -1,4 +1,4 @@
-"""Pretrain the tiny BLOOM of the package on generated text: `python -m softprompt.tiny.pretrain`.
+"""Pretrain the tiny BLOOM of the package on generated text: `python -m benchmarks.tiny_model.pretrain`.
 
 The model learns to name each attribute of a tweet when an instruction asks for it. Without an instruction
 the label is that of a random attribute, so the bare template `Tweet text : ... Label : ` brings out a
@@ -30,7 +30,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from softprompt.tiny.generate import Document, documents, eval_rows, train_rows
+from benchmarks.tiny_model.generate import Document, documents, eval_rows, train_rows
+from softprompt.tiny import model_path
 
 # The ids of BLOOM's own special tokens.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
@@ -255,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--output", type=Path, default=model_path())
     arguments = parser.parse_args()
 
     recipe = Recipe(seed=arguments.seed)

@@ -1,7 +1,7 @@
 """Generated tweets with several independent attributes each, and the documents a tiny model is pretrained on.
 
 Everything is a pure function of its seed: the same seed gives the same text on every machine. `python -m
-softprompt.tiny.generate` writes the two tables of the package, `tweets.csv` and `tweets_eval.csv`.
+benchmarks.tiny_model.generate` writes the two tables of the package, `tweets.csv` and `tweets_eval.csv`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from softprompt.tiny import instructions, words
+from benchmarks.tiny_model import instructions, words
+from softprompt.tiny import train_table
 
 TEXT_COLUMN = "Tweet text"
 LABEL_COLUMN = "Label"
@@ -240,7 +241,7 @@ def write_table(path: Path, rows: list[tuple[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the two tables")
+    parser.add_argument("--output", type=Path, default=train_table().parent, help="folder of the two tables")
     folder: Path = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "tweets.csv", train_rows())
