@@ -18,7 +18,7 @@ help:
 	@echo "make sanitize    on a GPU: every kernel once under compute-sanitizer"
 	@echo "make sanitize-cpu   the tests of the native ops under address and undefined-behaviour sanitizers"
 	@echo "make models      the tests of all architectures, and the table of docs/models.md"
-	@echo "make compat      the tests of all architectures with the oldest and the newest torch, transformers, peft"
+	@echo "make compat      the tests of all architectures and commands with the oldest and the newest torch, transformers, peft"
 	@echo "make peft-suite PEFT_SOURCE=FOLDER   PEFT's own prompt-tuning tests, against patched models"
 	@echo "make kills       50 training runs killed in a save, and resumed (about 5 minutes)"
 	@echo "make robustness  2,000 random batches against PEFT, 2,000 steps without growth (about 10 minutes)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,6 +61,15 @@ class PatchedInstance:
         super().__setstate__(values)  # type: ignore[misc]
         known: Any = self
         give_state(known, self._softprompt)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's, which would leave half a folder where a configuration holds a path and no string."""
+        known: Any = self
+        for config in known.peft_config.values():
+            for name, value in vars(config).items():
+                if isinstance(value, os.PathLike):
+                    setattr(config, name, os.fspath(value))  # JSON has no paths
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and files name the stock class, and leave out what only counts for this instance."""

@@ -28,6 +28,7 @@ from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
+from softprompt.generation.stock import step_inputs, tells_its_length
 from softprompt.instances import PatchedInstance, is_own_method, outlives_the_patch
 from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of, has_prompt_below, is_nested
@@ -171,6 +172,9 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
             reason = stock_reason(self, plan, call) or _replaced_in_generate(self)
             if reason is not None:
                 _refuse_without_peft(self, reason)
+                if call.use_cache and not tells_its_length(base):
+                    reason = f"{reason}; without a cache, of which PEFT cannot ask whether it has the prompt"
+                    kwargs = {**kwargs, "use_cache": False}
                 fall_back(self, reason, adapter_names, "generate")
                 return self._stock_generate(*args, **kwargs)
             self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=call.arguments)
@@ -196,7 +200,8 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
 
         The signature is PEFT's: generate looks there for the arguments that it may take.
         """
-        inputs = super().prepare_inputs_for_generation(*args, task_ids=task_ids, **kwargs)
+        stock = super().prepare_inputs_for_generation
+        inputs = step_inputs(self, stock, *args, task_ids=task_ids, **kwargs)
         options = self._softprompt.options
         if options.placement == "prefix":
             return inputs

@@ -13,11 +13,11 @@ from torch import nn
 
 import softprompt
 from softprompt.engine import families
-from softprompt.generation import call
+from softprompt.generation.stock import PEFT_KNOWS_CACHE
 from softprompt.state import state_of
 
 NEW = 8
-PEFTS_CACHE = pytest.mark.skipif(not call.PEFT_KNOWS_CACHE, reason="PEFT is too old for this transformers")
+PEFTS_CACHE = pytest.mark.skipif(not PEFT_KNOWS_CACHE, reason="PEFT is too old for this transformers")
 BATCH = make_batch(side="left", labels=None)
 
 
@@ -48,10 +48,17 @@ def patched(model, **options):
 
 def tokens(model, batch=BATCH, seed=0, **kwargs):
     """What generate gives. A PEFT that does not find the cache of this transformers gets none."""
-    if state_of(model) is None and isinstance(model, PeftModel) and not call.PEFT_KNOWS_CACHE:
+    if state_of(model) is None and isinstance(model, PeftModel) and not PEFT_KNOWS_CACHE:
         kwargs.setdefault("use_cache", False)
     torch.manual_seed(seed)
     return model.generate(**batch, **({"max_new_tokens": NEW} | kwargs))
+
+
+def reason_given(model, batch=BATCH, **kwargs):
+    """The warning with which PEFT's own generate was used, and its tokens."""
+    with pytest.warns(UserWarning, match="PEFT's own generate was used") as caught:
+        got = tokens(model, batch, **kwargs)
+    return str(caught[0].message), got
 
 
 def row_of(batch, row):

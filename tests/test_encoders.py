@@ -16,7 +16,7 @@ from peft import (
 from tiny_models import build, pair
 
 import softprompt
-from softprompt.generation.call import PEFT_KNOWS_CACHE
+from softprompt.generation.stock import PEFT_KNOWS_CACHE
 
 TASKS = 3
 ENCODERS = {
@@ -168,8 +168,6 @@ def test_generate_gives_the_tokens_of_peft(kind):
     softprompt.patch(fast, on_unsupported="fallback")
     batch = make_batch(side="left", labels=None)
     options = {"max_new_tokens": 5, "do_sample": False, **extra(kind)}
-    if kind == "multitask" and not PEFT_KNOWS_CACHE:  # its generate is PEFT's
-        options["use_cache"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(tokens(fast, batch, **options), tokens(stock, batch, **options))
@@ -217,8 +215,8 @@ def test_tasks_may_be_a_list_wherever_peft_serves_the_call(tasks):
     for arguments in ({}, {"output_hidden_states": True}):
         assert_close(fast(**batch, task_ids=tasks, **arguments).loss.detach(), expected, 2e-6, "loss")
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    options = {"max_new_tokens": 3, "do_sample": False, "use_cache": PEFT_KNOWS_CACHE}
-    wanted = stock.generate(**texts, task_ids=torch.tensor(tasks), **options)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    wanted = stock.generate(**texts, task_ids=torch.tensor(tasks), **options, use_cache=PEFT_KNOWS_CACHE)
     assert torch.equal(fast.generate(**texts, task_ids=tasks, **options), wanted)
 
 

@@ -7,17 +7,17 @@ import torch
 from generating import (
     BATCH,
     NEW,
-    PEFTS_CACHE,
     counted_tokens,
     patched,
     random_ids,
+    reason_given,
     row_of,
     speaker,
     tokens,
     two_adapters,
 )
 from parity import make_batch
-from tiny_models import build, pair, prompted, with_prompt
+from tiny_models import build, pair, with_prompt
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import softprompt
@@ -196,15 +196,6 @@ def test_a_transformers_that_cuts_without_regard_to_the_cache_is_refused(monkeyp
         tokens(patched(speaker("llama")), prefill_chunk_size=3)
 
 
-def test_peft_is_not_asked_where_it_does_not_find_the_cache(monkeypatch):
-    monkeypatch.setattr(call, "PEFT_KNOWS_CACHE", False)
-    fast = patched(prompted("mamba"), on_unsupported="fallback")
-    with pytest.raises(softprompt.UnsupportedModelError, match="which PEFT does not find in transformers"):
-        tokens(fast)
-    with pytest.warns(UserWarning, match="PEFT's own generate was used"):
-        assert tokens(fast, use_cache=False).shape == (3, BATCH["input_ids"].shape[1] + NEW)
-
-
 def test_a_cache_has_one_name(monkeypatch):
     monkeypatch.setattr(call, "NAMES", ("cache", "past_key_values"))
     cache = DynamicCache()
@@ -337,13 +328,6 @@ def test_embeddings_do_not_go_with_chunks_or_ids_of_another_shape():
 
 
 # ------------------------------------------------------------------------------------ what goes to PEFT's own
-def reason_given(model, batch=BATCH, **kwargs):
-    with pytest.warns(UserWarning, match="PEFT's own generate was used") as caught:
-        got = tokens(model, batch, **kwargs)
-    return str(caught[0].message), got
-
-
-@PEFTS_CACHE
 @pytest.mark.parametrize(
     "options, reason",
     [
@@ -369,7 +353,6 @@ def test_calls_that_are_not_served_are_pefts_with_one_warning(options, reason):
         tokens(fast, **options)
 
 
-@PEFTS_CACHE
 def test_a_model_that_counts_the_places_of_its_row_keeps_pefts_generate():
     stock, fast = pair(speaker("llama"))
     for model in (stock, fast):
@@ -381,14 +364,13 @@ def test_a_model_that_counts_the_places_of_its_row_keeps_pefts_generate():
     assert torch.equal(got, tokens(stock))
 
 
-@PEFTS_CACHE
 @pytest.mark.parametrize("name", ["mamba", "lfm2"])
 def test_stateful_models_keep_pefts_generate(name):
     stock, fast = pair(speaker(name))
     softprompt.patch(fast)
     message, got = reason_given(fast, ROW)
     assert "state" in message
-    assert torch.equal(got, tokens(stock, ROW))
+    assert torch.equal(got, tokens(stock, ROW, use_cache=False))
     with pytest.raises(softprompt.UnsupportedModelError, match="adapter_names has no stock generate"):
         tokens(fast, ROW, adapter_names=["default"])
     with pytest.raises(softprompt.UnsupportedModelError, match="inputs_embeds needs a prompt"):
@@ -400,7 +382,6 @@ def test_stateful_models_keep_pefts_generate(name):
         tokens(fast, ROW)
 
 
-@PEFTS_CACHE
 def test_dynamic_rotary_embeddings_past_their_length_keep_pefts_generate():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     stock, fast = pair(speaker("llama", rope_parameters=rope, max_position_embeddings=24))
@@ -412,7 +393,6 @@ def test_dynamic_rotary_embeddings_past_their_length_keep_pefts_generate():
     assert torch.equal(got, tokens(stock, max_new_tokens=13))
 
 
-@PEFTS_CACHE
 def test_dropout_and_checkpointing_in_training_mode_are_refused():
     fast = softprompt.patch(speaker("gpt2-dropout"))
     fast.train()

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from benchmarks.tiny_model.generate import LABEL_COLUMN, TEXT_COLUMN, template
+from softprompt.generation.stock import right_options
 from softprompt.tiny import eval_table, model_path, train_table
 
 INIT_TEXT = "Classify if the tweet is a complaint or not:"
@@ -72,6 +73,7 @@ def exact_match(
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            **right_options(model),
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.decode(new_tokens, skip_special_tokens=True)
@@ -112,7 +114,7 @@ def tune(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, default=model_path())
+    parser.add_argument("--model", default=model_path())
     parser.add_argument("--init", choices=[init.value for init in PromptTuningInit], default="TEXT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=10)
@@ -131,7 +133,7 @@ def main() -> None:
             prompt_tuning_init=arguments.init,
             prompt_tuning_init_text=INIT_TEXT if arguments.init == "TEXT" else None,
             num_virtual_tokens=arguments.num_virtual_tokens,
-            tokenizer_name_or_path=str(arguments.model),
+            tokenizer_name_or_path=arguments.model,
         )
         model: Any = get_peft_model(base, config)
         before = exact_match(model, tokenizer, eval_rows)

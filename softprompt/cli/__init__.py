@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from softprompt import __version__
 from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
 from softprompt.cli.errors import UsageError, refuse_several_processes, what_the_machine_lacks
 from softprompt.cli.options import HelpFormatter, Parser
@@ -21,6 +22,9 @@ def build_parser() -> Parser:
         epilog="example:\n  softprompt demo\n\n`softprompt COMMAND --help` explains a command.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"softprompt {__version__}", help="print the version and leave"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

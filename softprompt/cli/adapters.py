@@ -8,11 +8,12 @@ from peft import PromptTuningConfig
 from torch import Tensor
 
 from softprompt.cli.errors import UsageError
-from softprompt.cli.models import check_model, load_model
+from softprompt.cli.models import load_model
+from softprompt.cli.paths import check_model, check_prompt_option
 from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
 from softprompt.prompts.vocabulary import width_of
 from softprompt.tasks.classification import ClassificationTask, load_task
-from softprompt.tasks.folders import TASK_FILE, adapter_folders
+from softprompt.tasks.folders import TASK_FILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +41,10 @@ def open_prompt(source: str, model: str | None) -> SavedPrompt:
     Raises:
         UsageError: there is none, or it cannot be read.
     """
+    check_prompt_option("--adapter", source)
     path, config, task = Path(source), None, None
     try:
         if path.is_dir():
-            _refuse_ensemble(path)
             config, prompt = read_adapter(path)
         else:
             prompt = read_npy(path)
@@ -55,15 +56,6 @@ def open_prompt(source: str, model: str | None) -> SavedPrompt:
     if config is not None:
         model = model or config.base_model_name_or_path
     return SavedPrompt(path, prompt, config, task, model)
-
-
-def _refuse_ensemble(path: Path) -> None:
-    members = adapter_folders(path)
-    if len(members) > 1:
-        raise ValueError(
-            f"{path} holds an ensemble of {len(members)} prompts: name one of them, {members[0]} to "
-            f"{members[-1].name}"
-        )
 
 
 def load_base(saved: SavedPrompt) -> tuple[Any, str]:

@@ -14,7 +14,6 @@ from softprompt import ensemble
 from softprompt.cli.errors import UsageError
 from softprompt.cli.initial import PEFT_INITS, initial_prompt
 from softprompt.cli.models import (
-    check_model,
     choose_device,
     choose_dtype,
     load_model,
@@ -23,6 +22,7 @@ from softprompt.cli.models import (
     set_threads,
 )
 from softprompt.cli.notes import say_rows
+from softprompt.cli.paths import check_model
 from softprompt.cli.progress import TrainingProgress
 from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, check_whole, fingerprint
 from softprompt.cli.table_options import table_arguments
@@ -232,7 +232,7 @@ def _build_model(
         if start is not None:
             set_prompt(model, start, name)
     _check_different(args, model)
-    return model if args.no_patch else patch(model, positions=encoder.task.positions)
+    return patch(model, positions=encoder.task.positions, no_patch=args.no_patch)
 
 
 def check_prompt_fits(args: argparse.Namespace, base: Any, model_name: str, tokenizer: Any) -> None:

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(
-    model_path: Path,
+    model_path: str,
     train_path: Path,
     eval_path: Path,
     *,
@@ -128,17 +128,17 @@ def compare(
     train_table = read_table(train_path, "Tweet text", "Label")
     eval_table = read_table(eval_path, "Tweet text", "Label")
     task = ClassificationTask("Tweet text", "Label", train_table.known_labels(), end_token="eos")
-    encoder = Encoder(task, load_tokenizer(str(model_path)))
+    encoder = Encoder(task, load_tokenizer(model_path))
 
     def build(name: str) -> Side:
-        base = load_model(str(model_path), torch.float32)
+        base = load_model(model_path, torch.float32)
         set_seed(seed)
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=NUM_VIRTUAL_TOKENS,
             prompt_tuning_init="TEXT",
             prompt_tuning_init_text=INIT_TEXT,
-            tokenizer_name_or_path=str(model_path),
+            tokenizer_name_or_path=model_path,
         )
         return Side(name, get_peft_model(base, config).to(chosen_device))
 

@@ -40,7 +40,10 @@ def require_extra() -> None:
     """Raise UsageError naming the packages of the extra `cli` that are not installed."""
     missing = [name for name in EXTRA_PACKAGES if find_spec(name) is None]
     if missing:
-        raise UsageError(f'{", ".join(missing)} is not installed: run pip install "softprompt[cli]"')
+        raise UsageError(
+            f"{', '.join(missing)} is not installed: run pip install '.[cli]' in the folder of softprompt's "
+            "sources"
+        )
 
 
 def refuse_several_processes() -> None:

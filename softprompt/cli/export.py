@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
 from softprompt.cli.options import Parser, add_command, add_prompt_options, given, whole, words
+from softprompt.cli.paths import check_inputs, check_prompt_option
 from softprompt.files import write_text
 from softprompt.tasks.folders import holds_adapter
 
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     """Check what was asked, read the prompt, write the file or the folder."""
     output = Path(args.output)
     _check(args, output)
+    check_prompt_option("--adapter", args.adapter)
+    check_inputs(model=args.model)
 
     from softprompt import export
     from softprompt.cli.adapters import load_base, open_prompt

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError
 from softprompt.cli.options import given, words
+from softprompt.cli.paths import check_prompts
 from softprompt.tasks.folders import adapter_folders
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def add_init_options(group: argparse._ArgumentGroup) -> None:
 
 
 def check_init_options(args: argparse.Namespace) -> None:
-    """Raise UsageError where the options contradict each other."""
+    """Raise UsageError where the options contradict each other, or there is no prompt to start from."""
     if args.init in ("text", "text-once") and not args.init_text.strip():
         raise UsageError(f"--init {args.init} needs words to start from: give --init-text, or --init vocab")
     if args.init == "saved" and not args.init_from:
@@ -62,6 +63,11 @@ def check_init_options(args: argparse.Namespace) -> None:
     if args.init != "saved" and (args.init_from or args.init_other_base):
         option = "--init-from" if args.init_from else "--init-other-base"
         raise UsageError(f"{option} belongs to --init saved, but --init is {args.init}")
+    if args.init == "saved" and not getattr(args, "resume", False):  # a checkpoint holds the prompt
+        try:
+            check_prompts(args.init_from)
+        except ValueError as error:
+            raise UsageError(f"--init saved: {error}") from error
 
 
 def initial_prompt(

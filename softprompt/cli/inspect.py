@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_prompt_options, given, whole
+from softprompt.cli.paths import check_inputs, check_prompt_option, recorded_model
 from softprompt.files import write_text
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file: name a folder")
+    check_prompt_option("--adapter", args.adapter)
+    if args.initial is not None:
+        check_prompt_option("--initial", args.initial)
+    check_inputs(model=args.model or recorded_model(args.adapter))
     require_extra()
 
     from softprompt.cli.adapters import load_base, open_prompt

@@ -1,19 +1,22 @@
 """Loading the frozen model and its tokenizer, with one-line errors."""
 
+import functools
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from softprompt.cli.errors import UsageError
+from softprompt.generation.stock import right_options
 from softprompt.prompts.adapters import read_adapter
 from softprompt.prompts.vocabulary import width_of
-
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
 def quiet_libraries() -> None:
@@ -43,25 +46,6 @@ def choose_dtype(*, bf16: bool, fp16: bool, device: str) -> torch.dtype:
     if fp16 and device == "cpu":
         raise UsageError("--fp16 needs a GPU; use --bf16 or full precision on the CPU")
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-
-
-def check_model(model: str) -> str:
-    """Return the model's name, a folder made absolute; raises UsageError for a folder that is no model."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise UsageError(f"the model {model} is not a folder: give a model folder or the name of a model")
-        return model
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"the model folder {model} has no config.json: give a folder saved by save_pretrained"
-        )
-    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise UsageError(
-            f"the model folder {model} has no weights (*.safetensors or pytorch_model.bin): "
-            "download or save the whole model"
-        )
-    return str(folder.resolve())
 
 
 def load_tokenizer(model: str) -> Any:
@@ -116,11 +100,24 @@ def _check_adapter(base: Any, model: str, folder: Path) -> None:
         )
 
 
-def patch(model: Any, *, positions: str = "padded") -> Any:
-    """Put softprompt's faster path under a PEFT model."""
+def patch(model: Any, *, positions: str = "padded", no_patch: bool = False) -> Any:
+    """Put softprompt's faster path under a PEFT model, or leave it as it is for `--no-patch`."""
     import softprompt
 
-    return softprompt.patch(model, positions=positions)
+    if not no_patch:
+        return softprompt.patch(model, positions=positions)
+    if right_options(model):
+        _say_once(
+            f"softprompt: --no-patch: PEFT {peft.__version__} cannot tell from the cache of transformers "
+            f"{transformers.__version__} whether it holds the prompt, so labels are written without a cache, "
+            "which is slower"
+        )
+    return model
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 """The parser of every command, and the options that several commands share."""
 
 import argparse
+import difflib
+import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from softprompt.cli.errors import UsageError
@@ -12,11 +14,31 @@ MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a s
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong call as one line."""
+    """An argument parser that reports a wrong call as one line, which names the help of the command."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; what a command does not know is its own error, and not one of the program around it."""
+        self._arguments = list(sys.argv[1:] if args is None else args)
+        parsed, unknown = super().parse_known_args(self._arguments, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError instead of printing the usage and leaving."""
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(f"{message}{self._meant()} (see {self.prog} --help)")
+
+    def _meant(self) -> str:
+        """The options that resemble unknown ones."""
+        if self._subparsers is not None:  # the options that follow are those of a command
+            return ""
+        options = self._option_string_actions
+        given = (argument.split("=")[0] for argument in self._arguments if argument.startswith("--"))
+        near = [difflib.get_close_matches(name, options, n=1) for name in given if name not in options]
+        found = " and ".join(dict.fromkeys(name for names in near for name in names))
+        return f"; did you mean {found}?" if found else ""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

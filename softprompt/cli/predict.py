@@ -7,8 +7,10 @@ from typing import Any
 
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_compute_options, given
+from softprompt.cli.paths import check_adapters, check_inputs, check_model
 from softprompt.cli.table_options import add_table_options, table_arguments
 from softprompt.nesting import base_of
+from softprompt.tasks.classification import load_task
 from softprompt.tasks.folders import adapter_folders
 
 
@@ -112,13 +114,15 @@ def run(args: argparse.Namespace) -> int:
         )
     if not scored and (args.calibrate or args.length_normalise or args.label_column):
         raise UsageError("--calibrate, --length-normalise and --label-column need --score")
+    check_adapters(folders)
+    task, trained_model, _ = load_task(adapter)
+    check_inputs(tables=[args.data], model=args.model or trained_model)
     require_extra()
 
     from rich.console import Console
     from rich.progress import Progress
 
     from softprompt.cli.models import (
-        check_model,
         choose_device,
         choose_dtype,
         load_adapters,
@@ -129,14 +133,13 @@ def run(args: argparse.Namespace) -> int:
         set_threads,
     )
     from softprompt.cli.notes import length_notes, row_notes, say
-    from softprompt.tasks.classification import Encoder, load_task
+    from softprompt.tasks.classification import Encoder
     from softprompt.tasks.inference import label_texts
     from softprompt.tasks.table import read_table
     from softprompt.tasks.written import check_writable, check_writable_type, write_frame
 
     quiet_libraries()
     check_writable_type(output)
-    task, trained_model, _ = load_task(adapter)
     table = read_table(
         args.data,
         args.text_column or task.text_column,
@@ -160,8 +163,7 @@ def run(args: argparse.Namespace) -> int:
     encoder = Encoder(task, load_tokenizer(model_name))
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
     _check_length(args, model, task.max_length)
-    if not args.no_patch:
-        model = patch(model)
+    model = patch(model, no_patch=args.no_patch)
     trained = f"the adapter was trained with --max-length {task.max_length}"
     say(row_notes([table]) + length_notes(encoder, [table], trained))
     if scored:

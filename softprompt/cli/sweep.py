@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.initial import check_init_options
 from softprompt.cli.options import Parser, add_command, add_compute_options, given, whole
+from softprompt.cli.paths import check_inputs
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 from softprompt.files import write_text
 
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     _check_fields(output, list(over))
     for values in _all_values(args, over):
         check_init_options(values)
+    check_inputs(tables=[args.data, args.eval_data], model=args.model)
     require_extra()
 
     from softprompt.cli.models import quiet_libraries

@@ -33,7 +33,6 @@ from softprompt.cli.build import (
 from softprompt.cli.errors import UsageError
 from softprompt.cli.initial import initial_prompt
 from softprompt.cli.models import (
-    check_model,
     choose_device,
     choose_dtype,
     load_model,
@@ -42,6 +41,7 @@ from softprompt.cli.models import (
     set_threads,
 )
 from softprompt.cli.notes import say_rows
+from softprompt.cli.paths import check_model
 from softprompt.cli.resume import RESUME_SETTINGS, fingerprint
 from softprompt.cli.sweep import with_values
 from softprompt.engine import plan_for
@@ -227,7 +227,7 @@ class Sweep:
             start = starts[run.name]
             if start is not None:
                 set_prompt(model, start, run.name)
-        return model if self.args.no_patch else patch(model, positions=self.encoder.task.positions)
+        return patch(model, positions=self.encoder.task.positions, no_patch=self.args.no_patch)
 
     def _keep(self, run: Run, trainer: SweepTrainer, first: Tensor, seconds: float) -> dict[str, Any]:
         """Measure a run and write its folder; returns its record."""
@@ -311,4 +311,4 @@ class SweepProgress(TrainerCallback):
 def _tiny_model() -> str:
     from softprompt.tiny import model_path
 
-    return str(model_path())
+    return model_path()

@@ -16,6 +16,7 @@ from softprompt.cli.options import (
     whole,
     words,
 )
+from softprompt.cli.paths import check_inputs
 from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
 from softprompt.tasks.folders import (
     held,
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     check_init_options(args)
     output = Path(args.output)
     checkpoint = _check_output(output, overwrite=args.overwrite, resume=args.resume)
+    check_inputs(tables=[args.data, args.eval_data], model=args.model)
     require_extra()
 
     from softprompt.cli.build import build_trainer, read_tables

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import parse
-from peft import PeftModelForCausalLM
 from torch import Tensor
 from transformers.generation import GenerationMode
 
 from softprompt.calls import adapter_obstacle, adapters_of_rows
 from softprompt.engine import Plan, families, sharding
-from softprompt.engine.caches import CACHE, NAMES, OLD
+from softprompt.engine.caches import NAMES
 from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.prefill import prefill_for
@@ -25,10 +24,6 @@ from softprompt.nesting import base_of
 
 # Older releases cut the first step as if the cache of the prompt were empty.
 CHUNKS_BEHIND_A_CACHE = parse(transformers.__version__) >= parse("5.21")
-# transformers 5.24 renamed the cache; a PEFT that looks for the old name feeds the prompt in every step.
-PEFT_KNOWS_CACHE = CACHE == OLD or f'"{CACHE}"' in inspect.getsource(
-    PeftModelForCausalLM.prepare_inputs_for_generation
-)
 _STATIC = ("static", "sliding_window", "hybrid", "hybrid_chunked")
 _GROWING = (None, "dynamic")
 _MODES = (
@@ -327,8 +322,6 @@ def _wrong_in_peft(call: GenerateCall, *, conversations: bool = True) -> str | N
         return "assisted decoding"
     if call.config.prefill_chunk_size is not None:
         return "prefill_chunk_size"
-    if not PEFT_KNOWS_CACHE and call.use_cache:
-        return f"generate with a cache, which PEFT does not find in transformers {transformers.__version__},"
     if conversations and call.cache is not None and int(call.cache.get_seq_length()) > 0:
         return "past_key_values that holds a conversation"
     return None

@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from softprompt.files import whole_file
+from softprompt.prompt_paths import check_adapter_folder, check_file
 
 INITIAL_PROMPT = "initial_prompt.npy"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-ADAPTER_CONFIG = "adapter_config.json"
 
 _KEY = "prompt_embeddings"
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,8 +116,7 @@ def read_npy(path: str | Path) -> Tensor:
         ValueError: no such file, or not a plain array of numbers with two dimensions.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a .npy file or an adapter folder")
+    check_file(path)
     try:
         array = np.load(path, allow_pickle=False)
     except Exception as error:  # broken headers end in errors of NumPy, of its parser and of the zip reader
@@ -147,11 +145,7 @@ def read_adapter(folder: str | Path) -> tuple[PromptTuningConfig, Tensor]:
         ValueError: not a folder with a prompt-tuning adapter, or one that cannot be read.
     """
     folder = Path(folder)
-    # PEFT would look on the model hub for what a folder lacks.
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{folder} holds no adapter: expected a folder with {ADAPTER_CONFIG}")
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ValueError(f"{folder} has no weights: expected {' or '.join(WEIGHTS)} beside {ADAPTER_CONFIG}")
+    check_adapter_folder(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         weights: dict[str, Any] = load_peft_weights(str(folder), device="cpu")

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from softprompt.files import alone_by, sync, whole_file
 from softprompt.nesting import base_of
-from softprompt.prompts.adapters import ADAPTER_CONFIG, WEIGHTS, check_prompt, prompt_parameter, write_npy
+from softprompt.prompt_paths import ADAPTER_CONFIG, WEIGHTS
+from softprompt.prompts.adapters import check_prompt, prompt_parameter, write_npy
 from softprompt.prompts.vocabulary import dtype_of, embed, width_of
 
 __all__ = ["completion_request", "encode", "prompt_embeds", "save_npy", "save_peft", "save_tensor"]

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from softprompt.files import alone_by
+from softprompt.prompt_paths import ADAPTER_CONFIG, WEIGHTS
 from softprompt.tasks.errors import TaskError
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINER_STATE = "trainer_state.json"
 TASK_FILE = "softprompt.json"
 STAGING = ".partial"
@@ -108,7 +107,7 @@ def publish_adapter(staged: Path, final: Path) -> None:
     for member in members:
         shutil.rmtree(member)
     if is_ensemble:
-        (final / ADAPTER_WEIGHTS).unlink(missing_ok=True)
+        (final / WEIGHTS[0]).unlink(missing_ok=True)
     last = (TASK_FILE, ADAPTER_CONFIG)
     rest = [path.name for path in staged.iterdir() if path.name not in last]
     for name in [*rest, *(name for name in last if (staged / name).exists())]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from softprompt.engine import families
+from softprompt.generation.stock import right_options
 from softprompt.nesting import base_of
 from softprompt.tasks.classification import IGNORED, Encoder, Example
 from softprompt.tasks.collate import LeftPadCollator
@@ -37,6 +38,7 @@ def label_texts(
     prompts = [encoder.prompt(text) for text in texts]
     alike = task.positions == "compact" and not _pads_never_count(model)
     predicted = [""] * len(texts)
+    options = right_options(model)
     with evaluation_mode(model):
         for rows in _batches([len(ids) for ids in prompts], batch_size, alike=alike):
             chosen = [prompts[row] for row in rows]
@@ -49,6 +51,7 @@ def label_texts(
                 num_beams=1,
                 eos_token_id=encoder.stop_token_ids,
                 pad_token_id=encoder.pad_token_id,
+                **options,
             )
             new_ids = generated[:, batch["input_ids"].shape[1] :].tolist()
             for row, ids in zip(rows, new_ids, strict=True):

@@ -16,12 +16,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from softprompt.prompt_paths import WEIGHTS
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, write_npy
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import (
-    ADAPTER_WEIGHTS,
     TRAINER_STATE,
     adapter_folders,
     publish_folder,
@@ -173,7 +173,7 @@ class PromptTrainer(Trainer):
             return
         folders = adapter_folders(Path(self.args.output_dir) / f"checkpoint-{self.best_step}")
         for folder, prompt in zip(folders, self.prompts().values(), strict=True):
-            saved = load_file(folder / ADAPTER_WEIGHTS)["prompt_embeddings"]
+            saved = load_file(folder / WEIGHTS[0])["prompt_embeddings"]
             with torch.no_grad():
                 prompt.copy_(saved)
 

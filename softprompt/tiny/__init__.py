@@ -14,9 +14,12 @@ __all__ = ["eval_table", "model_path", "train_table"]
 _FOLDER = Path(__file__).parent
 
 
-def model_path() -> Path:
-    """Folder of the tiny BLOOM and its tokenizer, for `from_pretrained(..., dtype=torch.float32)`."""
-    return _FOLDER / "model"
+def model_path() -> str:
+    """Folder of the tiny BLOOM and its tokenizer, for `from_pretrained(..., dtype=torch.float32)`.
+
+    A string, as the name of any model is: PEFT writes it into the configuration of an adapter, which is JSON.
+    """
+    return str(_FOLDER / "model")
 
 
 def train_table() -> Path:

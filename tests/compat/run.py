@@ -1,4 +1,4 @@
-"""The tests of all architectures against the oldest supported and the newest packages (`make compat`).
+"""The tests of models and commands against the oldest supported and the newest packages (`make compat`).
 
     python tests/compat/run.py [ENVIRONMENT ...] [--record FILE]
 
@@ -44,6 +44,9 @@ TESTS = (
     "tests/test_seq2seq_calls.py",
     "tests/test_generate.py",
     "tests/test_generate_corners.py",
+    "tests/test_generate_stock.py",
+    "tests/cli",
+    "tests/tasks",
 )
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- environments:begin -->", "<!-- environments:end -->"

@@ -10,7 +10,8 @@ from tiny_models import pair
 from transformers import LogitsProcessor
 
 import softprompt
-from softprompt.generation.call import CHUNKS_BEHIND_A_CACHE, PEFT_KNOWS_CACHE
+from softprompt.generation.call import CHUNKS_BEHIND_A_CACHE
+from softprompt.generation.stock import PEFT_KNOWS_CACHE
 
 # Positions that count pads, positions from the mask, and none (ALiBi).
 MODELS = ["llama", "opt", "bloom"]

@@ -102,7 +102,7 @@ class LocalModels:
                 torch.manual_seed(0)
                 auto_class.from_config(config).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(model_path() / file, folder / file)
+            shutil.copy(Path(model_path(), file), folder / file)
 
 
 def _kind(name: str) -> str | None:
