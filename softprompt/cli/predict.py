@@ -9,7 +9,6 @@ from softprompt.cli.errors import UsageError, require_extra
 from softprompt.cli.options import Parser, add_command, add_compute_options, given
 from softprompt.cli.paths import check_adapters, check_inputs, check_model
 from softprompt.cli.table_options import add_table_options, table_arguments
-from softprompt.nesting import base_of
 from softprompt.tasks.classification import load_task
 from softprompt.tasks.folders import adapter_folders
 
@@ -193,6 +192,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_length(args: argparse.Namespace, model: Any, max_length: int) -> None:
+    from softprompt.nesting import base_of
+
     positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     tokens = max(config.num_virtual_tokens for config in model.peft_config.values())
     if positions is not None and tokens + max_length > positions:

@@ -77,7 +77,10 @@ def test_the_example_of_every_help_is_a_command_of_the_program():
 
 README = DOCS.parent / "README.md"
 HUB = "bigscience/bloomz-560m"
-TWEETS = [("my order never came", "complaint"), ("lovely day at the lake", "no complaint")] * 8
+TWEETS = [
+    ("my order never came", "complaint", "send it"),
+    ("lovely day at the lake", "no complaint", "sun"),
+] * 8
 # page -> the tables of the reader's own that it speaks of, with their columns, and whether it begins with a
 # trained prompt. The sweeps of the ablations take minutes.
 READERS = {
@@ -88,6 +91,7 @@ READERS = {
             "new_tweets.csv": ("text",),
             "new_tweets.jsonl": ("text",),
             "train.csv": ("Tweet text", "Label"),
+            "pairs.csv": ("premise", "label", "hypothesis"),
         },
         False,
     ),
