@@ -25,6 +25,7 @@ from softprompt.engine import Plan, families, plan_for, run_plan, sharding
 from softprompt.engine.answers import trimmed
 from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import UnsupportedModelError, run_token_scores
+from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
@@ -108,9 +109,11 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
         if reason is not None:
             _refuse_without_peft(self, reason)
             fall_back(self, reason, adapter_names)
-            if all(extra.get(name) is None for name in NAMES):
-                check_stock_input(base_of(self), **texts)
-            return self._stock_forward(texts, extra, return_dict)
+            if any(extra.get(name) is not None for name in NAMES):
+                return self._stock_forward(texts, extra, return_dict)
+            check_stock_input(base_of(self), **texts)
+            with without_leftovers(base_of(self)):
+                return self._stock_forward(texts, extra, return_dict)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=extra)
         answer = _fast(
             self,

@@ -20,6 +20,7 @@ from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.fingerprint import fingerprint, settings
 from softprompt.engine.head import loss_of_rows
+from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
 from softprompt.engine.stock import stock_forward
@@ -377,12 +378,13 @@ def errors(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple
 
 @contextlib.contextmanager
 def evaluating(model: CausalLM) -> Iterator[None]:
-    """Evaluation mode with gradients and without autocast; every module's own flag is put back."""
+    """Evaluation mode with gradients, without autocast and what `generate` left; all is put back."""
     flags = [(module, module.training) for module in model.modules()]
     device_type = sharding.device_of(model.get_input_embeddings()).type
     try:
         model.eval()
         with (
+            without_leftovers(model),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device_type, enabled=False),

@@ -14,6 +14,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from softprompt.engine.attributes import Attributes
+from softprompt.engine.leftovers import LEFT
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _END = object()
@@ -34,7 +35,7 @@ def _is_setting(name: str, value: Any) -> bool:
 def _passing(module: nn.Module) -> set[str]:
     """Attributes that go to and fro: steps are recorded for each of their values (`Watch.mode`)."""
     names = {name for name, value in vars(module).items() if _is_setting(name, value)}
-    return names | {"training"} | (set(_ADAPTERS) if "_active_adapter" in vars(module) else set())
+    return names | {"training", LEFT} | (set(_ADAPTERS) if "_active_adapter" in vars(module) else set())
 
 
 class Sight(NamedTuple):

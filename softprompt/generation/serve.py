@@ -14,6 +14,7 @@ from softprompt.engine import Plan, families
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import UnsupportedModelError, prompt_width
+from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.prefill import (
     Start,
     counts_places,
@@ -55,9 +56,10 @@ def generate(
     for name, prompt in prompts.items():
         known[name] = known_prompt(model, known.get(name), prompt)
     past = past_of(call.cache)
-    if past is None:
-        return _begin(model, plan, call, prompts, known)
-    return _continue(model, plan, call, past, known)
+    with without_leftovers(model):
+        if past is None:
+            return _begin(model, plan, call, prompts, known)
+        return _continue(model, plan, call, past, known)
 
 
 def _begin(
