@@ -85,15 +85,3 @@ def test_a_call_that_peft_serves_does_not_compute_with_them():
     with pytest.warns(UserWarning, match="output_hidden_states was asked for"):
         got = fast(**batch, output_hidden_states=True).loss
     assert_close(got.detach(), stock(**batch).loss.detach(), 1e-9, "loss")
-
-
-def test_a_conversation_goes_on_after_another_call():
-    model = patched(reader("qwen2_5_vl"))
-    row = row_of(BATCH, 0)
-    first = tokens(model, row, return_dict_in_generate=True, max_new_tokens=3)
-    tokens(model, rows(3))
-    leave(model, 5, 3)
-    more = torch.cat([first.sequences, row["input_ids"]], 1)
-    batch = {"input_ids": more, "attention_mask": torch.ones_like(more)}
-    expected = tokens(model, batch)
-    assert torch.equal(tokens(model, batch, past_key_values=first.past_key_values), expected)

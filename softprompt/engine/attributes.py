@@ -32,7 +32,7 @@ _ATOMS = (
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.Generator),
 )
 # Of a configuration, and said anew in every call of the engine's.
-_OF_CALLS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+OF_CALLS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
 _PLAIN = (bool, int, float, str)
 _HEAVY = (Tensor, nn.Module)
 _SEEN_THROUGH = (dict, list, collections.deque, tuple, set, frozenset)
@@ -182,7 +182,7 @@ class Attributes:
             self._unseen.append(f"a {type(value).__name__}")
             return []
         if isinstance(value, PreTrainedConfig):
-            self._names.append((vars(value), _getter(name for name in vars(value) if name not in _OF_CALLS)))
+            self._names.append((vars(value), _getter(name for name in vars(value) if name not in OF_CALLS)))
         else:
             self._dicts.append(vars(value))
         return [type(value), *vars(value).values()]

@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 
 from softprompt.engine import families, hooks, precision, sharding
+from softprompt.engine.attributes import OF_CALLS
 from softprompt.engine.families import CausalLM
 from softprompt.engine.structure import structure_of
+
+_ATOMS = (bool, int, float, str)
 
 
 def fingerprint(model: CausalLM) -> tuple[Any, ...]:
@@ -25,6 +28,7 @@ def fingerprint(model: CausalLM) -> tuple[Any, ...]:
         id(head),
         id(getattr(model, "_loss_function", None)),
         bool(getattr(config, "output_router_logits", False)),
+        _numbers(model),
         _unanswered(model),
         sharding.obstacle(model),
         _code_of(model) if isinstance(model, nn.Module) else None,
@@ -57,6 +61,19 @@ def _code_of(model: nn.Module) -> tuple[Any, ...]:
     return tuple((id(function), getattr(function, "__code__", None)) for function in (*forwards, *beside))
 
 
+def _numbers(model: CausalLM) -> tuple[Any, ...]:
+    """Numbers, names and switches of the model itself and of its configuration, such as the scale of its
+    logits and the length of its positions.
+    """
+    of_model = [(name, value) for name, value in vars(model).items() if isinstance(value, _ATOMS)]
+    of_config = [
+        (name, value if isinstance(value, _ATOMS) else str(value))
+        for name, value in getattr(families.config_of(model), "__dict__", {}).items()
+        if name[0] != "_" and name not in OF_CALLS and isinstance(value, (*_ATOMS, list, dict))
+    ]
+    return (*(pair for pair in of_model if pair[0] != "training"), *of_config)
+
+
 def _unanswered(model: CausalLM) -> str | None:
     """Why a model whose attention modules are answered one by one has one that cannot be."""
     model_type = getattr(families.config_of(model), "model_type", None)
@@ -74,4 +91,5 @@ def settings(model: CausalLM, embedding: Any) -> tuple[Any, ...]:
         getattr(embedding, "max_norm", None),
         id(state.get("_loss_function")),
         state.get("loss_type"),
+        _numbers(model),
     )

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tape import TapeRecorder
 from tiny_models import build, pair, prompted
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import softprompt
 from softprompt.engine import recorders
@@ -306,6 +307,24 @@ def test_a_step_of_code_whose_changes_cannot_be_seen_is_not_recorded(tape):
     got = loss_of(base, prompt, 7).item()
     assert got == loss_of(base, prompt, 7, recorded=False).item() != before
     assert tape.replays == 0
+
+
+class Silent(TorchFunctionMode):
+    """Leaves activations out."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function is nn.functional.silu else function(*args, **(kwargs or {}))
+
+
+def test_steps_under_a_mode_of_pytorch_are_not_recorded(tape):
+    base, prompt = build("llama"), leaf()
+    record(base, prompt)
+    before = loss_of(base, prompt, 7).item()
+    with Silent(), pytest.warns(UserWarning, match=r"not recorded: a mode of PyTorch is on \(Silent\)"):
+        got = loss_of(base, prompt, 7).item()
+    with Silent():
+        assert got == loss_of(base, prompt, 7, recorded=False).item() != before
+    assert loss_of(base, prompt, 7).item() == before
 
 
 def test_settings_that_come_and_go_and_calls_of_generate_keep_the_recorded_steps(tape):

@@ -108,8 +108,23 @@ def replace_a_configuration(model):
     model.model.layers[1].self_attn.config = copy.deepcopy(model.config)
 
 
+def shorten_the_positions(model):
+    model.config.max_position_embeddings = 32
+
+
+def make_the_positions_dynamic(model):
+    model.config.rope_parameters["rope_type"] = "dynamic"
+
+
+def number_of_the_model(model):
+    model.logit_scale = 2.0
+
+
 CHANGES = [
     cast,
+    shorten_the_positions,
+    make_the_positions_dynamic,
+    number_of_the_model,
     change_attention,
     hook_the_head,
     hook_the_embedding,
@@ -133,6 +148,16 @@ def test_a_plan_is_kept_until_the_model_changes(monkeypatch, change, watched):
     change(model)
     assert plan_for(model, watch=watch) is plan_for(model, watch=watch)
     assert counter.made == 2
+
+
+def test_a_scale_of_the_logits_that_is_changed_on_the_model_alone_counts():
+    """The fused head reads the configuration's."""
+    stock, fast = pair(prompted("cohere"))
+    softprompt.patch(fast)
+    assert fast(**make_batch()).loss is not None
+    for model in (stock, fast):
+        model.get_base_model().logit_scale = 0.9
+    assert_same_step(fast, stock, make_batch())
 
 
 def test_a_watched_model_that_stays_as_it_is_is_not_looked_at_again(monkeypatch):

@@ -87,6 +87,8 @@ ELSEWHERE = {
     ),
     "softprompt: PEFT's own generate cannot put one prompt before another, each in a PEFT model of its own: "
     "give one model both adapters (model.add_adapter)": ("test_nested.py", "one prompt before another"),
+    "a mode of PyTorch is on ({})": ("engine/test_graph_validity.py", "a mode of PyTorch is on"),
+    "{}, whose changes cannot be seen": ("engine/test_graph_validity.py", "whose changes cannot be"),
     "the capture failed: {}": ("engine/test_recorders.py", 'match="the capture failed"'),
     "softprompt: prompts of several lengths cannot share a batch of up to {} positions: the model's rotary "
     "embedding changes beyond {}, for all prompts at once": ("test_ensemble.py", "for all prompts at once"),
