@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,8 +104,10 @@ def test_doctor_serves_a_copy_of_the_sources_that_is_not_installed(capsys, monke
         return version(name)
 
     monkeypatch.setattr(module.importlib.metadata, "version", version_of)
+    sources = Path(__file__).parents[2]  # also where the package under test is installed elsewhere
+    monkeypatch.setattr(module, "__file__", str(sources / "softprompt" / "diagnosis.py"))
     details = {finding["name"]: finding["detail"] for finding in diagnosis(capsys)["packages"]}
-    assert f"{softprompt.__version__}, not installed: used from " in details["softprompt"]
+    assert details["softprompt"] == f"{softprompt.__version__}, not installed: used from {sources}"
     assert details["torch"] == importlib.metadata.version("torch")
     assert {"transformers", "peft"} <= set(details)
 
