@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.sources import DATA_SET, FILE_TYPES, kind_of
+from softprompt.tasks.sources import DATA_SET, check_source, kind_of
 from softprompt.tasks.text_files import Rows, foreign_format, parse_csv, parse_jsonl, read_text
 
 
@@ -57,21 +57,18 @@ def read_source(source: str | Path, reading: Reading) -> Source:
         TaskError: the source does not exist, is of an unknown type, cannot be read or has no rows, or two of
             its columns have one name.
     """
+    check_source(source)
     path, kind = Path(source), kind_of(source)
     if kind == DATA_SET:
         found = _read_dataset(str(source), reading)
-    elif not path.is_file():
-        raise TaskError(f"{source} does not exist: check the path of the table")
     elif kind == ".csv":
         text = read_text(path, reading.encoding)
         rows = parse_csv(text, path, separator=reading.separator, header=reading.header)
         found = _of_rows(rows, path)
     elif kind == ".jsonl":
         found = _of_rows(parse_jsonl(read_text(path, reading.encoding), path), path)
-    elif kind == ".parquet":
-        found = Source(_read_parquet(path))
     else:
-        raise TaskError(f"{source} is of the unknown type {kind!r}: give one of {', '.join(FILE_TYPES)}")
+        found = Source(_read_parquet(path))
     if len(found.frame) == 0:
         raise TaskError(f"{source} has no rows: give a table with at least one")
     return found

@@ -22,7 +22,6 @@ _MARKS = {  # the longer one first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_UNPACK = "unpack it first"
 _FOREIGN = {
     b"\x1f\x8b": "it is compressed with gzip: unpack it first",
     b"BZh": "it is compressed with bzip2: unpack it first",
