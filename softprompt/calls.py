@@ -245,6 +245,9 @@ def reason_for_stock(
             return f"{name} was asked for, which only PEFT's own forward has"
     if extra.get("use_cache"):
         return "use_cache=True was asked for, and the fast route keeps none"
+    loss = families.own_loss(base) if labels is not None else None
+    if loss is not None:
+        return f"the model has a loss function of its own ({loss}), which is given whole rows of logits"
     caches = extra.get("use_cache") is None and getattr(base.config, "use_cache", True)
     if caches and labels is None and not model.training:
         return (

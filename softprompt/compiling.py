@@ -78,8 +78,9 @@ def transform_in_use(model: Any, values: Iterable[Any]) -> str | None:
     modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
     prompts = model.prompt_encoder.parameters() if hasattr(model, "prompt_encoder") else ()
     fake = any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
-    if fake or any(isinstance(value, FakeTensor) for value in (*values, *prompts)):
-        return "fake tensors have no values, which the layout of a packed step is read from"
+    tensors = [value for value in (*values, *prompts) if isinstance(value, torch.Tensor)]
+    if fake or any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors):
+        return "fake and meta tensors have no values, which the layout of a packed step is read from"
     return None
 
 

@@ -147,9 +147,10 @@ def prompt_of_each_row(
     device = model.prompt_encoder[name].embedding.weight.device
     task_ids = None if tasks is None else integers_on(device, tasks)
     made: Any = model.get_prompt(batch_size=num_rows, task_ids=task_ids)
-    if not isinstance(made, Tensor) or made.ndim != 3 or made.shape[0] != num_rows:
+    length = model.prompt_tokens[name].shape[0]
+    if not isinstance(made, Tensor) or made.ndim != 3 or made.shape[:2] != (num_rows, length):
         given = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
-        raise ValueError(f"get_prompt must give [B, P, H] with B = {num_rows}, got {given}")
+        raise ValueError(f"get_prompt must give [B, P, H] = [{num_rows}, {length}, H], got {given}")
     return {(name, row): prompt for row, prompt in enumerate(made.unbind(0))}
 
 
@@ -213,11 +214,11 @@ def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
         return prompt
     given: Any = encoder(tokens[None])
     if isinstance(given, Tensor) and given.ndim == 2:  # PEFT repeats it for each row all the same
-        return given
-    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[0] != 1:
+        given = given[None]
+    if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[:2] != (1, len(tokens)):
         what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(
-            f"the prompt encoder of adapter {name!r} must give [1, P, H] for [1, P] token ids, got {what}"
+            f"the prompt encoder of adapter {name!r} must give [1, P, H] = [1, {len(tokens)}, H], got {what}"
         )
     return given[0]
 

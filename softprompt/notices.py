@@ -26,7 +26,9 @@ def fall_back(model: Any, reason: str, adapter_names: Sequence[str] | None, meth
             f"softprompt: adapter_names has no stock {method} to fall back to: {reason}"
         )
     state.fallbacks[reason] = state.fallbacks.get(reason, 0) + 1
-    say_once(model, reason, f"PEFT's own {method} was used: {reason}")
+    # `patch` has said why forward is PEFT's.
+    note = reason if method == "forward" else f"{method}: {reason}"
+    say_once(model, note, f"PEFT's own {method} was used: {reason}")
 
 
 def say_once(model: Any, note: str, message: str | None = None) -> None:

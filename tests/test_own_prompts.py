@@ -184,7 +184,7 @@ def test_a_hook_on_multitask_prompt_tuning_sees_all_rows(moment):
 def test_an_encoder_that_gives_several_rows_is_an_error():
     model = softprompt.patch(prompted("llama"))
     model.prompt_encoder["default"].register_forward_hook(lambda module, args, output: output.repeat(2, 1, 1))
-    with pytest.raises(ValueError, match=r"must give \[1, P, H\] for \[1, P\] token ids, got \[2, 4, 48\]"):
+    with pytest.raises(ValueError, match=r"must give \[1, P, H\] = \[1, 4, H\], got \[2, 4, 48\]"):
         model(**BATCH)
 
 
@@ -293,5 +293,5 @@ def test_ensembles_and_other_adapters_say_that_such_prompts_are_not_theirs():
 def test_what_get_prompt_must_give_is_said():
     model = softprompt.patch(prompted("llama"))
     model.get_prompt = lambda batch_size, task_ids=None: torch.zeros(4, 48)
-    with pytest.raises(ValueError, match=r"get_prompt must give \[B, P, H\] with B = 3, got \[4, 48\]"):
+    with pytest.raises(ValueError, match=r"get_prompt must give \[B, P, H\] = \[3, 4, H\], got \[4, 48\]"):
         model(**BATCH)

@@ -1,7 +1,5 @@
 """Heads and embeddings that are no plain layers, and base models with trainable weights."""
 
-import functools
-
 import pytest
 import torch
 from parity import assert_close, assert_same_step, make_batch, step
@@ -11,7 +9,6 @@ from test_fallbacks import warned
 from tiny_models import build, pair
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers.models.llama import modeling_llama
 
 import softprompt
 
@@ -244,76 +241,3 @@ def test_a_tied_table_that_renormalises_itself_stays_with_peft():
     assert "the head shares the table, so pads change the logits" in messages[0]
     assert torch.equal(fast.get_base_model().lm_head.weight, before)
     assert torch.equal(step(fast, BATCH).loss, step(stock, BATCH).loss)
-
-
-# ---------------------------------------------------------------------------------- the language model's code
-def triple_loss(stock):
-    @functools.wraps(stock)
-    def forward(self, *args, **kwargs):
-        output = stock(self, *args, **kwargs)
-        return (
-            output if output.loss is None else output.__class__(**(dict(output) | {"loss": 3 * output.loss}))
-        )
-
-    return forward
-
-
-def attention_without_interface(stock):
-    """As kernel libraries write one: it asks for no attention function, and masks by causality alone."""
-
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
-        heads = [
-            projection(hidden_states).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        ]
-        query, key = modeling_llama.apply_rotary_pos_emb(*heads[:2], *position_embeddings)
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, heads[2], is_causal=True, enable_gqa=True
-        )
-        return 0.5 * self.o_proj(out.transpose(1, 2).flatten(2)), None
-
-    return forward
-
-
-def scaled_norm(stock):
-    return lambda self, hidden_states: 1.5 * stock(self, hidden_states)
-
-
-@pytest.mark.parametrize(
-    "kind, replace, route",
-    [
-        (modeling_llama.LlamaForCausalLM, triple_loss, "stock"),
-        (modeling_llama.LlamaAttention, attention_without_interface, "padded"),
-        (modeling_llama.LlamaRMSNorm, scaled_norm, "packed"),
-    ],
-    ids=["loss", "attention", "norm"],
-)
-def test_a_forward_of_a_class_of_the_model_replaced_behind_the_patch_is_seen(
-    kind, replace, route, monkeypatch
-):
-    stock, fast = pair(prompted(llama()))
-    softprompt.patch(fast)
-    batch = make_batch(side="right", labels="everywhere")
-    before = step(fast, batch).loss
-    monkeypatch.setattr(kind, "forward", replace(kind.forward))
-    assert_same_step(fast, stock, batch)
-    assert step(fast, batch).loss != before
-    assert softprompt.explain(fast).route == route
-    monkeypatch.undo()
-    assert softprompt.explain(fast).route == "packed"
-    assert torch.equal(step(fast, batch).loss, before)
-
-
-def test_a_function_beside_the_classes_replaced_behind_the_patch_is_seen(monkeypatch):
-    """Here the mask, which then hides nothing that the packed row has to hide."""
-    stock, fast = pair(prompted(llama(attn_implementation="eager")))
-    softprompt.patch(fast)
-    batch = make_batch(side="right", labels="everywhere")
-
-    def causal(config, inputs_embeds, **kwargs):
-        length = inputs_embeds.shape[1]
-        mask = torch.full((length, length), torch.finfo(inputs_embeds.dtype).min)
-        return mask.triu(1)[None, None]
-
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", causal)
-    assert_same_step(fast, stock, batch)

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.engine import families, hooks
+from softprompt.engine.attributes import is_foreign
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import CALLS, Packing, UnsupportedAttentionError, attend, current
+from softprompt.engine.structure import structure_of
 from softprompt.ops.shared_prompt_attention.reference import visible
 
 __all__ = [
@@ -157,12 +160,28 @@ AttentionMaskInterface.register(_MASK_EAGER, _dense_mask)
 def seams_for(model: CausalLM) -> tuple[str, ...]:
     """The seams worth trying on this model, best first."""
     config = families.config_of(model)
+    own = has_own_attention(families.body_of(model))
     if config.model_type not in hooks.FAMILIES:
-        return ("interface", "mask", "dense")
+        return ("dense",) if own else ("interface", "mask", "dense")
     if config.model_type == "falcon" and not config.alibi:
-        return ("falcon", "dense")
+        return ("dense",) if own else ("falcon", "dense")
     # With a dense mask the others would count places in the row, in their biases or their masks.
     return (str(config.model_type),)
+
+
+def has_own_attention(body: nn.Module) -> bool:
+    """Whether an attention function of a decoder is neither transformers' nor PyTorch's.
+
+    It may do more than compute attention, or another one from some time on: it is called, with a dense mask.
+    """
+    names = {getattr(config, "_attn_implementation", None) for config in families.attention_configs(body)}
+    functions = [ALL_ATTENTION_FUNCTIONS.get(name) for name in names if name is not None]
+    if "eager" in names:
+        files = dict.fromkeys(type(module).__module__ for module in structure_of(body)[1])
+        functions += [getattr(sys.modules.get(name), "eager_attention_forward", None) for name in files]
+    if "sdpa" in names:
+        functions.append(nn.functional.scaled_dot_product_attention)
+    return any(function is not None and is_foreign(function) for function in functions)
 
 
 def runs_the_op(seam: str | None) -> bool:

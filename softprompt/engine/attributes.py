@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _KNOWN = {
     *("torch", "torchao", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "softprompt"),
@@ -226,8 +228,9 @@ class Attributes:
         """What answers the names of attention implementations."""
         configs = [vars(module).get("config") for module in modules]
         chosen = {getattr(config, "_attn_implementation", None) for config in configs}
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            answers: Any = interface._global_mapping
+        tables: list[Any] = [AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping]
+        tables += [ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_MASK_ATTENTION_FUNCTIONS._local_mapping]
+        for answers in tables:
             self._dicts.append(answers)
             self._see(answers[name] for name in chosen if name in answers)
 
@@ -235,6 +238,14 @@ class Attributes:
 def _alike(number: int, before: int, value: Any, kept: Any) -> bool:
     """Whether two values with these identities are the same object, or equal numbers or names."""
     return number == before or (type(value) is type(kept) and isinstance(value, _PLAIN) and value == kept)
+
+
+def is_foreign(function: Any) -> bool:
+    """Whether a function is none of the libraries', such as a wrapper around one of theirs."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    own = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
+    return not _is_known(str(own or "torch"))  # builtin functions of torch name no module
 
 
 def _is_known(module: str) -> bool:

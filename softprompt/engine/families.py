@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.engine import hooks, precision
+from softprompt.engine.attributes import is_foreign
 from softprompt.engine.structure import structure_of
 
 # A transformers causal LM. Its classes are not typed, and its parts are found by name.
@@ -78,15 +79,32 @@ def attention_configs(body: nn.Module) -> list[Any]:
 
 
 def takes_position_ids(body: nn.Module) -> bool:
-    """Whether the decoder's forward has a `position_ids` argument."""
+    """Whether the decoder's forward has a `position_ids` argument, also behind a wrapper on the instance that
+    hands on whatever it is given.
+    """
     if "forward" in body.__dict__:
-        return "position_ids" in inspect.signature(body.forward).parameters
+        parameters = inspect.signature(body.forward).parameters
+        if "position_ids" in parameters or not _takes_anything(parameters):
+            return "position_ids" in parameters
     return "position_ids" in _parameters_of(type(body).forward)
 
 
 @functools.cache
 def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
+
+
+def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def own_loss(model: CausalLM) -> str | None:
+    """The name of a loss function that is not transformers', or is not PyTorch's below it; None: theirs."""
+    loss = getattr(model, "loss_function", None)
+    for function in (loss, nn.functional.cross_entropy):
+        if function is not None and is_foreign(function):
+            return str(getattr(function, "__qualname__", type(function).__name__))
+    return None
 
 
 def positions_from_mask(config: Any) -> bool:

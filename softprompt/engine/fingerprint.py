@@ -7,12 +7,15 @@ import types
 from typing import Any
 
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.engine import families, hooks, precision, sharding
 from softprompt.engine.attributes import OF_CALLS
 from softprompt.engine.families import CausalLM
 from softprompt.engine.structure import structure_of
 
+_MODEL_FILES = "transformers.models."
 _ATOMS = (bool, int, float, str)
 
 
@@ -32,6 +35,7 @@ def fingerprint(model: CausalLM) -> tuple[Any, ...]:
         _unanswered(model),
         sharding.obstacle(model),
         _code_of(model) if isinstance(model, nn.Module) else None,
+        _positions(model),
     )
     passing = (  # FSDP2 changes these
         None if weight is None else (weight.dtype, weight.device.type),
@@ -44,21 +48,36 @@ def fingerprint(model: CausalLM) -> tuple[Any, ...]:
 
 
 def _code_of(model: nn.Module) -> tuple[Any, ...]:
-    """The forwards of a model's classes and the functions beside them, which kernel libraries exchange.
+    """The functions that the packed row calls or stands in for, which kernel libraries exchange: forwards of
+    classes, the code of transformers' model files, attention functions, and PyTorch's below them.
 
     Told apart by identity and code: a function that is held here may hold the model.
     """
     kinds: dict[Any, None] = dict.fromkeys(map(type, structure_of(model)[1]))
-    forwards = [kind.forward for kind in kinds]
-    files = dict.fromkeys(getattr(forward, "__module__", "") for forward in forwards)
-    beside = [
-        value
-        for name in files
-        if name.startswith("transformers.models.")
-        for value in vars(sys.modules[name]).values()
-        if isinstance(value, types.FunctionType)
+    bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
+    files = dict.fromkeys(
+        base.__module__ for base in bases if base.__module__.startswith("transformers.models.")
+    )
+    namespaces = [vars(sys.modules[name]) for name in files]
+    namespaces += [vars(base) for base in bases if base.__module__ in files]
+    functions: list[Any] = [kind.forward for kind in kinds]
+    for namespace in namespaces:
+        functions += [value for value in namespace.values() if isinstance(value, types.FunctionType)]
+    configs = structure_of(model)[0].configs
+    names = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
+    functions += [
+        table.get(name) for name in names for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
     ]
-    return tuple((id(function), getattr(function, "__code__", None)) for function in (*forwards, *beside))
+    functions += [nn.functional.scaled_dot_product_attention, nn.functional.cross_entropy]
+    return tuple({id(function): getattr(function, "__code__", None) for function in functions}.items())
+
+
+def _positions(model: CausalLM) -> bool | None:
+    """Whether the decoder takes positions; None: there is no decoder."""
+    try:
+        return families.takes_position_ids(families.body_of(model))
+    except AttributeError:
+        return None
 
 
 def _numbers(model: CausalLM) -> tuple[Any, ...]:

@@ -149,13 +149,20 @@ class Family:
     attention: str  # qualified name of the stock forward that is answered
     answer: Forward
     others: dict[str, Forward] = field(default_factory=dict)  # of modules that need not be there
+    helpers: tuple[str, ...] = ()  # methods that are then not called
 
 
 FAMILIES = {
-    "bloom": Family("h", "BloomAttention.forward", _bloom_attention, {"BloomGelu.forward": _bloom_gelu}),
+    "bloom": Family(
+        "h",
+        "BloomAttention.forward",
+        _bloom_attention,
+        {"BloomGelu.forward": _bloom_gelu},
+        ("build_alibi_tensor",),
+    ),
     "falcon": Family("h", "FalconAttention.forward", _falcon_attention),
-    "mpt": Family("blocks", "MptAttention.forward", _mpt_attention),
-    "gpt_neo": Family("h", "GPTNeoSelfAttention.forward", _gpt_neo_attention),
+    "mpt": Family("blocks", "MptAttention.forward", _mpt_attention, helpers=("build_mpt_alibi_tensor",)),
+    "gpt_neo": Family("h", "GPTNeoSelfAttention.forward", _gpt_neo_attention, helpers=("_attn",)),
 }
 
 
@@ -202,6 +209,10 @@ def answered(body: nn.Module, model_type: str) -> list[tuple[nn.Module, type, ty
 def _answers(body: nn.Module, model_type: str, structure: Structure, modules: list[nn.Module]) -> _Answers:
     key = ("answers", model_type)
     known: _Answers | None = structure.notes.get(key)
+    helpers = FAMILIES[model_type].helpers
+    replaced = [name for module in modules for name in helpers if name in module.__dict__]
+    if replaced:
+        return _Answers((), f"{replaced[0]} was replaced on the instance")
     if known is None or not _still_holds(known, modules):
         known = structure.notes[key] = _find_answers(body, FAMILIES[model_type], modules)
     return known

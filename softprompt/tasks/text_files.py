@@ -24,7 +24,7 @@ _MARKS = {  # the longer one first: that of UTF-32 begins with that of UTF-16
 }
 _FOREIGN = {
     b"\x1f\x8b": "it is compressed with gzip: unpack it first",
-    b"BZh": "it is compressed with bzip2: unpack it first",
+    **{b"BZh%d1AY" % level: "it is compressed with bzip2: unpack it first" for level in range(1, 10)},
     b"\xfd7zXZ": "it is compressed with xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it first",
     b"PK\x03\x04": "it is a zip archive, as .xlsx files are: unpack it, or save the sheet as CSV in UTF-8",
@@ -61,8 +61,8 @@ class Rows:
 
 def foreign_format(start: bytes) -> str | None:
     """Return what a file of another format looks like by its first bytes, and what to do with it."""
-    start = start.lower()
-    return next((what for magic, what in _FOREIGN.items() if start.startswith(magic.lower())), None)
+    page = start.lower() if start.startswith(b"<") else start  # of binary formats case tells
+    return next((what for magic, what in _FOREIGN.items() if page.startswith(magic)), None)
 
 
 def read_text(path: Path, encoding: str | None) -> str:

@@ -102,9 +102,9 @@ ELSEWHERE = {
         "test_generate_corners.py",
         "leave out prefill_chunk_size",
     ),
-    "generate with a cache, which PEFT does not find in transformers {},": (
-        "test_generate_corners.py",
-        "which PEFT does not find in transformers",
+    "{}; without a cache, of which PEFT cannot ask whether it has the prompt": (
+        "test_generate_stock.py",
+        "without a cache, of which PEFT cannot ask",
     ),
     "the native ops for {} are not built ({})": ("cli/test_doctor.py", "are not built"),
     "{} does not load: {} (build it again: {})": ("cli/test_doctor.py", "does not load"),

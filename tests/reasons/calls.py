@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import types
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import softprompt
-from reasons.models import fails_on_prompts, infinite, own_loss, router_logits
+from reasons.models import fails_on_prompts, infinite, named_loss, own_loss, router_logits
 from reasons.rows import BATCH, DYNAMIC, Row, patched
 from softprompt.compiling import ONE_GRAPH
 from softprompt.engine import sharding
@@ -241,10 +242,21 @@ def own_prompts_of_others(kit):
     softprompt.patch(model)(**BATCH, adapter_names=["default", "second", "default"])
 
 
+def called_with_own_loss(kit):
+    model = patched(named_loss)(kit)
+    model(**BATCH)
+    return model
+
+
 def replaced_in_generate(kit):
     model = softprompt.patch(kit.llama())
     stock = type(model).prepare_inputs_for_generation
-    model.prepare_inputs_for_generation = types.MethodType(lambda self, *a, **k: stock(self, *a, **k), model)
+
+    @functools.wraps(stock)
+    def own(self, *args, **kwargs):
+        return stock(self, *args, **kwargs)
+
+    model.prepare_inputs_for_generation = types.MethodType(own, model)
     model.generate(input_ids=BATCH["input_ids"], max_new_tokens=1)
     return model
 
@@ -324,6 +336,10 @@ def rows():
     )
     yield Row("{} has a {} of its own, which the packed one would not call", own_class)
     yield Row("get_prompt was replaced", own_prompts_in_generate)
+    yield Row(
+        "the model has a loss function of its own ({}), which is given whole rows of logits",
+        called_with_own_loss,
+    )
     yield Row("{}, and only forward asks it for the prompt of each row", own_prompts_in_generate)
     yield Row(
         "{}: it gives prompts of the active adapter alone, and adapter_names has others",
@@ -338,7 +354,7 @@ def rows():
     yield Row("torch.jit.trace would record the layout of this one batch", transformed(under_jit_trace))
     yield Row("forward-mode AD has no rule for packed steps", transformed(under_forward_mode))
     yield Row(
-        "fake tensors have no values, which the layout of a packed step is read from",
+        "fake and meta tensors have no values, which the layout of a packed step is read from",
         transformed(under_fake_tensors),
     )
     yield Row(

@@ -18,6 +18,12 @@ def own_loss(base):
     base.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().mean()
 
 
+def own_alibi(base):
+    body = base.transformer
+    stock = body.build_alibi_tensor
+    body.build_alibi_tensor = lambda *args, **kwargs: stock(*args, **kwargs)
+
+
 def named_loss(base):
     def as_ever(*args, **kwargs):
         return ForCausalLMLoss(*args, **kwargs)
@@ -214,6 +220,12 @@ def rows():
         reads="the head's weight is a Weight",
     )
     yield row("the model has a loss function of its own ({})", explained(named_loss))
+    yield Row(
+        "{} was replaced on the instance",
+        explained(own_alibi, "bloom"),
+        "explain",
+        reads="build_alibi_tensor was replaced on the instance",
+    )
     yield row("the fused head gave other numbers than the model's own: ", explained(changed_behind_the_head))
     yield row("the model's mask is neither causal nor a sliding window of {}", chunked)
     yield row(

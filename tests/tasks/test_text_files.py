@@ -1,5 +1,6 @@
 """Files that are no plain CSV or JSONL in UTF-8: read where it is certain what they are, else named."""
 
+import bz2
 import gzip
 import lzma
 
@@ -58,6 +59,7 @@ REFUSED = {
         "out",
     ),
     "zero bytes": (".csv", b"text,label\na\x00,b\n", {}, "zero bytes", "give the table itself"),
+    "half a bzip2": (".csv", bz2.compress(BODY.encode())[:20], {}, "compressed with bzip2", "unpack it"),
     "gzip": (".csv", gzip.compress(BODY.encode()), {}, "compressed with gzip", "unpack it"),
     "gzip as JSONL": (".jsonl", gzip.compress(b"{}"), {}, "compressed with gzip", "unpack it"),
     "gzip as Parquet": (".parquet", gzip.compress(b"{}"), {}, "compressed with gzip", "unpack it"),
@@ -161,3 +163,11 @@ def test_cells_without_a_name_keep_theirs_from_pandas_and_short_rows_are_filled(
     frame = read_table(path, "text").frame
     assert frame.columns.tolist() == ["Unnamed: 0", "text", "note"]
     assert frame["note"].tolist() == ["", "c"]
+
+
+@pytest.mark.parametrize("name", ["par1", "PK", "bzh", "BZh", "sqlite format 3", "pdf"])
+def test_a_column_may_be_called_as_other_formats_begin(tmp_path, name):
+    path = tmp_path / "t.csv"
+    path.write_text(f"{name},label\na,x\nb,y\n", encoding="utf-8")
+    table = read_table(path, name, "label")
+    assert (table.texts, table.labels) == (["a", "b"], ["x", "y"])
