@@ -219,9 +219,8 @@ def _cells(found: Source, column: str, kind: str, source: str) -> list[str]:
             raise TaskError(f"{there}: {found.hint or f'name one of them as the {kind} column'}")
         brace = f"write {{{{{column}}}}} for these words in braces"
         advice = "leave it out, the label is written behind the template" if column == "label" else brace
-        raise TaskError(
-            f"{there}, but the template reads {{{column}}}: {found.hint or f'correct the name, or {advice}'}"
-        )
+        remedy = found.hint or f"add the column, correct its name, or {advice}"
+        raise TaskError(f"{there}, but the template reads {{{column}}}: {remedy}")
     values = frame[column].tolist()
     cells = ["" if is_missing(value) else str(value) for value in values]
     for row, (value, cell) in enumerate(zip(values, cells, strict=True), start=1):

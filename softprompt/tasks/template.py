@@ -86,7 +86,10 @@ def parse_template(template: str, text_column: str, label_column: str) -> Templa
             words.append("")
     words[-1] += template[end:]
     if names.count(TEXT) != 1:
-        raise TaskError(f"the template {template!r} must contain {{text}} exactly once")
+        raise TaskError(
+            f"the template {template!r} must contain {{text}} exactly once (or "
+            f"the name of its column, {{{text_column}}})"
+        )
     return Template(tuple(words), tuple(names))
 
 
