@@ -54,13 +54,15 @@ def _code_of(model: nn.Module) -> tuple[Any, ...]:
     Told apart by identity and code: a function that is held here may hold the model.
     """
     kinds: dict[Any, None] = dict.fromkeys(map(type, structure_of(model)[1]))
-    bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
+    every = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
+    # Without those that FSDP2 derives, whose modules are the same.
+    bases = [base for base in every if not base.__module__.startswith("torch.distributed.")]
     files = dict.fromkeys(
         base.__module__ for base in bases if base.__module__.startswith("transformers.models.")
     )
     namespaces = [vars(sys.modules[name]) for name in files]
     namespaces += [vars(base) for base in bases if base.__module__ in files]
-    functions: list[Any] = [kind.forward for kind in kinds]
+    functions: list[Any] = [vars(base).get("forward") for base in bases]
     for namespace in namespaces:
         functions += [value for value in namespace.values() if isinstance(value, types.FunctionType)]
     configs = structure_of(model)[0].configs
@@ -90,7 +92,7 @@ def _numbers(model: CausalLM) -> tuple[Any, ...]:
         for name, value in getattr(families.config_of(model), "__dict__", {}).items()
         if name[0] != "_" and name not in OF_CALLS and isinstance(value, (*_ATOMS, list, dict))
     ]
-    return (*(pair for pair in of_model if pair[0] != "training"), *of_config)
+    return (*(pair for pair in of_model if pair[0][0] != "_" and pair[0] != "training"), *of_config)
 
 
 def _unanswered(model: CausalLM) -> str | None:
