@@ -5,11 +5,11 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test check tiny-model bench gpu gpu-tests gpu-steps gpu-kernels gpu-profile gpu-report gpu-device extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
+.PHONY: help demo test test-slow test-all check tiny-model bench gpu gpu-tests gpu-steps gpu-kernels gpu-profile gpu-report gpu-device extension sanitize sanitize-cpu installs models compat peft-suite kills robustness gpu-rehearsal clean
 
 help:
 	@echo "make demo        train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
-	@echo "make test        all tests"
+	@echo "make test        the tests, but for the long ones; make test-all: all; make test-slow: the long ones"
 	@echo "make check       ruff, formatting, mypy"
 	@echo "make tiny-model  pretrain the shipped model again (minutes)"
 	@echo "make bench       CPU benchmarks, then the tables and pictures of the README"
@@ -36,8 +36,15 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 demo: $(READY)
 	$(BIN)/softprompt demo
 
+# The tests in two halves: those to run while working, and the long ones (compilers, processes of torchrun, emulated
+# CUDA, rehearsals, kills).
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=20
+
+test-all: test test-slow
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -70,10 +70,15 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def one_accelerator():
-    """The state of accelerate is one for the process, and keeps the precision."""
+    """The state of accelerate is one for the process, and keeps the precision of an earlier test."""
+
+    def reset():
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    reset()
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset()
 
 
 def two(kind):

@@ -138,6 +138,7 @@ def test_the_commands_of_a_page_run_as_typed(run, trained_folder, model_folder, 
         assert (code, error if code else "") == (0, ""), call
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_as_typed(tmp_path):
     page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     python, shell = (

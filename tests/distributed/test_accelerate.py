@@ -4,6 +4,8 @@ import accelerate_checks
 import pytest
 import ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):

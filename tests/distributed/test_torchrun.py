@@ -6,6 +6,8 @@ import other_checks
 import pytest
 import ranks
 
+pytestmark = pytest.mark.slow
+
 MODULES = {"data parallel": ddp_checks, "fsdp2": fsdp_checks, "others": other_checks}
 
 

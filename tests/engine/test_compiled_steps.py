@@ -10,6 +10,8 @@ from tiny_models import pair, prompted
 
 import softprompt
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def compiled_calls(monkeypatch):

@@ -10,6 +10,8 @@ from softprompt.engine.batch import check_batch
 from softprompt.engine.packed import packed_layout, rows_of_layout
 from softprompt.engine.plan import make_plan
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 10  # more than the compiler's limit of 8 recompilations of one function
 NUM_LAYERS = {
     "bloom": {"n_layer": LAYERS},

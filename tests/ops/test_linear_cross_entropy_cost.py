@@ -261,6 +261,7 @@ COMPILE_CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_three_generations_of_gpus_without_spilling(compile_kernels):
     records = compile_kernels(COMPILE_CASES)
     assert [record["arch"] for record in records] == [80, 90, 100] * len(COMPILE_CASES)

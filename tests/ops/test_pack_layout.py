@@ -378,6 +378,7 @@ ONLY_A_MASK = {
 }
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_for_three_gpu_generations_without_spilling(compile_kernels):
     module = importlib.import_module("softprompt.ops.pack_layout.triton")
     names = module._pack_layout.arg_names

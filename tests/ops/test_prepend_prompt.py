@@ -257,6 +257,7 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         prepend_prompt(**{**fitting, **change})
 
 
+@pytest.mark.slow
 def test_the_kernel_compiles_for_three_gpu_generations_without_spilling(compile_kernels):
     module = importlib.import_module("softprompt.ops.prepend_prompt.triton")
     constexprs = {

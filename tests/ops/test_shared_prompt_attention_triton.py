@@ -106,6 +106,7 @@ def test_more_dummies_change_nothing():
         first = got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [[1], [17, 3, 40], [64, 64]], ids=str)
 def test_the_sums_over_texts_are_split_and_stay_the_same_bits(prompts, monkeypatch):
     module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
@@ -236,6 +237,7 @@ def test_a_sweep_begins_with_the_tables_choice(kind, head_dim, itemsize):
     assert [padded_dim(width) for width in (1, 16, 17, 80, 256)] == [16, 16, 32, 128, 256]
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_three_gpu_generations_without_spilling(compile_kernels):
     cases = [attention_case(kind, width, "bf16") for kind in KERNELS for width in (64, 128)]
     for record in compile_kernels(cases):
