@@ -14,9 +14,10 @@ import peft.peft_model
 import torch
 from peft import PeftType
 from peft.tuners import MultitaskPromptEmbedding
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt.engine.batch import integers_on
+from softprompt.engine.families import has_hooks
 
 SERVED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 
@@ -117,17 +118,11 @@ def unshared(model: Any, names: Sequence[str]) -> str | None:
         return "get_prompt was replaced"
     for name in dict.fromkeys(names):
         encoder = model.prompt_encoder[name] if has_tasks(model, name) else None
-        if encoder is not None and (type(encoder) is not MultitaskPromptEmbedding or does_more(encoder)):
+        if encoder is None:
+            continue
+        if type(encoder) is not MultitaskPromptEmbedding or any(map(has_hooks, encoder.modules())):
             return f"the encoder of adapter {name!r} has hooks, or is not PEFT's"
     return None
-
-
-def does_more(module: nn.Module) -> bool:
-    """Whether calling a module, or one inside of it, does more than its class says."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(
-        "forward" in part.__dict__ or any(getattr(part, name) for name in hooks) for part in module.modules()
-    )
 
 
 def prompt_of_each_row(

@@ -44,7 +44,7 @@ Names = tuple[Any, Callable[[Any], tuple[Any, ...]]]  # a namespace, and what ge
 class Attributes:
     """The attributes of a model and of all modules below it as they were, what lies in them, and their code.
 
-    It keeps no module alive, and is asked from flat lists: some 0.3 ms for 24 layers.
+    It holds modules weakly, and is asked from flat lists: 0.3 to 0.5 ms for 24 layers.
 
     Args:
         root: the model. Of the own attributes of one that generates those that are numbers, names and
