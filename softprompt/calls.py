@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -14,7 +12,7 @@ from peft import PeftModel, PeftModelForSeq2SeqLM
 from torch import Tensor, nn
 
 from softprompt import encoders
-from softprompt.engine import Plan, families, sharding
+from softprompt.engine import Plan, families, registry, sharding
 from softprompt.engine.batch import check_tensor, check_texts
 from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import obstacle_to, prompt_width
@@ -25,8 +23,6 @@ from softprompt.nesting import base_of, nesting_obstacle
 Method = TypeVar("Method", bound=Callable[..., Any])
 # Where the texts of a row begin, as collators without padding say it.
 _JOINED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-# Reentrant: a model may assist itself, or be asked again by a logits processor.
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def without_wrapped(wrapper: Callable[..., Any], method: Method) -> Method:
@@ -49,7 +45,8 @@ def taking_turns(method: Method) -> Method:
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "get_base_model"):
             return method(self, *args, **kwargs)  # which says what it takes
-        with _LOCKS.setdefault(base_of(self), threading.RLock()):
+        # Reentrant: a model may assist itself, or be asked again by a logits processor.
+        with registry.lock_of(base_of(self)):
             return method(self, *args, **kwargs)
 
     return without_wrapped(alone, method)

@@ -5,7 +5,6 @@ forward.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, pads, precision, sharding
+from softprompt.engine import families, pads, precision, registry, sharding
 from softprompt.engine.attention import IN_USE, describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -83,9 +82,6 @@ class Plan:
         )
 
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
-
-
 def plan_for(model: CausalLM, *, sharded: bool = False, watch: Watch | None = None) -> Plan:
     """The plan of a causal LM: made on first use, and again after its attention, modules, kinds of weights,
     dtype, head or hooks have changed.
@@ -124,13 +120,10 @@ class _Known:
 
 def _plan_by_fingerprint(model: CausalLM, sharded: bool) -> Plan:
     key = fingerprint(model)
-    known = _PLANS.get(model)
     if sharded or sharding.by_fsdp(model):
+        known = registry.last(model, "plan")
         return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
-    if known is None or known[0] != key:
-        known = (key, make_plan(model))
-        _PLANS[model] = known
-    return known[1]
+    return registry.kept(model, "plan", key, lambda: make_plan(model))
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)

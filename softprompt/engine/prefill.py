@@ -10,7 +10,6 @@ Two ways, chosen for a model by numbers (`prefill_for`):
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from softprompt.engine import families
+from softprompt.engine import families, registry
 from softprompt.engine.attention import IN_USE, runs_the_op
 from softprompt.engine.batch import Batch
 from softprompt.engine.caches import cache_argument
@@ -190,15 +189,12 @@ class Prefill:
     reason: str
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Plan, Prefill]] = weakref.WeakKeyDictionary()
-
-
 def prefill_for(model: CausalLM, plan: Plan) -> Prefill:
     """How a model's calls start, found by running two short rows; made once for each plan."""
     with IN_USE:
-        known = _KNOWN.get(model)
-        if known is None or known[0] is not plan:
-            known = _KNOWN[model] = (plan, _choose(model, plan))
+        known = registry.last(model, "prefill")
+        if known is None or known[0] is not plan:  # a plan that was made again may be equal
+            return registry.put(model, "prefill", plan, _choose(model, plan))
         return known[1]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families, pads, sharding
+from softprompt.engine import families, pads, registry, sharding
 from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -54,9 +53,6 @@ class Seq2SeqPlan(Plan):
     kept_because: str | None = None  # why not
 
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Seq2SeqPlan]] = weakref.WeakKeyDictionary()
-
-
 def seq2seq_plan_for(model: CausalLM, *, sharded: bool = False) -> Seq2SeqPlan:
     """The plan of an encoder-decoder: made on first use, and again after what it depends on has changed.
 
@@ -68,11 +64,7 @@ def seq2seq_plan_for(model: CausalLM, *, sharded: bool = False) -> Seq2SeqPlan:
         return _SHARDED
     with IN_USE:
         key = (*fingerprint(model), *_scales(model))
-        known = _PLANS.get(model)
-        if known is None or known[0] != key:
-            known = (key, make_seq2seq_plan(model))
-            _PLANS[model] = known
-        return known[1]
+        return registry.kept(model, "plan", key, lambda: make_seq2seq_plan(model))
 
 
 _SHARDED = Seq2SeqPlan(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from softprompt.engine import registry
 from softprompt.engine.structure import structure_of
 
 _FSDP2: tuple[type, ...] = ()
@@ -195,9 +195,6 @@ def whole(module: Any) -> Iterator[None]:
             module.reshard()
 
 
-_AGREED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
-
-
 def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
     """Whether all ranks chose the same for a model; they gather weights together, so they must.
 
@@ -205,9 +202,10 @@ def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
     """
     if not in_group():
         return True
-    known = _AGREED.get(model)
-    if known is None or known[0] != choice:
-        chosen: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(chosen, choice)
-        known = _AGREED[model] = (choice, len(set(chosen)) == 1)
-    return known[1]
+    return registry.kept(model, "agreement", choice, lambda: len(set(_choices_of_ranks(choice))) == 1)
+
+
+def _choices_of_ranks(choice: tuple[Any, ...]) -> list[Any]:
+    chosen: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(chosen, choice)
+    return chosen

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from softprompt.engine import registry
+
 _RANDOM = ("drop", "jitter")  # dropout, layerdrop, drop_path; router noise
 
 
@@ -66,14 +68,10 @@ class Structure:
         return modules
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
-
-
 def structure_of(root: nn.Module) -> tuple[Structure, list[nn.Module]]:
     """The structure of a model or a part of it, as it is now, and its modules."""
-    known = _KNOWN.get(root)
-    modules = None if known is None else known.modules()
+    known = registry.last(root, "structure")
+    modules = None if known is None else known[1].modules()
     if known is None or modules is None:
-        known = _KNOWN[root] = Structure(root)
-        modules = list(root.modules())
-    return known, modules
+        return registry.put(root, "structure", None, Structure(root)), list(root.modules())
+    return known[1], modules

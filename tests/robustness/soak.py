@@ -21,15 +21,11 @@ from tiny_models import prompt_config, prompted  # noqa: E402
 
 import softprompt  # noqa: E402
 from softprompt import state  # noqa: E402
-from softprompt.engine import plan, prefill, recorders, structure  # noqa: E402
-from softprompt.engine.forward import _GRAPHS  # noqa: E402
+from softprompt.engine import recorders, registry  # noqa: E402
 
 CACHES = {
     "states": state._MODELS,
-    "plans": plan._PLANS,
-    "prefills": prefill._KNOWN,
-    "structures": structure._KNOWN,
-    "graphs": _GRAPHS,
+    "records": registry._RECORDS,
 }
 
 
