@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt import ensemble, multitask
-    from softprompt.engine.forward import UnsupportedModelError, forward
+    from softprompt.engine.forward import forward
+    from softprompt.engine.runner import UnsupportedModelError
     from softprompt.engine.scoring import score
     from softprompt.peft import patch, patched, unpatch
     from softprompt.prompts import export, init
@@ -31,7 +32,7 @@ __all__ = [
 
 # Imported on first use: the command line shows its help without waiting for torch.
 _HOMES = {
-    "UnsupportedModelError": "softprompt.engine.forward",
+    "UnsupportedModelError": "softprompt.engine.runner",
     "explain": "softprompt.report",
     "export": "softprompt.prompts",
     "forward": "softprompt.engine.forward",

@@ -15,7 +15,8 @@ from softprompt import encoders
 from softprompt.engine import Plan, families, registry, sharding
 from softprompt.engine.batch import check_tensor, check_texts
 from softprompt.engine.caches import NAMES
-from softprompt.engine.forward import obstacle_to, prompt_width
+from softprompt.engine.forward import prompt_width
+from softprompt.engine.runner import obstacle_to
 from softprompt.engine.token_scores import ASKED, scores_tokens
 from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of, nesting_obstacle

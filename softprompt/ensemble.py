@@ -8,20 +8,30 @@ one forward and one backward for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from softprompt.calls import adapter_obstacle, prompt_of
-from softprompt.engine.ensembles import PromptLosses, losses_of_prompts
-from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.batch import check_batch
+from softprompt.engine.forward import POSITIONS, check_option, prompt_width
+from softprompt.engine.runner import RunOptions, UnsupportedModelError, obstacle_to
+from softprompt.engine.runner import runner_of as functional_runner_of
 from softprompt.nesting import base_of
-from softprompt.state import state_of
+from softprompt.ops.library import AUTO
+from softprompt.state import runner_of, state_of
 
 COMBINATIONS = ("vote", "mean")
 PROMPT_NAME = "prompt"  # the adapters are prompt-1, prompt-2, ...
+
+
+class PromptLosses(NamedTuple):
+    """What `losses` found."""
+
+    total: Tensor  # [] the sum of the prompts' mean losses: its gradient is that of each prompt trained alone
+    each: Tensor  # [K] the mean loss of each prompt, detached
 
 
 def create(base: Any, configs: Sequence[PromptTuningConfig], *, seeds: Sequence[int] | None = None) -> Any:
@@ -119,17 +129,46 @@ def losses(
     state = state_of(model)
     if positions is None:
         positions = "padded" if state is None else state.options.positions
-    return losses_of_prompts(
-        base_of(model),
+    check_option("positions", positions, POSITIONS)
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
+    count = len(names)
+    if own_rows and len(input_ids) % count:
+        raise ValueError(f"{len(input_ids)} rows cannot be dealt out evenly to {count} prompts")
+
+    def repeated(tensor: Tensor | None) -> Tensor | None:
+        repeats = isinstance(tensor, Tensor) and tensor.ndim == 2 and not own_rows
+        return tensor.repeat(count, 1) if repeats else tensor  # type: ignore[union-attr]
+
+    base = base_of(model)
+    rows_each = len(input_ids) // count if own_rows else len(input_ids)
+    # [prompt_1 | ... | prompt_K | texts | texts | ...]: no prompt reaches another one's loss, so one backward
+    # of the sum gives each prompt its own gradient.
+    batch = check_batch(
         [prompt_of(model, name) for name in names],
-        input_ids,
-        attention_mask,
-        labels,
-        own_rows=own_rows,
-        positions=positions,
-        num_items_in_batch=num_items_in_batch,
-        cuda_graphs=state is None or state.options.cuda_graphs,
+        prompt_width(base),
+        input_ids=repeated(input_ids),
+        inputs_embeds=None,
+        attention_mask=repeated(attention_mask),
+        labels=repeated(labels),
+        prompt_of_row=[number for number in range(count) for _ in range(rows_each)],
     )
+    runner = functional_runner_of(base) if state is None else runner_of(model, base)
+    plan, options = runner.plan(), RunOptions(positions, AUTO if state is None else state.options.backend)
+    longest = max(batch.prompt_lengths) + batch.shape[1]
+    most_rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
+    reason = obstacle_to(plan, compact=options.compact, longest=longest, rows=most_rows)
+    if reason is not None or plan.route != "packed":
+        raise UnsupportedModelError(
+            f"softprompt: several prompts on one batch need the packed route: {reason or plan.reason}"
+        )
+    if len(set(batch.prompt_lengths)) > 1 and longest > (plan.rotary_switch or longest):
+        raise UnsupportedModelError(
+            f"softprompt: prompts of several lengths cannot share a batch of up to {longest} positions: the "
+            f"model's rotary embedding changes beyond {plan.rotary_switch}, for all prompts at once"
+        )
+    found = runner.group_losses(plan, batch, options, range(count), num_items=num_items_in_batch)
+    return PromptLosses(found.total, found.each)
 
 
 def combine(probabilities: Tensor, how: str = "vote") -> tuple[Tensor, Tensor]:

@@ -100,6 +100,14 @@ class PackedLayout:
             **{name: getattr(self.uncut, name)[:num_label_rows] for name in _LABEL_TENSORS},
         )
 
+    def prompt_of_label(self) -> Tensor:
+        """[M] int64: the prompt that stands in front of each label, dummies left out."""
+        segments = self.segments[self.label_rows[: self.num_labels].long()].long()
+        count = len(self.prompt_lengths)
+        # The first label of a text is predicted by the prompt itself.
+        of_text = self.prompt_of_row.long()[(segments - count).clamp_min(0)]
+        return torch.where(segments < count, segments, of_text)
+
     def scatter_rows(self, packed: Tensor) -> Tensor:
         """Puts packed rows back into the padded layout.
 

@@ -17,14 +17,13 @@ from torch.utils.data import Dataset
 
 from softprompt.batches import batch_of, placed
 from softprompt.calls import adapters_of_rows, reason_for_stock, taking_turns
-from softprompt.engine import families, plan_for, sharding
+from softprompt.engine import families, sharding
 from softprompt.engine.batch import check_tensor
-from softprompt.engine.forward import UnsupportedModelError, warn_of_no_labels
-from softprompt.engine.groups import losses_of_groups
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of
 from softprompt.notices import say_dropout
-from softprompt.state import graphs_of, state_of
+from softprompt.state import runner_of, state_of
 
 COLUMN = "adapter"
 
@@ -160,12 +159,13 @@ def losses(
         raise ValueError("multitask.losses needs labels, got none")
     check_tensor("labels", labels)
     names = adapters_of_rows(model, adapter_names, input_ids, inputs_embeds)
-    base, compact = base_of(model), state.options.positions == "compact"
-    plan = plan_for(base)
+    base = base_of(model)
+    runner = runner_of(model, base)
+    plan = runner.plan()
     if sharding.is_fsdp(model) or sharding.by_fsdp(base):
         raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}")
     shape = (len(names), labels.shape[-1] if labels.ndim else 0)
-    reason = reason_for_stock(model, plan, names, labels, shape, {}, compact=compact)
+    reason = reason_for_stock(model, plan, names, labels, shape, {}, compact=state.options.compact)
     if reason is not None:
         raise UnsupportedModelError(f"softprompt: {reason}")
     given, keys = batch_of(
@@ -182,19 +182,9 @@ def losses(
     if base.training:
         say_dropout(model, base)
     try:
-        found = losses_of_groups(
-            base,
-            plan,
-            placed(model, plan, given),
-            groups,
-            compact=compact,
-            backend=state.options.backend,
-            graphs=graphs_of(model, base),
-        )
+        found = runner.group_losses(plan, placed(model, plan, given), state.options, groups)
     except IndexError:
         # Names the column that the user gave it in.
         raise_out_of_range(given.input_ids, given.labels, families.vocab_size(base))
         raise
-    if found.num_labels == 0:
-        warn_of_no_labels()
     return AdapterLosses(found.total, dict(zip(adapters, found.each, strict=False)))

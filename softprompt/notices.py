@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from softprompt.engine import families
-from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.state import PatchState
 from softprompt.warn import warn
 

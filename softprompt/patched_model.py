@@ -21,12 +21,12 @@ from softprompt.calls import (
 )
 from softprompt.compiling import asked_for, stock_is_traced, transform_in_use
 from softprompt.encoders import prompt_of, with_tensor_of_tasks
-from softprompt.engine import Plan, families, plan_for, run_plan, sharding
+from softprompt.engine import Plan, families, plan_for, sharding
 from softprompt.engine.answers import trimmed
 from softprompt.engine.caches import NAMES
-from softprompt.engine.forward import UnsupportedModelError, run_token_scores
 from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.placement import place_in_generation
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.generation.stock import step_inputs, tells_its_length
@@ -35,7 +35,7 @@ from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of, has_prompt_below, is_nested
 from softprompt.notices import fall_back, say_dropout
 from softprompt.ops.library import AUTO
-from softprompt.state import graphs_of, state_of
+from softprompt.state import runner_of, state_of
 
 
 class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
@@ -219,10 +219,10 @@ class PatchedCausalLM(PatchedInstance, PeftModelForCausalLM):
 
 def plan_of(model: Any) -> Plan:
     """The plan of the base model."""
-    base, state = base_of(model), state_of(model)
-    graphs = None if state is None else state.graphs
-    watch = graphs.watch if graphs is not None and graphs.are_of(base) else None
-    return plan_for(base, sharded=sharding.is_fsdp(model), watch=watch)
+    base, sharded = base_of(model), sharding.is_fsdp(model)
+    if state_of(model) is None:
+        return plan_for(base, sharded=sharded)
+    return runner_of(model, base).plan(sharded=sharded)
 
 
 def _is_sharded(model: Any) -> bool:
@@ -279,18 +279,13 @@ def _fast(
     )
     if base.training:
         say_dropout(model, base)
-    run: dict[str, Any] = {
-        "compact": options.positions == "compact",
-        "backend": options.backend,
-        "graphs": graphs_of(model, base),
-    }
+    runner = runner_of(model, base)
     try:
         rows = placed(model, plan, batch)
         if scores:
             arguments = {} if num_items is None else {"num_items_in_batch": num_items}
-            return run_token_scores(base, plan, rows, arguments=arguments, **run)
-        columns = batch.shape[1]
-        return run_plan(base, plan, rows, num_items=num_items, logits=options.logits, columns=columns, **run)
+            return runner.token_scores(plan, rows, options, arguments)
+        return runner.run(plan, rows, options, num_items=num_items, columns=batch.shape[1])
     except IndexError:
         # Names the column that the user gave it in.
         raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))

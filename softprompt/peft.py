@@ -21,12 +21,11 @@ from softprompt.engine.answers import LOGITS
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
     POSITIONS,
-    UnsupportedModelError,
     check_option,
     check_switch,
-    obstacle_to,
 )
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
+from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.instances import is_own_method, subclass_of
 from softprompt.nesting import base_of
@@ -99,7 +98,15 @@ def patch(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
             f"got {type(model).__name__}; softprompt.forward takes a plain model and prompts"
         )
-    options = PatchOptions(positions, on_unsupported, backend, cuda_graphs, compile, placement, logits)
+    options = PatchOptions(
+        positions=positions,
+        backend=backend,
+        logits=logits,
+        on_unsupported=on_unsupported,
+        cuda_graphs=cuda_graphs,
+        compile=compile,
+        placement=placement,
+    )
     known: PatchState | None = model.__dict__.get(STATE)
     state = PatchState(options, known.stock_class if known else type(model))
     state.refusal = _refusal(model)

@@ -205,20 +205,19 @@ def _generate(model: Any, base: CausalLM, plan: Plan, refusal: str | None) -> li
 def _recording(state: PatchState) -> list[tuple[str, str]]:
     """What became of the training steps so far."""
     rows = []
+    graphs = None if state.runner is None else state.runner.graphs
     if not state.options.cuda_graphs:
         rows.append(("step graph", "off (cuda_graphs=False)"))
-    elif state.graphs is None:
+    elif graphs is None or not graphs.were_asked:
         rows.append(("step graph", "no training step yet"))
     else:
-        count = state.graphs.statistics
-        text = (
-            f"{len(state.graphs)} recorded, {count.replayed} steps replayed, {count.eager} not yet worth it"
-        )
+        count = graphs.statistics
+        text = f"{len(graphs)} recorded, {count.replayed} steps replayed, {count.eager} not yet worth it"
         if count.dropped:
             text += f", {count.dropped} dropped"
-        rows.append(("step graph", text if state.graphs.obstacle is None else f"no: {state.graphs.obstacle}"))
+        rows.append(("step graph", text if graphs.obstacle is None else f"no: {graphs.obstacle}"))
     if state.options.compile:
-        obstacle = state.graphs.compile_obstacle if state.graphs is not None else None
+        obstacle = None if graphs is None else graphs.compile_obstacle
         rows.append(("torch.compile", obstacle or "the decoder of training steps"))
     return rows
 

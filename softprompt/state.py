@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softprompt.engine.graphs import StepGraphs
+from softprompt.engine.runner import ModelRunner, RunOptions
 from softprompt.generation import KnownPrompt
-from softprompt.ops.library import AUTO
 
 STATE = "_softprompt"
 _NUMBERS = itertools.count()
@@ -19,16 +18,13 @@ _MODELS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictiona
 
 
 @dataclass(frozen=True)
-class PatchOptions:
+class PatchOptions(RunOptions):
     """What `patch` was asked for."""
 
-    positions: str = "padded"
     on_unsupported: str = "fallback"
-    backend: str = AUTO
     cuda_graphs: bool = True
     compile: bool = False
     placement: str = "prefix"
-    logits: str = "full"
 
     @property
     def without_stock(self) -> str | None:
@@ -44,7 +40,7 @@ class PatchState:
 
     options: PatchOptions
     stock_class: type
-    graphs: StepGraphs | None = None
+    runner: ModelRunner | None = None
     tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `tokens_of`
     prompts: dict[str, KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
     refusal: str | None = None  # why the class was left alone
@@ -77,9 +73,9 @@ def model_named(name: str) -> nn.Module:
     return _MODELS[name]
 
 
-def graphs_of(model: Any, base: nn.Module) -> StepGraphs:
-    """The recorded steps of a patched model."""
+def runner_of(model: Any, base: nn.Module) -> ModelRunner:
+    """What runs the batches of a patched model."""
     state: PatchState = model._softprompt
-    if state.graphs is None or not state.graphs.are_of(base):
-        state.graphs = StepGraphs(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
-    return state.graphs
+    if state.runner is None or not state.runner.is_of(base):
+        state.runner = ModelRunner(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
+    return state.runner

@@ -147,7 +147,7 @@ def test_recorded_steps_reach_the_parameters_of_the_encoder(kind, tape):
             with torch.no_grad():
                 for parameter in model.prompt_encoder.parameters():
                     parameter.add_(0.1)
-    assert fast._softprompt.graphs.statistics.replayed >= 3
+    assert fast._softprompt.runner.graphs.statistics.replayed >= 3
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

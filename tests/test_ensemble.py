@@ -11,6 +11,7 @@ from tiny_models import build, prompt_config
 
 import softprompt
 from softprompt import ensemble
+from softprompt.engine import plan_for, runner
 
 PACKED_NAMES = ["bloom", "llama", "gpt2", "gemma2"]
 
@@ -147,17 +148,15 @@ def test_the_patch_decides_the_positions():
 
 
 def test_a_frozen_head_that_is_called_gives_the_same_losses(monkeypatch):
-    from softprompt.engine import ensembles
-
     model = created("granite", size=2)
     batch = make_batch((7, 3, 5), "left", "answer")
     fused = ensemble.losses(model, **batch)
-    plan = ensembles.plan_for(model.get_base_model())
-    monkeypatch.setattr(ensembles, "plan_for", lambda _, **options: ensembles_replace(plan))
+    plan = plan_for(model.get_base_model())
+    monkeypatch.setattr(runner, "plan_for", lambda _, **options: with_its_own_head(plan))
     assert_close(ensemble.losses(model, **batch).each, fused.each, 1e-9, "losses")
 
 
-def ensembles_replace(plan):
+def with_its_own_head(plan):
     from dataclasses import replace
 
     assert plan.fused_head
@@ -165,39 +164,23 @@ def ensembles_replace(plan):
 
 
 @pytest.mark.parametrize("num_items", [None, 11, torch.tensor(11)], ids=str)
-def test_a_recorded_step_trains_all_prompts(tape, num_items):
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_a_recorded_step_trains_all_prompts(tape, num_items, own_rows):
     model = created("llama", size=3)
-    batch = make_batch((7, 3, 5), "left", "answer")
-    expected = ensemble.losses(model, **batch, num_items_in_batch=num_items)
+    batch = make_batch((7, 3, 5), "left", "answer")  # with another number of labels in each row
+    options = {"num_items_in_batch": num_items, "own_rows": own_rows}
+    softprompt.patch(model, cuda_graphs=False)
+    expected = ensemble.losses(model, **batch, **options)
     grads = torch.autograd.grad(expected.total, [prompt_of(model, name) for name in model.peft_config])
-    from softprompt.engine import ensembles
-
-    plan = ensembles.plan_for(model.get_base_model())
+    softprompt.patch(model)
     for _ in range(3):
-        doubled = ensembles._recordable(
-            model.get_base_model(), plan, _batch_of(model, batch), False, num_items, "auto"
-        )
-    statistics = ensembles.graphs_of(model.get_base_model()).statistics
-    assert statistics.replayed >= 1
-    assert_close(doubled.each, expected.each, 1e-9, "losses")
-    got = torch.autograd.grad(doubled.total, [prompt_of(model, name) for name in model.peft_config])
+        recorded = ensemble.losses(model, **batch, **options)
+    assert model._softprompt.runner.graphs.statistics.replayed >= 1
+    assert_close(recorded.each, expected.each, 1e-9, "losses")
+    assert_close(recorded.total, expected.total, 1e-9, "total")
+    got = torch.autograd.grad(recorded.total, [prompt_of(model, name) for name in model.peft_config])
     for ours, theirs in zip(got, grads, strict=True):
         assert_close(ours, theirs, 1e-6, "gradient")
-
-
-def _batch_of(model, batch):
-    from softprompt.calls import prompt_of as current
-    from softprompt.engine.batch import check_batch
-
-    names = list(model.peft_config)
-    prompts = [current(model, name) for name in names]
-    return check_batch(
-        prompts,
-        prompts[0].shape[1],
-        inputs_embeds=None,
-        prompt_of_row=[number for number in range(len(names)) for _ in batch["input_ids"]],
-        **{name: value.repeat(len(names), 1) for name, value in batch.items()},
-    )
 
 
 def test_a_prompt_is_that_of_its_seed_and_other_random_numbers_are_left_alone(monkeypatch):

@@ -69,8 +69,8 @@ def test_recorded_steps_weigh_each_adapter_alike(tape):
         for adapter, loss in results[1].each.items():
             assert_close(results[0].each[adapter], loss, 1e-12, adapter)
             assert_close(prompt_of(fast, adapter).grad, prompt_of(eager, adapter).grad, 1e-6, adapter)
-    assert fast._softprompt.graphs.statistics.replayed >= 2
-    assert eager._softprompt.graphs.statistics.replayed == 0
+    assert fast._softprompt.runner.graphs.statistics.replayed >= 2
+    assert eager._softprompt.runner.graphs.statistics.replayed == 0
 
 
 @pytest.mark.parametrize("options", [{"positions": "compact"}, {"placement": "after_bos"}], ids=str)

@@ -21,7 +21,7 @@ from seq2seq_models import seq2seq_batch
 from tiny_models import pair
 
 import softprompt
-from softprompt.engine.forward import UnsupportedModelError
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.ensemble import losses
 from softprompt.generation.stock import right_options
 

@@ -175,7 +175,7 @@ def test_recorded_steps_hold_the_bos_token(tape):
         expected.backward()
         assert_close(step(fast, batch).loss, expected.detach(), 2e-6, "loss")
         assert_close(prompt_of(fast).grad, prompt_of(stock).grad, 2e-5, "gradient")
-    assert fast._softprompt.graphs.statistics.replayed >= 2
+    assert fast._softprompt.runner.graphs.statistics.replayed >= 2
 
 
 def test_a_trainable_embedding_gets_the_gradient_of_the_bos_token():

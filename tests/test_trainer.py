@@ -72,6 +72,6 @@ def test_the_trainer_replays_recorded_steps_without_noticing(options, tape, tmp_
     _, expected = train(stock, tmp_path, **options)
     _, got = train(fast, tmp_path, **options)
     assert got == pytest.approx(expected, rel=2e-2 if "bf16" in options else 1e-4)
-    count = fast._softprompt.graphs.statistics
+    count = fast._softprompt.runner.graphs.statistics
     assert count.replayed >= 4
     assert count.eager <= 2

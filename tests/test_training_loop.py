@@ -113,4 +113,4 @@ def test_the_same_loop_on_recorded_steps_equals_peft(tape):
     batches = complaints(97)
     steps = [batches[number % len(batches)] for number in range(20)]
     assert_same_training(stock, fast, steps, batches[0])
-    assert fast._softprompt.graphs.statistics.replayed > 10
+    assert fast._softprompt.runner.graphs.statistics.replayed > 10

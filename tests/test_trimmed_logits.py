@@ -113,7 +113,7 @@ def test_replayed_steps_have_the_same_logits(tape):
         expected = stock(**batch).logits[:, P:]
         got = fast(**batch).logits
         assert_close(got.detach()[columns] + 0, expected.detach()[columns], 2e-5, "logits")
-    assert fast._softprompt.graphs.statistics.replayed >= 2
+    assert fast._softprompt.runner.graphs.statistics.replayed >= 2
 
 
 def test_an_unknown_value_is_refused():

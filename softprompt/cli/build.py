@@ -27,7 +27,7 @@ from softprompt.cli.progress import TrainingProgress
 from softprompt.cli.resume import RESUME_SETTINGS, check_same_run, check_whole, fingerprint
 from softprompt.cli.table_options import table_arguments
 from softprompt.engine import plan_for
-from softprompt.engine.forward import obstacle_to
+from softprompt.engine.runner import obstacle_to
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, read_npy, set_prompt
 from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
 from softprompt.tasks.ensemble_trainer import EnsembleTrainer

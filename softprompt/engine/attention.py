@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,12 +26,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from softprompt.engine import families, hooks
 from softprompt.engine.attributes import is_foreign
 from softprompt.engine.families import CausalLM
+from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packing import CALLS, Packing, UnsupportedAttentionError, attend, current
 from softprompt.engine.structure import structure_of
 from softprompt.ops.shared_prompt_attention.reference import visible
 
 __all__ = [
-    "IN_USE",
     "SEAMS",
     "Packing",
     "UnsupportedAttentionError",
@@ -44,9 +43,6 @@ __all__ = [
 
 SEAMS = ("interface", *hooks.FAMILIES, "mask", "dense")
 _INTERFACE, _MASK_SDPA, _MASK_EAGER = "softprompt", "softprompt_sdpa", "softprompt_eager"
-# A packed call sets attributes of the model and of its configuration, which replicas in other threads may
-# share: one call at a time.
-IN_USE = threading.RLock()
 
 
 # ----------------------------------------------------------------------------------------- seam: interface

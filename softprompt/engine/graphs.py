@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from softprompt.engine import families
-from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.lazy import in_this_mode
+from softprompt.engine.losses import GroupWeights, LossWeights
+from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import HiddenRows, rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorded import RecordedStep, StepBatch, record_step
@@ -71,6 +73,15 @@ class Statistics:
     dropped: int = 0
 
 
+class Step(NamedTuple):
+    """What a step over a batch gives."""
+
+    loss: Tensor | None  # [] differentiable; None without labels
+    losses: Tensor | None  # [M] of the labels; None without, and where a replay needed none
+    weights: GroupWeights | None  # of the labels, where they are not all alike
+    rows: HiddenRows
+
+
 class StepGraphs:
     """The recorded steps of one model.
 
@@ -96,13 +107,10 @@ class StepGraphs:
         self.compile_obstacle: str | None = None
         self.statistics = Statistics()
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """None in copies and files of the model: they count for this instance alone."""
-        return type(None), ()
-
-    def are_of(self, model: CausalLM) -> bool:
-        """Whether they were recorded of this very model."""
-        return self._model() is model
+    @property
+    def were_asked(self) -> bool:
+        """Whether there was a training step that might have been recorded."""
+        return self.obstacle is not None or bool(self.statistics.replayed or self.statistics.eager)
 
     def __len__(self) -> int:
         """How many graphs there are."""
@@ -182,30 +190,30 @@ class StepGraphs:
         batch: Batch,
         layout: PackedLayout,
         mode: int,
-        *,
-        num_items: int | float | Tensor | None,
+        weights: LossWeights,
         backend: str,
-    ) -> tuple[Tensor, HiddenRows] | None:
-        """Loss and hidden rows of a batch, or None where it is to be run eagerly.
+    ) -> Step | None:
+        """The step of a batch, or None where it is to be run eagerly.
 
         Args:
             plan: of the model, on the packed route.
             batch: with labels and ids.
             layout: made with `room_of(batch)`.
             mode: what `mode_of` said of this call.
-            num_items: see `loss_of_rows`.
+            weights: how the losses of the labels are added up.
             backend: of the ops.
         """
         if batch.input_ids is None or layout.num_tokens is None:
             return None
         live = layout.prompt_tokens + layout.num_tokens
+        of_labels = weights.of_labels(layout)
+        labels = bucket_of(max(layout.num_labels, 1), _LABEL_BUCKET)
         given = StepBatch(
             batch.joined_prompts(batch.input_ids.device),
             batch.input_ids,
-            layout.resized(
-                bucket_of(live, _TOKEN_BUCKET), bucket_of(max(layout.num_labels, 1), _LABEL_BUCKET)
-            ),
-            max(layout.num_labels, 1) if num_items is None else num_items,
+            layout.resized(bucket_of(live, _TOKEN_BUCKET), labels),
+            max(layout.num_labels, 1) if weights.num_items is None else weights.num_items,
+            None if of_labels is None else functional.pad(of_labels.values, (0, labels - layout.num_labels)),
         )
         device = given.prompts.device
         with IN_USE, RECORDERS[device.type].turn(device):
@@ -224,7 +232,7 @@ class StepGraphs:
             loss, hidden = recorded(given, live, in_this_mode(again, device.type))
             self.statistics.replayed += 1
         num_rows, row_length = batch.shape
-        return loss, HiddenRows(
+        rows = HiddenRows(
             hidden,
             exact.label_rows,
             exact.label_targets,
@@ -233,6 +241,8 @@ class StepGraphs:
             (num_rows, max(batch.prompt_lengths) + row_length),
             recorded.output_class,
         )
+        losses = None if recorded.losses is None else recorded.losses[: exact.num_labels].clone()
+        return Step(loss, losses, of_labels, rows)
 
     def _recorded(self, plan: Plan, batch: StepBatch, mode: int, backend: str) -> RecordedStep | None:
         """The recorded step of this size, recorded now where it is worth it."""
@@ -247,6 +257,7 @@ class StepGraphs:
             prompts.device,
             mode,
             backend,
+            batch.weights is not None,
         )
         if key in self._graphs:
             self._graphs.move_to_end(key)

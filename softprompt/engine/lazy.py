@@ -287,3 +287,31 @@ def in_this_mode(values_of: Callable[[Tensor], Tensor], device_type: str) -> Cal
             return values_of(source)
 
     return later
+
+
+def logits_of(
+    hidden: Tensor,
+    values_of: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    added: torch.dtype | None = None,
+    casts: bool = True,
+) -> LazyLogits:
+    """Lazy logits, with the gradient of `hidden` and the autocast of now.
+
+    Args:
+        hidden: what they are made of.
+        values_of: makes them.
+        shape: of the logits.
+        dtype: of the logits without autocast.
+        added: dtype of what the model adds to the product with its head, which autocast leaves alone.
+        casts: whether the logits follow autocast.
+    """
+    device_type = hidden.device.type
+    casts = casts and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if casts and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        dtype = dtype if added is None else torch.promote_types(dtype, added)
+    in_mode = in_this_mode(values_of, device_type)
+    return with_gradient(hidden, in_mode, lambda: in_mode(hidden), shape, dtype)

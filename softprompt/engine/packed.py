@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.engine import families, sharding
-from softprompt.engine.attention import IN_USE, Packing, packed_attention
+from softprompt.engine.attention import Packing, packed_attention
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
+from softprompt.engine.overrides import IN_USE
 from softprompt.layout import PackedLayout, build_layout
 from softprompt.ops.embed_prompt import embed_prompt
 from softprompt.ops.library import AUTO
@@ -29,6 +30,14 @@ class HiddenRows:
     layout: PackedLayout | None  # None: hidden is the flattened padded [B, P + L, H]
     padded_shape: tuple[int, int]  # B, P + L
     output_class: type  # of the decoder
+    prompt_of_row: Tensor | None = None  # [B]; None: of the layout, or prompt 0
+
+    def prompt_of_label(self) -> Tensor:
+        """[M] int64: the prompt that stands in front of each label, dummies left out."""
+        if self.layout is not None:
+            return self.layout.prompt_of_label()
+        row = self.label_rows[: self.num_labels].long() // self.padded_shape[1]
+        return torch.zeros_like(row) if self.prompt_of_row is None else self.prompt_of_row.long()[row]
 
     def padded(self, hidden: Tensor) -> Tensor:
         """Rows like `hidden` as [B, P + L, H]; zero at pads that were not computed."""

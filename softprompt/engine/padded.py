@@ -74,7 +74,7 @@ def padded_rows(
     )
     shape = (num_rows, length + row_length)
     hidden = output.last_hidden_state.reshape(shape[0] * shape[1], -1)
-    return HiddenRows(hidden, rows, targets[rows], num_labels, None, shape, type(output))
+    return HiddenRows(hidden, rows, targets[rows], num_labels, None, shape, type(output), batch.prompt_of_row)
 
 
 def _counts(batch: Batch, vocab_size: int) -> Tensor:

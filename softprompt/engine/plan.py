@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import families, pads, precision, registry, sharding
-from softprompt.engine.attention import IN_USE, describe_seam, seams_for
+from softprompt.engine.attention import describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.fingerprint import fingerprint, settings
-from softprompt.engine.head import loss_of_rows
 from softprompt.engine.leftovers import without_leftovers
+from softprompt.engine.losses import label_losses, weighted_sum
+from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
 from softprompt.engine.stock import stock_forward
 from softprompt.engine.watch import Watch
-from softprompt.ops.library import AUTO
 
 # Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
 # rotary tables and ALiBi are fp32 inside fp64 models; in 16 bit the stock forward itself is this far from the
@@ -346,16 +346,8 @@ def _follows_autocast(model: CausalLM, batch: Batch) -> bool:
 def _step(model: CausalLM, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor]:
     options = {"examine": True} if plan.route == "packed" else {}
     rows = plan.run(model, batch, **options)
-    loss = loss_of_rows(
-        model,
-        rows.hidden,
-        rows.label_rows,
-        rows.label_targets,
-        fused=plan.fused_head,
-        output_class=rows.output_class,
-        num_items=None,
-        backend=AUTO,
-    )
+    losses = label_losses(model, rows, fused=plan.fused_head)
+    loss = weighted_sum(losses, rows.label_targets, None, None)
     (grad,) = torch.autograd.grad(loss, batch.prompts[0])
     return loss.detach(), grad
 

@@ -19,10 +19,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softprompt.engine import families, registry
-from softprompt.engine.attention import IN_USE, runs_the_op
+from softprompt.engine.attention import runs_the_op
 from softprompt.engine.batch import Batch
 from softprompt.engine.caches import cache_argument
 from softprompt.engine.families import CausalLM
+from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import check_length, embed_rows, packed_layout, run_body
 from softprompt.engine.packing import Packing
 from softprompt.engine.plan import Plan, evaluating, probe_batch, tolerance

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
-from softprompt.engine.head import loss_of_rows
-from softprompt.engine.packed import HiddenRows, rows_of_layout
+from softprompt.engine.losses import label_losses, weighted_sum
+from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorders import Recorder, Run
 from softprompt.layout import PackedLayout
@@ -40,6 +40,7 @@ class StepBatch(NamedTuple):
     input_ids: Tensor  # [B, L]
     layout: PackedLayout  # resized to the buckets
     num_items: int | float | Tensor  # denominator of the loss
+    weights: Tensor | None  # [M] of the labels, fp64; None: all alike
 
     @property
     def columns(self) -> int:
@@ -54,6 +55,7 @@ class _Inputs:
     prompts: Tensor  # [ΣP, H]
     input_ids: Tensor  # [1, columns] int64, the batch's flattened
     num_items: Tensor  # []
+    weights: Tensor | None  # [M]
     layout: dict[str, Tensor]  # int32, by the field's name
     # [K + 1]; held here, since `prompt_offsets` forgets what was not asked for lately.
     cu_prompts: Tensor
@@ -67,6 +69,7 @@ class _Inputs:
             torch.empty(batch.prompts.shape, dtype=batch.prompts.dtype, device=device).requires_grad_(),
             torch.zeros(1, batch.columns, dtype=torch.int64, device=device),
             torch.empty((), dtype=dtype, device=device),
+            None if batch.weights is None else torch.empty(batch.weights.shape, dtype=dtype, device=device),
             {name: torch.empty_like(getattr(batch.layout, name)) for name in _COPIED},
             batch.layout.cu_prompts,
             batch.layout.prompt_lengths,
@@ -84,6 +87,8 @@ class _Inputs:
             self.num_items.copy_(batch.num_items.reshape(()))
         else:
             self.num_items.fill_(batch.num_items)
+        if self.weights is not None and batch.weights is not None:
+            self.weights.copy_(batch.weights)
 
     def fresh_layout(self) -> PackedLayout:
         """The layout, without what back ends have prepared from the values of an earlier run."""
@@ -106,6 +111,7 @@ class RecordedStep:
 
     inputs: _Inputs
     loss: Tensor  # []
+    losses: Tensor | None  # [M] of the labels, where they have weights
     grad: Tensor  # [ΣP, H]
     hidden: Tensor  # [T, H]
     output_class: type  # of the decoder
@@ -194,6 +200,7 @@ def record_step(
     inputs = _Inputs.like(batch, dtype)
     inputs.fill(batch)
     loss = torch.empty((), dtype=dtype, device=batch.prompts.device)
+    losses = None if inputs.weights is None else torch.empty_like(inputs.weights)
     grad = torch.empty_like(inputs.prompts, requires_grad=False)
     left: dict[str, Any] = {}
 
@@ -206,38 +213,21 @@ def record_step(
                 rows = rows_of_layout(
                     model, own, layout, seam=str(plan.seam), backend=backend, call_body=call_body
                 )
-                now = loss_of_hidden(model, plan, rows, inputs.num_items, backend)
+                each = label_losses(model, rows, fused=plan.fused_head, backend=backend)
+                now = weighted_sum(each, rows.label_targets, inputs.weights, inputs.num_items, backend)
             # Like a backward of the user's, outside of autocast, which would narrow its products in fp32.
             with torch.autocast(loss.device.type, enabled=False):
                 (gradient,) = torch.autograd.grad(now, inputs.prompts)
         if not left:
             left.update(hidden=place_for(rows.hidden), output_class=rows.output_class)
         loss.copy_(now.detach())
+        if losses is not None:
+            losses.copy_(each.detach())
         grad.copy_(gradient)
         left["hidden"].copy_(rows.hidden.detach())
 
     replay = recorder.record(run, batch.prompts.device)
-    return RecordedStep(inputs, loss, grad, replay=replay, **left)
-
-
-def loss_of_hidden(
-    model: CausalLM,
-    plan: Plan,
-    rows: HiddenRows,
-    num_items: int | float | Tensor | None,
-    backend: str,
-) -> Tensor:
-    """`loss_of_rows` as the plan wants it."""
-    return loss_of_rows(
-        model,
-        rows.hidden,
-        rows.label_rows,
-        rows.label_targets,
-        fused=plan.fused_head,
-        output_class=rows.output_class,
-        num_items=num_items,
-        backend=backend,
-    )
+    return RecordedStep(inputs, loss, losses, grad, replay=replay, **left)
 
 
 def _uncached_autocast(device_type: str) -> torch.autocast:

@@ -18,15 +18,14 @@ from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM, body_of, position_limit, vocab_size
 from softprompt.engine.forward import (
     POSITIONS,
-    UnsupportedModelError,
     check_option,
-    obstacle_to,
     prompt_width,
     refuse_prompt_model,
 )
-from softprompt.engine.head import own_logits
+from softprompt.engine.losses import own_logits
 from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan, plan_for
+from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.engine.stock import stock_forward
 from softprompt.layout import PackedLayout, branch_out, build_layout, raise_out_of_range
 from softprompt.ops.library import AUTO, BACKENDS

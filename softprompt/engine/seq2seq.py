@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softprompt.engine import families
-from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch, check_tensor, holds_integers
 from softprompt.engine.families import CausalLM
-from softprompt.engine.head import IGNORE_INDEX, replaced
+from softprompt.engine.overrides import IN_USE, override
 from softprompt.engine.packed import raise_too_long
-from softprompt.layout import raise_out_of_range
+from softprompt.layout import IGNORE_INDEX, raise_out_of_range
 from softprompt.ops.library import AUTO
 from softprompt.ops.prepend_prompt import prepend_prompt
 
@@ -225,7 +224,7 @@ class _Watch:
         def with_names(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **(kwargs | {"return_dict": True}))
 
-        with replaced(part, forward=with_names):
+        with override(part, forward=with_names):
             handle = part.register_forward_hook(keep)
             try:
                 yield

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.families import CausalLM
-from softprompt.engine.head import answering
+from softprompt.engine.overrides import returning
 from softprompt.engine.seq2seq import DecodedRows
 
 
@@ -26,7 +26,7 @@ def own_logits(model: CausalLM, hidden: Tensor, encoded: Any, output_class: type
         [B, T, V].
     """
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with answering(model.get_decoder(), output_class(last_hidden_state=hidden)):
+    with returning(model.get_decoder(), output_class(last_hidden_state=hidden)):
         logits: Tensor = model(
             encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False, return_dict=True
         ).logits

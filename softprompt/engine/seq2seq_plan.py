@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.engine import families, pads, registry, sharding
-from softprompt.engine.attention import IN_USE
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.fingerprint import fingerprint
-from softprompt.engine.forward import logits_of, warn_of_no_labels
-from softprompt.engine.head import losses_of_logits, mean_of
-from softprompt.engine.lazy import with_gradient
+from softprompt.engine.lazy import logits_of, with_gradient
+from softprompt.engine.losses import losses_of_logits, weighted_sum
+from softprompt.engine.overrides import IN_USE
 from softprompt.engine.plan import (
     Plan,
     StockFailedError,
@@ -26,6 +25,7 @@ from softprompt.engine.plan import (
     tolerances,
 )
 from softprompt.engine.precision import whole_batch_obstacle
+from softprompt.engine.runner import warn_of_no_labels
 from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows, shifted, trains_decoder
 from softprompt.engine.seq2seq_logits import head_bias, logits_source, own_logits
 from softprompt.ops.library import AUTO
@@ -309,7 +309,8 @@ def loss_of_decoded(
     num_items = num_items if plan.counts_items else None
     if not plan.fused_head:
         logits = own_logits(model, rows.hidden[rows.label_rows][None], rows.encoded, rows.output_class)[0]
-        return mean_of(losses_of_logits(logits, rows.label_targets), rows.label_targets, num_items)
+        losses = losses_of_logits(logits, rows.label_targets)
+        return weighted_sum(losses, rows.label_targets, None, num_items)
     loss: Tensor = linear_cross_entropy(
         rows.hidden,
         model.get_output_embeddings().weight,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from softprompt.engine import registry
+from softprompt.engine.overrides import override
 from softprompt.engine.structure import structure_of
 
 _FSDP2: tuple[type, ...] = ()
@@ -171,14 +172,8 @@ def inside(model: Any, run: Callable[[], Answer]) -> Answer:
     def forward(*args: Any, **kwargs: Any) -> Answer:
         return run()
 
-    before = model.__dict__.get("forward")  # such as TRL's
-    model.__dict__["forward"] = forward
-    try:
+    with override(model, forward=forward):  # over one that is there, such as TRL's
         answer: Answer = model()
-    finally:
-        del model.__dict__["forward"]
-        if before is not None:
-            model.__dict__["forward"] = before
     return answer
 
 

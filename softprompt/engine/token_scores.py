@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
-from softprompt.engine.head import IGNORE_INDEX, decoder_answers
+from softprompt.engine.losses import decoder_returns
 from softprompt.engine.packed import HiddenRows
+from softprompt.layout import IGNORE_INDEX
 
 ASKED = "fused_lm_head"
 
@@ -78,7 +79,7 @@ def token_scores(
     counted = functional.pad(counted, (width - counted.shape[1], 0))
     hidden = rows.hidden[rows.label_rows[: rows.num_labels].long()][None]
     targets = rows.label_targets[: rows.num_labels].long()[None]
-    with decoder_answers(model, hidden, rows.output_class):
+    with decoder_returns(model, hidden, rows.output_class):
         output = model(inputs_embeds=hidden, shift_labels=targets, **{ASKED: True}, **arguments)
     for name, value in list(output.items()):
         if isinstance(value, Tensor) and value.shape == targets.shape:

@@ -18,8 +18,8 @@ from softprompt.calls import adapter_obstacle, adapters_of_rows
 from softprompt.engine import Plan, families, sharding
 from softprompt.engine.caches import NAMES
 from softprompt.engine.families import CausalLM
-from softprompt.engine.forward import UnsupportedModelError
 from softprompt.engine.prefill import prefill_for
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.nesting import base_of
 
 # Older releases cut the first step as if the cache of the prompt were empty.

@@ -13,7 +13,7 @@ from transformers import Cache, StaticCache
 from softprompt.engine import Plan, families
 from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
-from softprompt.engine.forward import UnsupportedModelError, prompt_width
+from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.prefill import (
     Start,
@@ -24,6 +24,7 @@ from softprompt.engine.prefill import (
     start_packed,
     start_shared,
 )
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.generation.call import GenerateCall
 from softprompt.generation.known import KnownPrompt, known_prompt
 from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask

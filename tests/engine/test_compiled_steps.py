@@ -54,7 +54,7 @@ def test_compiled_steps_equal_the_eager_ones(name, compiled_calls):
             for key, grad in expected.grads.items():
                 assert_close(got.grads[key], grad, 1e-8, key)
     assert compiled_calls
-    assert compiled._softprompt.graphs.compile_obstacle is None
+    assert compiled._softprompt.runner.graphs.compile_obstacle is None
 
 
 def test_compiled_steps_are_recorded_too(compiled_calls, tape):
@@ -63,7 +63,7 @@ def test_compiled_steps_are_recorded_too(compiled_calls, tape):
         expected, got = step(eager, batch), step(compiled, batch)
         assert_close(got.loss, expected.loss, 1e-9, "loss")
     assert compiled_calls
-    assert compiled._softprompt.graphs.statistics.replayed >= 3
+    assert compiled._softprompt.runner.graphs.statistics.replayed >= 3
 
 
 def test_evaluation_is_not_compiled(compiled_calls):

@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 import softprompt
 from softprompt.engine import recorders
-from softprompt.engine.forward import graphs_of
-from softprompt.engine.recorded import loss_of_hidden
+from softprompt.engine.losses import weighted_sum
 from softprompt.engine.recorders import RerunRecorder
+from softprompt.engine.runner import runner_of
 from softprompt.ops.pack_layout import prompt_offsets
 
 EXACT = 1e-9
@@ -53,7 +53,7 @@ def test_the_offsets_of_the_prompts_live_as_long_as_the_step(monkeypatch):
     monkeypatch.setitem(recorders.RECORDERS, "cpu", RerunRecorder())
     base, prompt = build("llama"), leaf()
     record(base, prompt)
-    assert len(graphs_of(base)) == 1
+    assert len(runner_of(base).graphs) == 1
     offsets = weakref.ref(prompt_offsets((3,), prompt.device))
     prompt_offsets.cache_clear()
     gc.collect()
@@ -64,7 +64,7 @@ def test_the_offsets_of_the_prompts_live_as_long_as_the_step(monkeypatch):
 def test_recorded_steps_do_not_keep_a_model_that_its_own_hook_holds(tape, hooked):
     base, prompt = build("llama"), leaf()
     record(base, prompt)
-    assert len(graphs_of(base)) == 1
+    assert len(runner_of(base).graphs) == 1
     if hooked:
         base.model.layers[0].register_forward_hook(lambda module, args, output, model=base: output)
     weight = weakref.ref(base.lm_head.weight)
@@ -78,7 +78,7 @@ def test_copies_and_pickles_of_a_model_have_no_recorded_steps(tape):
     record(base, prompt)
     expected = loss_of(base, prompt, 3)
     for twin in (copy.deepcopy(base), pickle.loads(pickle.dumps(base))):
-        assert len(graphs_of(twin)) == 0
+        assert len(runner_of(twin).graphs) == 0
         assert_close(loss_of(twin, prompt, 3).detach(), expected.detach(), EXACT, "loss")
 
 
@@ -126,7 +126,7 @@ def test_a_step_touches_the_shared_tensors_in_its_turn_alone(monkeypatch):
     for seed in range(6):
         batch = make_batch(seed=seed)
         expected, got = step(eager, batch), step(recorded, batch)
-        elsewhere.graphs = recorded._softprompt.graphs
+        elsewhere.graphs = recorded._softprompt.runner.graphs
         assert_close(got.loss, expected.loss, EXACT, "loss")
         for key, grad in expected.grads.items():
             assert_close(got.grads[key], grad, EXACT, key)
@@ -173,12 +173,12 @@ def test_a_dropout_of_0_that_is_no_float_is_watched_too(tape):
         module.p = 0
     for seed in range(3):
         model(**make_batch(seed=seed)).loss.backward()
-    assert model._softprompt.graphs.statistics.replayed == 2
+    assert model._softprompt.runner.graphs.statistics.replayed == 2
     for module in dropouts:
         module.p = 0.5
     with pytest.warns(UserWarning, match="not recorded: dropout is on"):
         model(**make_batch()).loss.backward()
-    assert model._softprompt.graphs.statistics.replayed == 2
+    assert model._softprompt.runner.graphs.statistics.replayed == 2
 
 
 def test_backward_hooks_of_all_modules_are_called_at_every_step(tape):
@@ -202,11 +202,11 @@ def test_the_backward_of_a_step_recorded_under_autocast_is_not_under_it(tape, mo
     seen = []
 
     def watched_loss(*args):
-        loss = loss_of_hidden(*args)
+        loss = weighted_sum(*args)
         loss.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
         return loss
 
-    monkeypatch.setattr("softprompt.engine.recorded.loss_of_hidden", watched_loss)
+    monkeypatch.setattr("softprompt.engine.recorded.weighted_sum", watched_loss)
     base, prompt = build("llama", dtype=torch.float32), leaf().detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         record(base, prompt, 2)
@@ -231,8 +231,8 @@ def test_a_denominator_that_is_none_is_refused_by_name(items, message, before, t
         with pytest.raises(ValueError, match=f"num_items {message}"):
             loss_of(base, prompt, 1, num_items_in_batch=items, **options)
     record(base, prompt)
-    assert graphs_of(base).obstacle is None
-    assert len(graphs_of(base)) == 1
+    assert runner_of(base).graphs.obstacle is None
+    assert len(runner_of(base).graphs) == 1
 
 
 def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(tape):
@@ -244,7 +244,7 @@ def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(ta
         base.lm_head.weight.data = base.lm_head.weight + 1
     expected = loss_of(copy.deepcopy(base), prompt, 3, recorded=False)
     assert_close(loss_of(base, prompt, 3).detach(), expected.detach(), EXACT, "loss")
-    watch = graphs_of(base).watch
+    watch = runner_of(base).graphs.watch
     assert watch.last_look() == (True, False)
     base.lm_head.weight.data = base.lm_head.weight.data.clone()
     assert watch.last_look() == (False, False)
@@ -337,5 +337,5 @@ def test_settings_that_come_and_go_and_calls_of_generate_keep_the_recorded_steps
         base.generation_config.top_k = seed
         norm = base.model.layers[0].input_layernorm
         norm.variance_epsilon = float(str(norm.variance_epsilon))
-    statistics = model._softprompt.graphs.statistics
+    statistics = model._softprompt.runner.graphs.statistics
     assert (statistics.recorded, statistics.replayed, statistics.dropped) == (1, 5, 0)

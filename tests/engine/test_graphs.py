@@ -37,7 +37,7 @@ def recorded_and_eager(name, **options):
 
 
 def graphs_of(model):
-    return model._softprompt.graphs
+    return model._softprompt.runner.graphs
 
 
 def batches(count, kinds=("everywhere", "answer", "first", "pads"), **options):

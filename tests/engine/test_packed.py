@@ -8,7 +8,7 @@ from tiny_models import PACKED, PADDED, build, pair, prompted
 import softprompt
 from softprompt.engine import plan_for
 from softprompt.engine.batch import check_batch
-from softprompt.engine.head import loss_of_rows
+from softprompt.engine.losses import label_losses, weighted_sum
 
 BATCHES = {
     "right padding, answers": make_batch(),
@@ -89,15 +89,8 @@ def test_dummy_tokens_and_dummy_labels_change_nothing(name):
         prompt = torch.randn(4, width, dtype=torch.float64, requires_grad=True)
         checked = check_batch([prompt], width, **batch, inputs_embeds=None, prompt_of_row=None)
         rows = plan.run(model, checked, **buckets)
-        loss = loss_of_rows(
-            model,
-            rows.hidden,
-            rows.label_rows,
-            rows.label_targets,
-            fused=plan.fused_head,
-            output_class=rows.output_class,
-            num_items=None,
-        )
+        losses = label_losses(model, rows, fused=plan.fused_head)
+        loss = weighted_sum(losses, rows.label_targets, None, None)
         loss.backward()
         real = batch["attention_mask"].bool()
         results.append((rows, loss.detach(), prompt.grad, rows.padded(rows.hidden)[:, 4:][real].detach()))

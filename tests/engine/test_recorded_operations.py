@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from softprompt.engine import precision
 from softprompt.engine.batch import Batch
 from softprompt.engine.forward import prompt_width
+from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import make_plan
-from softprompt.engine.recorded import loss_of_hidden
 from softprompt.layout import PackedLayout
 
 ROWS, LABELS, PROMPT = 64, 16, 4
@@ -100,7 +100,8 @@ def operations_of_a_step(name, device):
     for operations in (Operations(), Operations()):  # what is made once is made in the first run
         with operations:
             rows = rows_of_layout(model, batch, layout, seam=str(plan.seam))
-            loss = loss_of_hidden(model, plan, rows, num_items, "auto")
+            losses = label_losses(model, rows, fused=plan.fused_head)
+            loss = weighted_sum(losses, rows.label_targets, None, num_items)
             (gradient,) = torch.autograd.grad(loss, prompt)
     assert gradient.device == device
     return operations

@@ -62,7 +62,7 @@ def test_fp32_steps_are_pefts(name, device, recording):
         assert_close(got.loss, expected.loss, 1e-5, "loss")
         for key, grad in expected.grads.items():
             assert_close(got.grads[key], grad, 2e-4, key)
-    assert fast._softprompt.graphs.statistics.replayed > 1
+    assert fast._softprompt.runner.graphs.statistics.replayed > 1
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -108,7 +108,7 @@ def test_fifty_replayed_steps_follow_the_eager_curve(name, device, recording):
             optimizer.zero_grad()
             losses.append(loss.detach())
         curves.append(torch.stack(losses))
-    statistics = fast._softprompt.graphs.statistics
+    statistics = fast._softprompt.runner.graphs.statistics
     assert statistics.replayed > 15
     assert (curves[0] - curves[1]).abs().max() <= 2e-3 * curves[0].abs().max()
 
@@ -164,13 +164,13 @@ def test_a_step_that_waits_is_refused_before_the_capture():
     with pytest.warns(UserWarning, match="makes the host wait for the device"):
         waiting(**batch).loss.backward()
     waiting(**batch).loss.backward()
-    assert waiting._softprompt.graphs.statistics.recorded == 0
+    assert waiting._softprompt.runner.graphs.statistics.recorded == 0
     torch.rand(3, device="cuda")
     torch.cuda.synchronize()
     stock, fast = models("llama", "cuda")
     for _ in range(4):
         assert_close(step(fast, batch).loss, step(stock, batch).loss, 1e-5, "loss")
-    assert fast._softprompt.graphs.statistics.replayed >= 2
+    assert fast._softprompt.runner.graphs.statistics.replayed >= 2
 
 
 @pytest.mark.gpu
@@ -180,7 +180,7 @@ def test_cuda_graphs_of_a_compiler_leave_recorded_steps_their_memory():
     batch = on("cuda", make_batch())
     for _ in range(4):
         expected = step(fast, batch)
-    assert fast._softprompt.graphs.statistics.replayed >= 2
+    assert fast._softprompt.runner.graphs.statistics.replayed >= 2
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
@@ -206,4 +206,4 @@ def test_two_models_and_two_streams_share_the_pool():
             torch.cuda.synchronize()
             assert_close(got.loss, expected.loss, 1e-5, "loss")
     for _, fast in pairs:
-        assert fast._softprompt.graphs.statistics.replayed > 5
+        assert fast._softprompt.runner.graphs.statistics.replayed > 5

@@ -1,0 +1,273 @@
+"""One base model, and how batches are run on it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from softprompt.engine import sharding
+from softprompt.engine.answers import text_rows
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.graphs import Step, StepGraphs, room_of
+from softprompt.engine.lazy import LazyLogits, logits_of
+from softprompt.engine.losses import LossWeights, label_losses, own_logits, weighted_sum
+from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
+from softprompt.engine.plan import Plan, plan_for
+from softprompt.engine.recorders import first_line
+from softprompt.engine.token_scores import token_scores
+from softprompt.layout import PackedLayout
+from softprompt.ops.library import AUTO
+from softprompt.ops.linear_cross_entropy import check_num_items
+from softprompt.warn import warn
+
+
+class UnsupportedModelError(RuntimeError):
+    """With `on_unsupported="error"`: a model or a call that only its stock forward can serve."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a batch is to be run."""
+
+    positions: str = "padded"  # or "compact": pads do not exist in positions and windows
+    backend: str = AUTO  # of the ops
+    logits: str = "full"  # [B, P + L, V]; else [B, L, V], see `text_rows`
+
+    @property
+    def compact(self) -> bool:
+        """Whether pads are left out of the positions."""
+        return self.positions == "compact"
+
+
+class GroupLosses(NamedTuple):
+    """What `ModelRunner.group_losses` found."""
+
+    total: Tensor  # [] the sum of the groups' losses, differentiable
+    each: Tensor  # [K] the losses of the G groups, detached, then zeros
+    num_labels: int  # of all groups
+
+
+class ModelRunner:
+    """Runs batches on one base model: its plan, its recorded steps, its compiled decoder.
+
+    Args:
+        model: the causal LM; not kept alive.
+        cuda_graphs: whether to record training steps.
+        compile: run the decoder of training steps through `torch.compile`.
+    """
+
+    def __init__(self, model: CausalLM, *, cuda_graphs: bool = True, compile: bool = False) -> None:
+        self._model = weakref.ref(model)
+        self.graphs = StepGraphs(model, cuda_graphs=cuda_graphs, compile=compile)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in copies and files of the model: it counts for this instance alone."""
+        return type(None), ()
+
+    def is_of(self, model: CausalLM) -> bool:
+        """Whether it runs this very model."""
+        return self._model() is model
+
+    @property
+    def model(self) -> CausalLM:
+        """The causal LM."""
+        return self._model()
+
+    def plan(self, *, sharded: bool = False) -> Plan:
+        """The execution plan of the model as it is now.
+
+        Args:
+            sharded: whether FSDP2 has sharded it together with something around it.
+        """
+        return plan_for(self.model, sharded=sharded, watch=self.graphs.watch)
+
+    # ------------------------------------------------------------------------------------------ what it gives
+    def run(
+        self,
+        plan: Plan,
+        batch: Batch,
+        options: RunOptions,
+        *,
+        num_items: int | float | Tensor | None = None,
+        columns: int = 0,
+    ) -> tuple[Tensor | None, LazyLogits]:
+        """Loss (None without labels) and lazy logits of a batch on the plan's fast route.
+
+        Args:
+            plan: of the model.
+            batch: prompts, texts and labels.
+            options: how to run it.
+            num_items: transformers' `num_items_in_batch`.
+            columns: L of the texts that the user gave, for `options.logits`.
+        """
+        check_num_items(num_items)
+
+        def run() -> tuple[Tensor | None, LazyLogits]:
+            step = self._step(plan, batch, options, LossWeights(num_items))
+            if step.loss is not None and step.rows.num_labels == 0:
+                warn_of_no_labels()
+            logits = self._lazy_logits(plan, step.rows, options.logits, columns)
+            if not torch.is_grad_enabled() and sharding.by_fsdp(self.model):
+                logits.materialize()  # later only all ranks together could; one that looks alone would wait
+            return step.loss, logits
+
+        return sharding.inside(self.model, run)
+
+    def group_losses(
+        self,
+        plan: Plan,
+        batch: Batch,
+        options: RunOptions,
+        group_of_prompt: Sequence[int],
+        *,
+        num_items: int | float | Tensor | None = None,
+    ) -> GroupLosses:
+        """The loss of each group of prompts, from one forward over all rows.
+
+        Args:
+            plan: of the model, on a fast route.
+            batch: with labels.
+            options: how to run it.
+            group_of_prompt: [K] the group of each prompt, from 0.
+            num_items: what the summed loss of each group is divided by. None: its labels.
+
+        Returns:
+            Losses in fp32 (fp64 for fp64 models); that of a group without labels is 0.
+        """
+        check_num_items(num_items)
+        step = self._step(plan, batch, options, LossWeights(num_items, group_of_prompt))
+        if step.loss is None or step.losses is None or step.weights is None:
+            raise ValueError("expected labels, got none")
+        if step.rows.num_labels == 0:
+            warn_of_no_labels()
+        return GroupLosses(step.loss, step.weights.losses(step.losses.detach()), step.rows.num_labels)
+
+    def token_scores(self, plan: Plan, batch: Batch, options: RunOptions, arguments: dict[str, Any]) -> Any:
+        """What TRL's head says of a batch on the plan's fast route; see `token_scores`. Steps are not
+        recorded.
+        """
+        layout = self._layout(plan, batch, options) if plan.route == "packed" else None
+        rows = self._decode(plan, batch, layout, options)
+        return token_scores(self.model, batch, rows, compact=options.compact, arguments=arguments)
+
+    # -------------------------------------------------------------------------------------------- one step
+    def _step(self, plan: Plan, batch: Batch, options: RunOptions, weights: LossWeights) -> Step:
+        """One forward, replayed where that can be."""
+        layout = None
+        if plan.route == "packed":
+            # Whatever the host has to think about comes before it waits for the layout's counts.
+            mode = self.graphs.mode_of(plan, batch)
+            room = {} if mode is None else room_of(batch)._asdict()
+            layout = self._layout(plan, batch, options, **room)
+            if mode is not None:
+                step = self.graphs.step(plan, batch, layout, mode, weights, options.backend)
+                if step is not None:
+                    return step
+        rows = self._decode(plan, batch, layout, options)
+        if batch.labels is None:
+            return Step(None, None, None, rows)
+        losses = label_losses(self.model, rows, fused=plan.fused_head, backend=options.backend)
+        of_labels = weights.of_labels(rows)
+        values = None if of_labels is None else of_labels.values.to(losses.dtype)
+        loss = weighted_sum(losses, rows.label_targets, values, weights.num_items, options.backend)
+        return Step(loss, losses, of_labels, rows)
+
+    def _layout(self, plan: Plan, batch: Batch, options: RunOptions, **room: int) -> PackedLayout:
+        return packed_layout(
+            self.model,
+            batch,
+            positions="compact" if options.compact else plan.positions,
+            position_limit=plan.position_limit,
+            backend=options.backend,
+            **room,
+        )
+
+    def _decode(
+        self, plan: Plan, batch: Batch, layout: PackedLayout | None, options: RunOptions
+    ) -> HiddenRows:
+        """The decoder's hidden states, from its compiled form where that is wanted."""
+        if layout is None:
+            return plan.run(self.model, batch, compact=options.compact, backend=options.backend)
+
+        def decode(call_body: Callable[..., Any] | None) -> HiddenRows:
+            seam, backend = str(plan.seam), options.backend
+            return rows_of_layout(self.model, batch, layout, seam=seam, backend=backend, call_body=call_body)
+
+        compiled = self.graphs.call_body()
+        if compiled is None:
+            return decode(None)
+        try:
+            return decode(compiled)
+        except Exception as error:  # compilers fail in many ways; the plain decoder decides whose fault it is
+            rows = decode(None)
+            reason = f"torch.compile of the decoder failed, it runs as it is: {first_line(error)}"
+            self.graphs.give_up_compiling(reason)
+            warn(reason)
+            return rows
+
+    def _lazy_logits(self, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
+        model = self.model
+
+        def values_of(hidden: Tensor) -> Tensor:
+            placed = rows.padded(hidden) if which == "full" else text_rows(rows, hidden, which, columns)
+            return own_logits(model, placed, rows.output_class)
+
+        num_rows, width = rows.padded_shape
+        shape = (num_rows, width if which == "full" else columns, plan.vocab_size)
+        # The mixed precision of FSDP2 gathers weights in another dtype than they have.
+        dtype = rows.hidden.dtype if sharding.by_fsdp(model) else plan.logits_dtype
+        return logits_of(rows.hidden, values_of, shape, dtype, casts=plan.autocast_logits)
+
+
+_RUNNER = "_softprompt_runner"
+
+
+def runner_of(model: CausalLM) -> ModelRunner:
+    """The runner of the functional form.
+
+    The model holds it: recorded steps look at its hooks, which may hold the model, and would keep it alive.
+    """
+    known = model.__dict__.get(_RUNNER)
+    if known is None or not known.is_of(model):
+        known = model.__dict__[_RUNNER] = ModelRunner(model)
+    return cast(ModelRunner, known)
+
+
+def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0, rows: int = 0) -> str | None:
+    """Why a call cannot take the plan's fast route, as a sentence, or None.
+
+    Args:
+        plan: of the model.
+        compact: whether pads are left out of the positions.
+        longest: prompt and padded text of the call, in tokens.
+        rows: all prompts and padded texts of the call, in tokens.
+    """
+    if plan.route == "stock":
+        return f"the model's own forward is used: {plan.reason}"
+    if compact and plan.route != "packed":
+        return f'positions="compact" needs the packed route: {plan.reason}'
+    if plan.rotary_switch is not None and longest > plan.rotary_switch and not compact:
+        return (
+            f"the model's rotary embedding changes beyond {plan.rotary_switch} positions, and in a padded "
+            f"batch of {longest} pads count for that"
+        )
+    if plan.row_limit is not None and rows > plan.row_limit:
+        return (
+            f"the model scales its attention by the place in the row, from {plan.row_limit} rows on, and the "
+            f"prompts and texts of this batch may take {rows}"
+        )
+    return None
+
+
+def warn_of_no_labels() -> None:
+    """Warns that a batch without labels has no loss."""
+    warn(
+        "every label of this batch is -100; the loss is 0 and so is its gradient "
+        "(a mean over no labels would be NaN and destroy the prompt)"
+    )
