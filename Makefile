@@ -71,7 +71,7 @@ OUT ?= benchmarks/results
 GPU_BUDGET ?= 240
 KERNEL_BUDGET ?= 90
 REHEARSAL = build/rehearsal
-GPU_TESTS ?= tests/gpu tests/ops tests/test_host_reads.py
+GPU_TESTS ?= tests/gpu tests/ops tests/engine/test_host_reads.py
 # The tests wait for the compiler most of the time, one process on each second core.
 GPU_WORKERS ?= $(shell expr \( $$(nproc) + 1 \) / 2)
 IN_PARALLEL = $$($(PYTHON_BIN) -c 'import importlib.util as u; print("-n $(GPU_WORKERS)" if u.find_spec("xdist") else "")')
@@ -167,7 +167,7 @@ peft-suite: $(READY)
 	$(BIN)/python tests/peft_suite/run.py $(PEFT_SOURCE)
 
 kills: $(READY)
-	$(BIN)/python tests/kill_saves.py --kills 50 --torn 14 --record tests/records/kill_saves.json
+	$(BIN)/python tests/robustness/kill_saves.py --kills 50 --torn 14 --record tests/robustness/kill_saves.json
 
 robustness: $(READY)
 	$(BIN)/python tests/robustness/fuzz.py --batches 2000 --record benchmarks/results/robustness/fuzz.json

@@ -2,10 +2,10 @@
 
 import functools
 import types
-import warnings
 
 import pytest
 import torch
+from messages import warned
 from parity import assert_close, assert_same_step, make_batch, step
 from peft import TaskType, get_peft_model
 from reasons import ADAPTERS, BATCH, CALLS, pattern_of
@@ -19,14 +19,6 @@ import softprompt
 @functools.cache
 def llama():
     return prompted("llama")
-
-
-def warned(action):
-    """What the action returns, and the warnings of this package."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = action()
-    return result, [str(w.message) for w in caught if str(w.message).startswith("softprompt")]
 
 
 def outcome(model):

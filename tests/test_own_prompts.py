@@ -5,10 +5,10 @@ import types
 import pytest
 import seq2seq_models
 import torch
+from encoder_models import encoded
 from generating import tokens
 from parity import assert_close, assert_same_step, make_batch, step
 from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM
-from test_encoders import encoded
 from tiny_models import pair, prompt_config, prompted
 from torch import nn
 

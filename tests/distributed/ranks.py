@@ -56,7 +56,8 @@ def launch(modules, folder, *, launcher=TORCHRUN, seconds=120, environment=()):
         For each check that both ranks ended, what rank 0 returned, or a dictionary with `error`.
     """
     command = [sys.executable, *launcher, str(Path(__file__)), ",".join(modules), str(folder)]
-    paths = [str(TESTS.parent), str(TESTS), str(TESTS / "distributed"), os.environ.get("PYTHONPATH", "")]
+    folders = (TESTS.parent, TESTS, TESTS / "helpers", TESTS / "distributed")
+    paths = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",

@@ -150,7 +150,7 @@ def test_make_gpu_collects_every_test_of_a_gpu():
         if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
     ]
     assert len(marked) > 5
-    helpers = {Path("tests/conftest.py"), Path("tests/backends.py")}
+    helpers = {Path("tests/conftest.py"), Path("tests/helpers/backends.py")}
     outside = [
         path
         for path in marked

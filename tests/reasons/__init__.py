@@ -1,6 +1,6 @@
 """How each reason for not taking the fast route comes about. In its sentence {} stands for values.
 
-A row of `ROWS` names a sentence and an action. The action gets the `Kit` of tests/test_reasons.py, makes a
+A row of `ROWS` names a sentence and an action. The action gets the `Kit` of `test_reasons.py`, makes a
 model, does what the fast route does not serve, and returns the model that `softprompt.explain` is then asked
 about. A new reason in the sources needs a row in one of these modules.
 """
@@ -99,11 +99,11 @@ ELSEWHERE = {
     ),
     'softprompt: positions="compact" with pads between prompt and text needs the packed prefill on a model '
     "that counts places in its windows or biases: leave out prefill_chunk_size, or the pads": (
-        "test_generate_corners.py",
+        "generation/test_generate_corners.py",
         "leave out prefill_chunk_size",
     ),
     "{}; without a cache, of which PEFT cannot ask whether it has the prompt": (
-        "test_generate_stock.py",
+        "generation/test_generate_stock.py",
         "without a cache, of which PEFT cannot ask",
     ),
     "the native ops for {} are not built ({})": ("cli/test_doctor.py", "are not built"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import hypothesis
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS), str(TESTS.parent)]
 
 import fuzzing  # noqa: E402
 from robustness.records import write_record  # noqa: E402

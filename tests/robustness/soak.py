@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS), str(TESTS.parent)]
 
 from generating import speaker  # noqa: E402
 from parity import make_batch  # noqa: E402

@@ -4,8 +4,16 @@ import pytest
 import torch
 from parity import assert_close, prompt_of
 from peft import LoraConfig, get_peft_model
-from seq2seq_models import FAMILIES, KEEP_COLUMNS, build, config_of, prompted, seq2seq_batch
-from test_seq2seq import assert_same_answers, encoded
+from seq2seq_models import (
+    FAMILIES,
+    KEEP_COLUMNS,
+    assert_same_answers,
+    build,
+    config_of,
+    encoded,
+    prompted,
+    seq2seq_batch,
+)
 from tiny_models import VOCABULARY, pair
 
 import softprompt

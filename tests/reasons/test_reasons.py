@@ -3,21 +3,21 @@
 import ast
 import functools
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from architectures import ARCHITECTURES
-from reasons import DIRECT, ELSEWHERE, ROWS, pattern_of
+from messages import warned
 from tiny_models import prompted
 
 import softprompt
+from reasons import DIRECT, ELSEWHERE, ROWS, pattern_of
 from softprompt.engine import recorders
 from softprompt.engine.recorders import RerunRecorder
 
 ROOT = Path(softprompt.__file__).parent
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 class Kit:
@@ -42,14 +42,6 @@ class Kit:
                 return run
 
         self.monkeypatch.setitem(recorders.RECORDERS, "cpu", Recorder())
-
-
-def warned(action):
-    """What the action returns, and the warnings of this package."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = action()
-    return result, [str(w.message) for w in caught if str(w.message).startswith("softprompt")]
 
 
 def rows_that(said):

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
+from messages import warned
 from parity import assert_close, assert_same_step, make_batch, prompt_of, relative_error, step
 from patched_pairs import FUSED, OWN, facts, patched_pair, prompted
 from peft import PeftModel, prepare_model_for_kbit_training
 from quantised_modules import Linear4bit, Linear8bitLt, QuantLinear, RoundedInput, replace_linears
-from test_fallbacks import warned
 from tiny_models import build, pair
 from torch import nn
 

@@ -7,8 +7,7 @@ import torch
 from parity import assert_close, prompt_of
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from quantised_modules import FakeQuantizedLinear, Linear8bitLt, OneScale, replace_linears
-from seq2seq_models import build, config_of, prompted, seq2seq_batch
-from test_seq2seq import assert_same_answers, encoded
+from seq2seq_models import assert_same_answers, build, config_of, encoded, prompted, seq2seq_batch
 from tiny_models import VOCABULARY, pair
 from torch.utils.data import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments

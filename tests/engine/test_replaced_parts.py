@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from messages import warned
 from parity import assert_close, assert_same_step, make_batch, step
 from patched_pairs import FUSED, OWN, facts, patched_pair, prompted
 from peft import LoraConfig, get_peft_model
-from test_fallbacks import warned
 from tiny_models import build, pair
 from torch import nn
 from torch.nn.utils import parametrizations

@@ -7,24 +7,24 @@ import warnings
 import pytest
 import torch
 from parity import assert_close, prompt_of, step
-from peft import MultitaskPromptTuningConfig, PeftModel, PromptEncoderConfig
-from seq2seq_models import FAMILIES, KEEP_COLUMNS, build, config_of, prompted, seq2seq_batch
+from peft import PeftModel
+from seq2seq_models import (
+    ENCODERS,
+    FAMILIES,
+    KEEP_COLUMNS,
+    assert_same_answers,
+    build,
+    config_of,
+    encoded,
+    prompted,
+    seq2seq_batch,
+)
 from tiny_models import VOCABULARY, pair
 
 import softprompt
 from softprompt.engine.lazy import LazyLogits
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.generation.call import CHUNKS_BEHIND_A_CACHE
-
-
-def assert_same_answers(fast, stock, batch, bound=1e-12, **kwargs):
-    """Loss, all logits, and the gradients of everything trainable are PEFT's."""
-    expected, got = step(stock, batch, **kwargs), step(fast, batch, **kwargs)
-    assert_close(got.loss, expected.loss, bound, "loss")
-    assert_close(got.logits, expected.logits, bound, "logits")
-    assert got.grads.keys() == expected.grads.keys()
-    for name, grad in expected.grads.items():
-        assert_close(got.grads[name], grad, 10 * bound, f"gradient of {name}")
 
 
 @pytest.fixture(scope="module")
@@ -286,22 +286,6 @@ def test_rows_of_adapters_of_several_lengths_equal_each_adapter_alone():
             assert_close(
                 prompt_of(fast, name).grad, prompt_of(stock, name).grad, 1e-12, f"gradient of {name}"
             )
-
-
-ENCODERS = {
-    "mlp": lambda: config_of(PromptEncoderConfig, encoder_hidden_size=12),
-    "multitask": lambda: config_of(MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2),
-    "multitask of the encoder": lambda: config_of(
-        MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2, num_transformer_submodules=1
-    ),
-}
-
-
-def encoded(kind, name="t5"):
-    model = prompted(name, config=ENCODERS[kind]())
-    for parameter in model.prompt_encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return model
 
 
 def tasks_of(kind):

@@ -1,6 +1,6 @@
 """Kills training runs with SIGKILL while they save, resumes them, and compares them with whole runs.
 
-    python tests/kill_saves.py --kills 50 --record tests/records/kill_saves.json
+    python tests/robustness/kill_saves.py --kills 50 --record tests/robustness/kill_saves.json
 
 A run is killed before a file operation of a save (the n-th one, in its own process), or from outside after a
 random time; with `--torn` it also dies inside of a write, at the limit of a file's size, which leaves half a

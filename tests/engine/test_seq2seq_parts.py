@@ -4,8 +4,7 @@ import pytest
 import torch
 from parity import assert_close
 from quantised_modules import Linear8bitLt, replace_linears
-from seq2seq_models import prompted, seq2seq_batch
-from test_seq2seq import assert_same_answers
+from seq2seq_models import assert_same_answers, prompted, seq2seq_batch
 from tiny_models import pair
 
 import softprompt

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What oneDNN may use at most, from the least on: the processor's flag that it needs, and ATen's own level.
 LEVELS = {
     "AVX": ("avx", "default"),
@@ -21,7 +21,7 @@ LEVELS = {
     "AVX512_CORE_AMX_FP16": ("amx_fp16", "avx512"),
 }
 FILES = (
-    "tests/test_unwritten_memory.py",
+    "tests/engine/test_unwritten_memory.py",
     "tests/gpu/test_native_engine.py",
     "tests/ops/test_linear_cross_entropy.py",
 )

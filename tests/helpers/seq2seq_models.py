@@ -4,8 +4,8 @@ import math
 
 import torch
 import transformers
-from parity import make_batch
-from peft import PromptTuningConfig, get_peft_model
+from parity import assert_close, make_batch, step
+from peft import MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
@@ -141,3 +141,29 @@ def seq2seq_batch(side="right", answers=(5, 2, 4), *, width=9, seed=0):
     labels[torch.arange(labels.shape[1]) >= torch.tensor(answers)[:, None]] = -100
     labels[0, 1] = -100
     return batch | {"labels": labels}
+
+
+ENCODERS = {
+    "mlp": lambda: config_of(PromptEncoderConfig, encoder_hidden_size=12),
+    "multitask": lambda: config_of(MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2),
+    "multitask of the encoder": lambda: config_of(
+        MultitaskPromptTuningConfig, num_tasks=3, num_ranks=2, num_transformer_submodules=1
+    ),
+}
+
+
+def encoded(kind, name="t5"):
+    model = prompted(name, config=ENCODERS[kind]())
+    for parameter in model.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def assert_same_answers(fast, stock, batch, bound=1e-12, **kwargs):
+    """Loss, all logits, and the gradients of everything trainable are PEFT's."""
+    expected, got = step(stock, batch, **kwargs), step(fast, batch, **kwargs)
+    assert_close(got.loss, expected.loss, bound, "loss")
+    assert_close(got.logits, expected.logits, bound, "logits")
+    assert got.grads.keys() == expected.grads.keys()
+    for name, grad in expected.grads.items():
+        assert_close(got.grads[name], grad, 10 * bound, f"gradient of {name}")
