@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from softprompt.engine.forward import forward
     from softprompt.engine.runner import UnsupportedModelError
     from softprompt.engine.scoring import score
-    from softprompt.peft import patch, patched, unpatch
+    from softprompt.patching import patch, patched, unpatch
     from softprompt.prompts import export, init
     from softprompt.prompts.inspection import inspect_prompt
     from softprompt.report import explain
@@ -38,10 +38,10 @@ _HOMES = {
     "forward": "softprompt.engine.forward",
     "init": "softprompt.prompts",
     "inspect_prompt": "softprompt.prompts.inspection",
-    "patch": "softprompt.peft",
-    "patched": "softprompt.peft",
+    "patch": "softprompt.patching",
+    "patched": "softprompt.patching",
     "score": "softprompt.engine.scoring",
-    "unpatch": "softprompt.peft",
+    "unpatch": "softprompt.patching",
 }
 _MODULES = ("ensemble", "multitask")
 

@@ -11,16 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft import PeftModelForSeq2SeqLM
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from softprompt.calls import reason_for_stock
-from softprompt.engine import plan_for
-from softprompt.engine.seq2seq_plan import seq2seq_plan_for
-from softprompt.nesting import base_of
-from softprompt.notices import fall_back
-from softprompt.state import model_named
+from softprompt.eligibility import reason_for_peft
+from softprompt.state import model_named, plan_of
 
 ONE_GRAPH = (
     "torch.compile(fullgraph=True) or torch.export wants one graph, and a packed step runs outside "
@@ -29,37 +24,35 @@ ONE_GRAPH = (
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def stock_is_traced(name: str, labelled: bool, asked: str, mixed: bool) -> bool:
+def peft_is_traced(name: str, given: str, mixed: bool) -> bool:
     """Whether a traced call is PEFT's own forward, noted as every call that PEFT serves.
 
     It runs once for each graph, while that is traced, and takes nothing but constants.
 
     Args:
         name: of the state of the patched model, see `model_named`.
-        labelled: whether the call has labels.
-        asked: names of the other arguments that ask for something, with a comma between them.
+        given: see `given_names`.
         mixed: whether the call names an adapter for each row.
 
     Raises:
         UnsupportedModelError: PEFT's forward cannot serve the call, or the patch does not allow it.
     """
-    model: Any = model_named(name)
-    base = base_of(model)
+    model = model_named(name)
     reason: str | None = ONE_GRAPH
     if not _one_graph():
-        reason = reason_for_stock(
-            model,
-            seq2seq_plan_for(base) if isinstance(model, PeftModelForSeq2SeqLM) else plan_for(base),
-            [model.active_adapter],
-            torch.zeros(0) if labelled else None,
-            (0, 0),
-            {name.removeprefix("no "): not name.startswith("no ") for name in asked.split(",") if name},
-            compact=model._softprompt.options.positions == "compact",
-        )
+        arguments = {n.removeprefix("no "): not n.startswith("no ") for n in given.split(",") if n}
+        reason = reason_for_peft(model, plan_of(model), [model.active_adapter], arguments)
     if reason is None:
         return False
-    fall_back(model, reason, ["of each row"] if mixed else None)
+    model._softprompt.fall_back(reason, ["of each row"] if mixed else None)
     return True
+
+
+def given_names(arguments: dict[str, Any]) -> str:
+    """The arguments of a call that are not None, with commas between them; "no " marks a False."""
+    return ",".join(
+        f"no {name}" if value is False else name for name, value in arguments.items() if value is not None
+    )
 
 
 def transform_in_use(model: Any, values: Iterable[Any]) -> str | None:
@@ -82,13 +75,6 @@ def transform_in_use(model: Any, values: Iterable[Any]) -> str | None:
     if fake or any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors):
         return "fake and meta tensors have no values, which the layout of a packed step is read from"
     return None
-
-
-def asked_for(arguments: dict[str, Any]) -> str:
-    """The arguments of a call that are not None, as `stock_is_traced` takes them; "no " marks a False."""
-    return ",".join(
-        f"no {name}" if value is False else name for name, value in arguments.items() if value is not None
-    )
 
 
 def _one_graph() -> bool:

@@ -14,14 +14,14 @@ import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-from softprompt.calls import adapter_obstacle, prompt_of
+from softprompt.eligibility import adapter_obstacle
 from softprompt.engine.batch import check_batch
 from softprompt.engine.forward import POSITIONS, check_option, prompt_width
-from softprompt.engine.runner import RunOptions, UnsupportedModelError, obstacle_to
-from softprompt.engine.runner import runner_of as functional_runner_of
+from softprompt.engine.runner import RunOptions, UnsupportedModelError, obstacle_to, runner_of
 from softprompt.nesting import base_of
 from softprompt.ops.library import AUTO
-from softprompt.state import runner_of, state_of
+from softprompt.prompt_encoders import prompt_of
+from softprompt.state import state_of
 
 COMBINATIONS = ("vote", "mean")
 PROMPT_NAME = "prompt"  # the adapters are prompt-1, prompt-2, ...
@@ -153,7 +153,7 @@ def losses(
         labels=repeated(labels),
         prompt_of_row=[number for number in range(count) for _ in range(rows_each)],
     )
-    runner = functional_runner_of(base) if state is None else runner_of(model, base)
+    runner = runner_of(base) if state is None else state.runner_of(base)
     plan, options = runner.plan(), RunOptions(positions, AUTO if state is None else state.options.backend)
     longest = max(batch.prompt_lengths) + batch.shape[1]
     most_rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from softprompt.batches import batch_of, placed
-from softprompt.calls import adapters_of_rows, reason_for_stock, taking_turns
+from softprompt.eligibility import reason_for_peft
 from softprompt.engine import families, sharding
 from softprompt.engine.batch import check_tensor
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of
-from softprompt.notices import say_dropout
-from softprompt.state import runner_of, state_of
+from softprompt.patched_model import synchronized
+from softprompt.prompt_encoders import adapters_of_rows, batch_of, placed
+from softprompt.state import state_of
 
 COLUMN = "adapter"
 
@@ -115,7 +115,7 @@ class AdapterLosses(NamedTuple):
     each: dict[str, Tensor]  # adapter -> [] its mean loss, detached
 
 
-@taking_turns
+@synchronized
 def losses(
     model: Any,
     input_ids: Tensor | None = None,  # [B, L]
@@ -160,27 +160,25 @@ def losses(
     check_tensor("labels", labels)
     names = adapters_of_rows(model, adapter_names, input_ids, inputs_embeds)
     base = base_of(model)
-    runner = runner_of(model, base)
+    runner = state.runner_of(base)
     plan = runner.plan()
     if sharding.is_fsdp(model) or sharding.by_fsdp(base):
         raise UnsupportedModelError(f"softprompt: {sharding.ONLY_FORWARD}")
-    shape = (len(names), labels.shape[-1] if labels.ndim else 0)
-    reason = reason_for_stock(model, plan, names, labels, shape, {}, compact=state.options.compact)
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "inputs_embeds": inputs_embeds,
+        "labels": labels,
+        "task_ids": task_ids,
+    }
+    reason = reason_for_peft(model, plan, names, arguments)
     if reason is not None:
         raise UnsupportedModelError(f"softprompt: {reason}")
-    given, keys = batch_of(
-        model,
-        names,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        inputs_embeds=inputs_embeds,
-        labels=labels,
-        task_ids=task_ids,
-    )
+    given, keys = batch_of(model, names, arguments)
     adapters = list(dict.fromkeys(keys))
     groups = [adapters.index(name) for name in keys]
     if base.training:
-        say_dropout(model, base)
+        state.say_dropout(base)
     try:
         found = runner.group_losses(plan, placed(model, plan, given), state.options, groups)
     except IndexError:

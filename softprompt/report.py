@@ -10,19 +10,19 @@ import torch
 from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
 from torch import nn
 
-from softprompt.calls import adapter_obstacle
-from softprompt.encoders import has_tasks, unshared
-from softprompt.engine import Plan, families, plan_for, sharding
+from softprompt.eligibility import adapter_obstacle
+from softprompt.engine import Plan, families, sharding
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
 from softprompt.engine.prefill import describe, prefill_for
-from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle, seq2seq_plan_for
+from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.nesting import base_of
 from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.ops.shared_prompt_attention.api import usual_backend
-from softprompt.state import PatchState, state_of
+from softprompt.prompt_encoders import has_tasks, unshared
+from softprompt.state import PatchState, plan_of, state_of
 
 _OPS_OF_ROUTE = {
     "packed": ("pack_layout", "embed_prompt", "shared_prompt_attention", "linear_cross_entropy"),
@@ -88,8 +88,7 @@ def explain(model: CausalLM) -> Report:
         raise TypeError(f"softprompt.explain takes a model, got {type(model).__name__}")
     state = state_of(model)
     base = base_of(model)
-    seq2seq = isinstance(model, PeftModelForSeq2SeqLM)
-    plan = (seq2seq_plan_for if seq2seq else plan_for)(base, sharded=sharding.is_fsdp(model))
+    plan = plan_of(model)
     refusal = state.refusal if state is not None else None
     if refusal is None and isinstance(model, _SERVED):
         refusal = adapter_obstacle(model, [model.active_adapter], as_forward=True)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import PeftModelForSeq2SeqLM
 from torch import Tensor, nn
 
-from softprompt.engine.runner import ModelRunner, RunOptions
-from softprompt.generation import KnownPrompt
+from softprompt.engine import Plan, families, plan_for, sharding
+from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError
+from softprompt.engine.seq2seq_plan import seq2seq_plan_for
+from softprompt.generation.known import KnownPrompt
+from softprompt.nesting import base_of
+from softprompt.warn import warn
 
 STATE = "_softprompt"
 _NUMBERS = itertools.count()
 _MODELS: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+_PACKED = "the packed row draws the prompt's masks once per step where PEFT draws them per row"
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,63 @@ class PatchState:
     said: set[str] = field(default_factory=set)  # notes that were given once
     name: str = field(default_factory=lambda: str(next(_NUMBERS)))  # see `model_named`
 
+    def fall_back(self, reason: str, adapter_names: Sequence[str] | None, method: str = "forward") -> None:
+        """Notes that a call is PEFT's, with one warning for each reason.
+
+        Raises:
+            UnsupportedModelError: PEFT cannot serve the call, or the patch does not allow it.
+        """
+        if self.options.on_unsupported == "error":
+            raise UnsupportedModelError(f"softprompt: {reason}")
+        only_here = self.options.without_stock or (None if adapter_names is None else "adapter_names")
+        if only_here is not None:
+            raise UnsupportedModelError(
+                f"softprompt: {only_here} has no stock {method} to fall back to: {reason}"
+            )
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        # `patch` has said why forward is PEFT's.
+        note = reason if method == "forward" else f"{method}: {reason}"
+        self.say_once(note, f"PEFT's own {method} was used: {reason}")
+
+    def say_once(self, note: str, message: str | None = None) -> None:
+        """One warning for a note, with a message that is longer than the note."""
+        if note not in self.said:
+            self.said.add(note)
+            warn(message or note)
+
+    def say_dropout(self, base: nn.Module, why: str = _PACKED) -> None:
+        """One warning where the language model has dropout."""
+        if "dropout" in self.said:
+            return
+        self.said.add("dropout")  # also where there is none: it is looked for once
+        active = families.dropout_of(base)
+        if active:
+            warn(
+                f"the frozen model has dropout ({', '.join(active)}) and is in training mode: {why} "
+                "(same expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers"
+            )
+
+    def runner_of(self, base: nn.Module) -> ModelRunner:
+        """What runs batches on the language model."""
+        if self.runner is None or not self.runner.is_of(base):
+            options = self.options
+            self.runner = ModelRunner(base, cuda_graphs=options.cuda_graphs, compile=options.compile)
+        return self.runner
+
 
 def state_of(model: nn.Module) -> PatchState | None:
     """The patch state of a model, None where it is not patched."""
     return model.__dict__.get(STATE)
+
+
+def plan_of(model: Any) -> Plan:
+    """The plan of a PEFT model's language model, patched or not."""
+    base, sharded, state = base_of(model), sharding.is_fsdp(model), state_of(model)
+    if isinstance(model, PeftModelForSeq2SeqLM):
+        return seq2seq_plan_for(base, sharded=sharded)
+    if state is None:
+        return plan_for(base, sharded=sharded)
+    return state.runner_of(base).plan(sharded=sharded)
 
 
 def give_state(model: nn.Module, state: PatchState) -> None:
@@ -68,14 +128,6 @@ def take_state(model: nn.Module) -> None:
         del _MODELS[state.name]
 
 
-def model_named(name: str) -> nn.Module:
+def model_named(name: str) -> Any:
     """The model whose state has this name: what is traced may be handed a string, but no model."""
     return _MODELS[name]
-
-
-def runner_of(model: Any, base: nn.Module) -> ModelRunner:
-    """What runs the batches of a patched model."""
-    state: PatchState = model._softprompt
-    if state.runner is None or not state.runner.is_of(base):
-        state.runner = ModelRunner(base, cuda_graphs=state.options.cuda_graphs, compile=state.options.compile)
-    return state.runner

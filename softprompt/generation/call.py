@@ -14,13 +14,14 @@ from packaging.version import parse
 from torch import Tensor
 from transformers.generation import GenerationMode
 
-from softprompt.calls import adapter_obstacle, adapters_of_rows
+from softprompt.eligibility import adapter_obstacle
 from softprompt.engine import Plan, families, sharding
 from softprompt.engine.caches import NAMES
 from softprompt.engine.families import CausalLM
 from softprompt.engine.prefill import prefill_for
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.nesting import base_of
+from softprompt.prompt_encoders import adapters_of_rows
 
 # Older releases cut the first step as if the cache of the prompt were empty.
 CHUNKS_BEHIND_A_CACHE = parse(transformers.__version__) >= parse("5.21")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.calls import prompt_of
 from softprompt.engine.scoring import score
 from softprompt.nesting import base_of
+from softprompt.prompt_encoders import prompt_of
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.errors import TaskError

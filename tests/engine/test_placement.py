@@ -11,7 +11,7 @@ from peft import MultitaskPromptTuningConfig, get_peft_model
 from tiny_models import build, pair, prompt_config, prompted
 
 import softprompt
-from softprompt.calls import adapter_obstacle
+from softprompt.eligibility import adapter_obstacle
 
 BOS, P = 1, 4
 NAMES = ["llama", "bloom", "gpt2", "opt", "gemma2", "mamba"]

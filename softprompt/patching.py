@@ -11,12 +11,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
-from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
+from peft import PeftModel, PeftModelForSeq2SeqLM
 from torch import nn
 
-from softprompt.calls import foreign_method
-from softprompt.encoders import is_pefts
-from softprompt.engine import sharding
+from softprompt.eligibility import foreign_method
 from softprompt.engine.answers import LOGITS
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
@@ -26,13 +24,11 @@ from softprompt.engine.forward import (
 )
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
-from softprompt.engine.seq2seq_plan import seq2seq_plan_for
-from softprompt.instances import is_own_method, subclass_of
 from softprompt.nesting import base_of
 from softprompt.ops.library import AUTO, BACKENDS
-from softprompt.patched_model import PatchedCausalLM, plan_of
-from softprompt.patched_seq2seq import PatchedSeq2SeqLM
-from softprompt.state import STATE, PatchOptions, PatchState, give_state, take_state
+from softprompt.patched_model import FRONTS, is_own_method, patched_class
+from softprompt.prompt_encoders import is_pefts
+from softprompt.state import STATE, PatchOptions, PatchState, give_state, plan_of, take_state
 from softprompt.warn import warn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -122,7 +118,7 @@ def patch(
     if state.refusal is None:
         _drop_bound_methods(model)
         if known is None or type(model) is known.stock_class:  # else fully_shard may stand in front of ours
-            model.__class__ = _patched_class(state.stock_class)
+            model.__class__ = patched_class(state.stock_class)
     return model
 
 
@@ -138,7 +134,7 @@ def unpatch(model: Model) -> Model:
             raise RuntimeError(
                 "unpatch the model outside of disable_adapter(), which puts its forward back at the end"
             )
-        if type(model) not in (_patched_class(state.stock_class), state.stock_class):
+        if type(model) not in (patched_class(state.stock_class), state.stock_class):
             raise RuntimeError(
                 f"the class of the model became {type(model).__name__} after softprompt.patch (fully_shard "
                 "does that); unpatch before"
@@ -162,33 +158,19 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
         else:
             give_state(model, before)
             if before.refusal is None:
-                model.__class__ = _patched_class(before.stock_class)
-
-
-# PEFT's classes, and what the patch puts in front of each.
-_FRONTS: dict[type[PeftModel], Any] = {
-    PeftModelForCausalLM: PatchedCausalLM,
-    PeftModelForSeq2SeqLM: PatchedSeq2SeqLM,
-}
-
-
-def _patched_class(stock: type) -> type:
-    return next(subclass_of(front, stock) for cls, front in _FRONTS.items() if issubclass(stock, cls))
+                model.__class__ = patched_class(before.stock_class)
 
 
 def _obstacle(model: PeftModel, options: PatchOptions) -> str | None:
     """Why no call of this model takes the fast route, or None."""
-    base, compact = base_of(model), options.positions == "compact"
-    if not isinstance(model, PeftModelForSeq2SeqLM):
-        return obstacle_to(plan_of(model), compact=compact)
-    if options.placement != "prefix":
+    if isinstance(model, PeftModelForSeq2SeqLM) and options.placement != "prefix":
         return f'placement="{options.placement}" is for decoder-only models, whose texts begin with BOS'
-    return obstacle_to(seq2seq_plan_for(base, sharded=sharding.is_fsdp(model)), compact=compact)
+    return obstacle_to(plan_of(model), compact=options.compact)
 
 
 def _refusal(model: PeftModel) -> str | None:
     """Why the class of this model is left alone, or None."""
-    if not isinstance(model, tuple(_FRONTS)):
+    if not isinstance(model, tuple(FRONTS)):
         return (
             f"{type(model).__name__} is not a causal language model (task type CAUSAL_LM), "
             "and no encoder-decoder (SEQ_2_SEQ_LM)"
@@ -211,7 +193,7 @@ def _leads_to_own(model: PeftModel, forward: Any) -> bool:
         return True
     innermost = inspect.unwrap(forward)
     innermost = getattr(innermost, "__func__", innermost)
-    if innermost in {front.forward for front in _FRONTS.values()}:
+    if innermost in {front.forward for front in FRONTS.values()}:
         return True
     # Around a wrapper that does not say what it wraps: set after the patch, it wraps the patch's forward.
     state: PatchState | None = model.__dict__.get(STATE)

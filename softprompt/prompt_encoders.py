@@ -1,4 +1,4 @@
-"""What stands in front of each row of a call: the output of PEFT's prompt encoders, one prompt each.
+"""What stands in front of each row of a call: the output of PEFT's prompt encoders, and the batch behind it.
 
 Prompt tuning, P-tuning and multitask prompt tuning differ in how they make [P, H] from their parameters. The
 packed route only needs that output, and autograd takes its gradient back into whatever made it. The encoders
@@ -7,7 +7,8 @@ get the shapes that PEFT's `get_prompt` gives them, which a hook or an encoder o
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import peft.peft_model
@@ -16,10 +17,47 @@ from peft import PeftType
 from peft.tuners import MultitaskPromptEmbedding
 from torch import Tensor
 
-from softprompt.engine.batch import integers_on
+from softprompt.engine import Plan
+from softprompt.engine.answers import starts_behind_pads
+from softprompt.engine.batch import Batch, check_batch, check_tensor, integers_on
 from softprompt.engine.families import has_hooks
+from softprompt.engine.forward import prompt_width
+from softprompt.engine.placement import after_bos
+from softprompt.nesting import base_of
 
 SERVED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
+
+
+def adapters_of_rows(
+    model: Any,
+    adapter_names: Sequence[str] | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> list[str]:
+    """The adapter of each row, or the active one alone where the call names none.
+
+    Raises:
+        ValueError: not one known adapter for each row.
+    """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is not None:
+        check_tensor("input_ids" if inputs_embeds is None else "inputs_embeds", given)
+    if adapter_names is None:
+        return [model.active_adapter]
+    if not isinstance(adapter_names, Sequence) or not all(isinstance(name, str) for name in adapter_names):
+        raise ValueError(f"adapter_names must be a list of names of adapters, got {adapter_names!r}")
+    num_rows = len(given) if given is not None and given.ndim else len(adapter_names)
+    if isinstance(adapter_names, str) or len(adapter_names) != num_rows:
+        raise ValueError(
+            f"adapter_names must name one adapter for each of the {num_rows} rows, got {adapter_names!r}"
+        )
+    unknown = sorted(set(adapter_names) - set(model.peft_config))
+    if unknown:
+        raise ValueError(
+            f"adapter_names has unknown adapters {', '.join(unknown)}; the model has "
+            f"{', '.join(model.peft_config)}"
+        )
+    return list(adapter_names)
 
 
 def encoder_obstacle(name: str, config: Any, *, per_row: bool, halves: bool = False) -> str | None:
@@ -191,13 +229,13 @@ def prompts_of_rows(
     return made, None if len(made) == 1 else [numbers[key] for key in keys]
 
 
-def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
+def prompt_of(model: Any, name: str, tokens: Tensor | None = None) -> Tensor:
     """[P, H] of an adapter with one prompt for all rows, as PEFT's `get_prompt` makes it.
 
     Args:
-        model: the PEFT model.
+        model: the PEFT model, patched or not.
         name: of the adapter.
-        tokens: [P] PEFT's virtual token ids, on the device of the encoder.
+        tokens: [P] PEFT's virtual token ids, on the device of the encoder. None: they are copied there.
 
     Raises:
         ValueError: an encoder that gives no [1, P, H].
@@ -207,6 +245,8 @@ def prompt_of(model: Any, name: str, tokens: Tensor) -> Tensor:
         # A loaded P-tuning adapter holds what its head made, and no head.
         prompt: Tensor = encoder.embedding.weight
         return prompt
+    if tokens is None:
+        tokens = model.prompt_tokens[name].to(next(encoder.parameters()).device)
     given: Any = encoder(tokens[None])
     if isinstance(given, Tensor) and given.ndim == 2:  # PEFT repeats it for each row all the same
         given = given[None]
@@ -222,3 +262,109 @@ def _of_tasks(model: Any, name: str, tasks: list[int], tokens: Tensor) -> list[t
     """Each task with its [P, H]."""
     prompts = model.prompt_encoder[name](tokens.expand(len(tasks), -1), integers_on(tokens.device, tasks))
     return list(zip(tasks, prompts, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- the batch
+def batch_of(model: Any, names: Sequence[str], arguments: Mapping[str, Any]) -> tuple[Batch, list[str]]:
+    """A call of a patched model as a batch behind prompts, and the adapter of each of the K prompts.
+
+    Args:
+        model: the patched model.
+        names: adapter of each row, or one for all.
+        arguments: of its forward, by name.
+
+    Raises:
+        IndexError: a task that an adapter does not have.
+        ValueError: says what was given and what is expected.
+    """
+    prompts, prompt_of_row, _ = _prompts_of(model, names, arguments)
+    batch = check_batch(
+        list(prompts.values()),
+        prompt_width(base_of(model)),
+        **_texts_of(arguments),
+        labels=arguments.get("labels"),
+        prompt_of_row=prompt_of_row,
+    )
+    return batch, [name for name, _ in prompts]
+
+
+def _texts_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arguments.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
+
+
+def seq2seq_batch_of(
+    model: Any, names: Sequence[str], arguments: Mapping[str, Any]
+) -> tuple[Batch, tuple[Tensor, ...] | None]:
+    """A call of a patched encoder-decoder as a batch behind prompts, and the prompts of its decoder.
+
+    PEFT makes prompts for both parts of the model. Multitask prompt tuning uses both; the other types leave
+    the decoder's alone, which has a gradient of zero then.
+
+    Raises:
+        IndexError: a task that an adapter does not have.
+        ValueError: says what was given and what is expected.
+    """
+    made, prompt_of_row, tasks = _prompts_of(model, names, arguments)
+    lengths = [model.peft_config[name].num_virtual_tokens for name, _ in made]
+    batch = check_batch(
+        [prompt[:length] for prompt, length in zip(made.values(), lengths, strict=True)],
+        prompt_width(base_of(model)),
+        **_texts_of(arguments),
+        labels=None,
+        prompt_of_row=prompt_of_row,
+    )
+    if tasks is None:
+        return batch, None
+    rest = tuple(prompt[length:] for prompt, length in zip(made.values(), lengths, strict=True))
+    sizes = {prompt.shape[0] for prompt in rest}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the decoder's prompts of a batch must have one length, got {sorted(sizes)} for adapters "
+            f"{', '.join(dict.fromkeys(name for name, _ in made))}"
+        )
+    return batch, rest if sizes != {0} else None
+
+
+def _prompts_of(
+    model: Any, names: Sequence[str], arguments: Mapping[str, Any]
+) -> tuple[dict[tuple[str, int | None], Tensor], list[int] | None, list[int] | None]:
+    """What `prompts_of_rows` gives for a call, and the task of each row."""
+    given = arguments.get("inputs_embeds")
+    given = arguments.get("input_ids") if given is None else given
+    num_rows = len(names) if given is None or given.ndim == 0 else given.shape[0]
+    tasks = tasks_of_rows(model, names, arguments.get("task_ids"), num_rows)
+    why = unshared(model, names)
+    if why is not None:
+        note = f"{why}: it is asked for the prompt of each row, and rows share none (slower)"
+        model._softprompt.say_once(note)
+    tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
+    return *prompts_of_rows(model, names, tasks, tokens, num_rows), tasks
+
+
+def placed(model: Any, plan: Plan, batch: Batch) -> Batch:
+    """The batch with its prompts where the options of a patched model put them.
+
+    Raises:
+        ValueError: a text that has no such place.
+    """
+    options = model._softprompt.options
+    if options.placement == "after_bos":
+        batch = after_bos(base_of(model), batch)
+    if batch.labels is None and not options.compact and plan.route == "packed":
+        # A loss of the caller's own may look at any column that predicts a token.
+        batch = replace(batch, wanted=starts_behind_pads(batch.attention_mask))
+    return batch
+
+
+def tokens_of(model: Any, name: str) -> Tensor:
+    """[P] PEFT's virtual token ids on the encoder's device. PEFT keeps them on the CPU; copying waits."""
+    tokens: Tensor = model.prompt_tokens[name]
+    device = model.prompt_encoder[name].embedding.weight.device
+    if tokens.device == device:
+        return tokens
+    copies = model._softprompt.tokens
+    known = copies.get(name)
+    if known is None or known[0] is not tokens or known[1] != tokens._version or known[2].device != device:
+        with torch.inference_mode(False):
+            known = copies[name] = (tokens, tokens._version, tokens.to(device))
+    return known[2]
