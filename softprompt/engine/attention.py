@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 SEAMS = ("interface", *hooks.FAMILIES, "mask", "dense")
+# Attention whose mask is a buffer indexed by the place in the row; too short a probe would not show it.
+_MASKS_BY_PLACE = ("gpt_neo",)
 _INTERFACE, _MASK_SDPA, _MASK_EAGER = "softprompt", "softprompt_sdpa", "softprompt_eager"
 
 
@@ -153,6 +155,19 @@ AttentionMaskInterface.register(_MASK_EAGER, _dense_mask)
 
 
 # ---------------------------------------------------------------------------------------------- the call
+def packing_obstacle(model: CausalLM) -> str | None:
+    """Why rows of this model cannot share one packed row, or None."""
+    model_type = families.config_of(model).model_type
+    if model_type in _MASKS_BY_PLACE:
+        unanswered = hooks.obstacle(families.body_of(model), model_type)
+        if unanswered is not None:
+            return (
+                f"{model_type} masks tokens by their place in the row, which packing changes, "
+                f"and {unanswered}"
+            )
+    return families.packing_obstacle(model)
+
+
 def seams_for(model: CausalLM) -> tuple[str, ...]:
     """The seams worth trying on this model, best first."""
     config = families.config_of(model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from softprompt.engine import hooks, precision
+from softprompt.engine import precision
 from softprompt.engine.attributes import is_foreign
 from softprompt.engine.structure import structure_of
 
@@ -30,8 +30,6 @@ _POSITION_TABLES = {
     "codegen": "max_position_embeddings",
     "mpt": "max_seq_len",
 }
-# Attention whose mask is a buffer indexed by the place in the row; too short a probe would not show it.
-_MASKS_BY_PLACE = ("gpt_neo",)
 # Layers without a cache of their own (DummyLayer) read the keys and values of an earlier layer.
 _PLAIN_CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
@@ -133,15 +131,8 @@ def position_limit(model: CausalLM, body: nn.Module) -> int | None:
 
 
 def packing_obstacle(model: CausalLM) -> str | None:
-    """Why rows of this model cannot share one packed row, or None."""
+    """Why rows of this model cannot share one packed row, whatever its attention, or None."""
     config = config_of(model)
-    if config.model_type in _MASKS_BY_PLACE:
-        unanswered = hooks.obstacle(body_of(model), config.model_type)
-        if unanswered is not None:
-            return (
-                f"{config.model_type} masks tokens by their place in the row, which packing changes, "
-                f"and {unanswered}"
-            )
     if getattr(config, "attn_temperature_tuning", False) and row_limit(model) is None:
         return f"{config.model_type} scales its attention by the place in the row, which packing changes"
     if getattr(model, "_is_stateful", False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, pads, precision, registry, sharding
+from softprompt.engine import attention, families, pads, precision, registry, sharding
 from softprompt.engine.attention import describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -211,7 +211,7 @@ def _first_that_holds(
     model: CausalLM, batch: Batch, expected: tuple[Tensor, Tensor], limit: int | None
 ) -> Plan:
     head_obstacle = families.head_obstacle(model)
-    packing_obstacle = families.packing_obstacle(model)
+    packing_obstacle = attention.packing_obstacle(model)
     rejected: list[str] = []
     candidates: list[Plan] = []
     if packing_obstacle is None:
