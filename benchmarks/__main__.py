@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`, `report`, `short` and `tune`, from the root of the repository."""
+"""`python -m benchmarks run`, `report`, `short`, `tune` and `gpu`, from the root of the repository."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.cases import CASES, FULL_SUITES, SUITES
+from benchmarks.gpu import PARTS, REHEARSED, USUAL, Pass, run_parts
 from benchmarks.kernels.cases import CPU_KERNELS, KERNEL_CASES
 from benchmarks.rehearsal import has_gpu, rehearse
 from benchmarks.report import ReportError, report
@@ -126,6 +127,27 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--tiny", action="store_true", help="toy sizes; on the CPU if there is no GPU")
     sweep.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
     sweep.set_defaults(command=_tune)
+    whole = commands.add_parser("gpu", help="a GPU pass: tests, steps, kernels, report (about 8 minutes)")
+    whole.add_argument(
+        "--part",
+        nargs="+",
+        choices=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)} (default: {', '.join(USUAL)})",
+    )
+    whole.add_argument("--cases", nargs="+", choices=sorted(CASES), default=[], metavar="CASE", help="steps")
+    whole.add_argument(
+        "--kernels", nargs="+", choices=sorted(KERNEL_CASES), default=[], metavar="CASE", help="kernels"
+    )
+    whole.add_argument("--seconds", type=float, metavar="N", help="for each part (default: its own)")
+    whole.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="toy sizes on the CPU, into build/rehearsal",
+    )
+    whole.add_argument("--output", type=Path, metavar="FOLDER", help="where records go")
+    whole.add_argument("--commit", type=_name, metavar="NAME", help="see `run`")
+    whole.set_defaults(command=_gpu)
     return parser
 
 
@@ -212,6 +234,18 @@ def _tune(args: argparse.Namespace) -> int:
     )
     print(written[-1])
     return 0
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    if not args.rehearse and not has_gpu():
+        raise UsageError(
+            f"torch {torch.__version__} sees no CUDA device; --rehearse runs toy sizes without one"
+        )
+    folder = _HERE.parent / "build" / "rehearsal" if args.rehearse else _RESULTS
+    wanted = Pass(
+        args.output or folder, args.commit, args.cases, args.kernels, args.seconds, rehearsal=args.rehearse
+    )
+    return run_parts(args.part or (REHEARSED if args.rehearse else USUAL), wanted)
 
 
 def _prepare(device: str, *, tiny: bool) -> None:
