@@ -12,6 +12,7 @@ from peft import PeftModelForSeq2SeqLM
 from torch import Tensor, nn
 
 from softprompt.engine import Plan, families, plan_for, sharding
+from softprompt.engine.families import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError
 from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.generation.known import KnownPrompt
@@ -79,7 +80,7 @@ class PatchState:
             self.said.add(note)
             warn(message or note)
 
-    def say_dropout(self, base: nn.Module, why: str = _PACKED) -> None:
+    def say_dropout(self, base: CausalLM, why: str = _PACKED) -> None:
         """One warning where the language model has dropout."""
         if "dropout" in self.said:
             return
@@ -91,7 +92,7 @@ class PatchState:
                 "(same expectation, other numbers); model.eval() or p = 0 gives PEFT's numbers"
             )
 
-    def runner_of(self, base: nn.Module) -> ModelRunner:
+    def runner_of(self, base: CausalLM) -> ModelRunner:
         """What runs batches on the language model."""
         if self.runner is None or not self.runner.is_of(base):
             options = self.options

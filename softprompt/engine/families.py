@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,29 @@ from softprompt.engine import precision
 from softprompt.engine.attributes import is_foreign
 from softprompt.engine.structure import structure_of
 
-# A transformers causal LM. Its classes are not typed, and its parts are found by name.
-CausalLM: TypeAlias = Any
+
+class CausalLM(nn.Module if TYPE_CHECKING else Protocol):  # type: ignore[misc]
+    """What the engine uses of a transformers language model, whose classes are not typed."""
+
+    config: Any
+    generation_config: Any
+    loss_function: Any
+
+    def get_input_embeddings(self) -> Any:
+        """Turns ids [B, L] into embeddings [B, L, H]."""
+
+    def get_output_embeddings(self) -> Any:
+        """The head: hidden states [B, L, H] to logits [B, L, V]."""
+
+    def get_encoder(self) -> Any:
+        """Of an encoder-decoder."""
+
+    def get_decoder(self) -> Any:
+        """Of an encoder-decoder."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continues texts."""
+
 
 # Position ids that come from the attention mask (pads do not count) instead of from arange.
 _POSITIONS_FROM_MASK = ("bloom", "opt")

@@ -12,7 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -108,6 +108,11 @@ class StepGraphs:
         self.statistics = Statistics()
 
     @property
+    def model(self) -> CausalLM:
+        """The causal LM."""
+        return cast(CausalLM, self._model())
+
+    @property
     def were_asked(self) -> bool:
         """Whether there was a training step that might have been recorded."""
         return self.obstacle is not None or bool(self.statistics.replayed or self.statistics.eager)
@@ -129,7 +134,7 @@ class StepGraphs:
         if not self._compile or not torch.is_grad_enabled():
             return None
         if self._compiled is None:
-            self._compiled = torch.compile(families.body_of(self._model()))
+            self._compiled = torch.compile(families.body_of(self.model))
         return self._compiled
 
     def give_up_compiling(self, reason: str) -> None:
@@ -155,7 +160,7 @@ class StepGraphs:
         return None
 
     def _mode_or_obstacle(self, plan: Plan, batch: Batch) -> tuple[int | None, str | None]:
-        model: Any = self._model()
+        model = self.model
         device = batch.attention_mask.device
         if device.type not in RECORDERS:
             return None, f"CUDA graphs need a CUDA device, the batch is on {device.type}"
@@ -221,7 +226,7 @@ class StepGraphs:
             if recorded is None:
                 self.statistics.eager += 1
                 return None
-            exact, model = layout, self._model()
+            exact, model = layout, self.model
             if (layout.num_rows, layout.label_rows.shape[0]) != (live, layout.num_labels):
                 exact = layout.resized(live, layout.num_labels)
 
@@ -267,11 +272,11 @@ class StepGraphs:
         try:
             recorded = record_step(
                 RECORDERS[prompts.device.type],
-                self._model,
+                cast(Callable[[], CausalLM], self._model),  # weakly: a graph goes with its model
                 plan,
                 batch,
                 self._place_for,
-                dtype=torch.promote_types(_compute_weight(self._model()).dtype, torch.float32),
+                dtype=torch.promote_types(_compute_weight(self.model).dtype, torch.float32),
                 backend=backend,
                 call_body=self.call_body(),
             )

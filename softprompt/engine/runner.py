@@ -77,7 +77,7 @@ class ModelRunner:
     @property
     def model(self) -> CausalLM:
         """The causal LM."""
-        return self._model()
+        return cast(CausalLM, self._model())
 
     def plan(self, *, sharded: bool = False) -> Plan:
         """The execution plan of the model as it is now.
