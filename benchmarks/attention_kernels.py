@@ -20,7 +20,7 @@ KERNELS = {
     "prompt": (_FOLDER + "triton_key_grad", "attention_backward_key"),
     "key": (_FOLDER + "triton_key_grad", "attention_backward_key"),
 }
-_INDICES = ("slots", "positions", "key_slots", "segments", "sees", "cu_prompts", "cu_texts")
+_INDICES = ("query_position", "positions", "key_position", "segments", "prefix_id", "cu_prompts", "cu_texts")
 _SUMS = ("lse", "delta", "partial_key", "partial_value")
 _UNIT_STRIDES = ("query_stride", "key_stride", "value_stride", "grad_out_stride")
 

@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kIgnoreIndex = -100;
-constexpr int32_t kNeverAKey = 2147483647;
+constexpr int32_t kMaskedKey = 2147483647;
 
 // A vector or matrix of any dtype and strides. A vector is a matrix of one row.
 struct View {

@@ -19,7 +19,7 @@ from softprompt.ops.pack_layout import LayoutTensors, pack_layout, prompt_offset
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 IGNORE_INDEX = -100
-_ROW_TENSORS = ("token_index", "position_ids", "slots", "key_slots", "segments", "sees")
+_ROW_TENSORS = ("token_index", "position_ids", "query_position", "key_position", "segments", "prefix_id")
 _LABEL_TENSORS = ("label_rows", "label_targets")
 
 
@@ -33,10 +33,10 @@ class PackedLayout:
 
     token_index: Tensor  # [T]
     position_ids: Tensor  # [T]
-    slots: Tensor  # [T]
-    key_slots: Tensor  # [T]
+    query_position: Tensor  # [T]
+    key_position: Tensor  # [T]
     segments: Tensor  # [T]
-    sees: Tensor  # [T]
+    prefix_id: Tensor  # [T]
     cu_prompts: Tensor  # [K + 1]
     cu_texts: Tensor  # [B + 1]
     prompt_of_row: Tensor  # [B]
@@ -65,11 +65,11 @@ class PackedLayout:
     def attention(self) -> AttentionLayout:
         """The part that the attention needs; back ends keep what they prepare once a step on it."""
         return AttentionLayout(
-            self.slots,
+            self.query_position,
             self.position_ids,
-            self.key_slots,
+            self.key_position,
             self.segments,
-            self.sees,
+            self.prefix_id,
             self.cu_prompts,
             self.cu_texts,
             self.prompt_of_row,
@@ -225,10 +225,10 @@ def build_layout(
     return PackedLayout(
         token_index=tensors.token_index[:total],
         position_ids=tensors.position_ids[:total],
-        slots=tensors.slots[:total],
-        key_slots=tensors.key_slots[:total],
+        query_position=tensors.query_position[:total],
+        key_position=tensors.key_position[:total],
         segments=tensors.segments[:total],
-        sees=tensors.sees[:total],
+        prefix_id=tensors.prefix_id[:total],
         cu_prompts=prompt_offsets(tuple(prompt_lengths), attention_mask.device),
         cu_texts=tensors.cu_texts,
         prompt_of_row=prompt_of_row.int(),
@@ -286,8 +286,8 @@ def branch_out(
     return replace(
         layout,
         position_ids=less(layout.position_ids, position_excess),
-        slots=less(layout.slots, slot_excess),
-        key_slots=less(layout.key_slots, slot_excess),
+        query_position=less(layout.query_position, slot_excess),
+        key_position=less(layout.key_position, slot_excess),
         branches=torch.where(in_branch, branch_of_column[entry], 0).int(),
         uncut=None,
     )

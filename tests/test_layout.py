@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softprompt.layout import build_layout, round_up
-from softprompt.ops.pack_layout import NEVER_A_KEY, api
+from softprompt.ops.pack_layout import MASKED_KEY, api
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "triton"]
@@ -37,10 +37,10 @@ def test_a_batch_is_cut_to_its_tokens_and_labels(backend):
     # Row 2 starts with a pad that predicts the label of its first token.
     assert layout.token_index.tolist() == [-1] * 5 + [2, 3, 4, 5, 8, 9, 10, 11]
     assert layout.position_ids.tolist() == [0, 1, 0, 1, 2, 5, 6, 2, 3, 3, 4, 5, 6]
-    assert layout.slots.tolist() == layout.position_ids.tolist()
-    assert layout.key_slots.tolist() == [0, 1, 0, 1, 2, 5, 6, 2, 3, NEVER_A_KEY, 4, 5, 6]
+    assert layout.query_position.tolist() == layout.position_ids.tolist()
+    assert layout.key_position.tolist() == [0, 1, 0, 1, 2, 5, 6, 2, 3, MASKED_KEY, 4, 5, 6]
     assert layout.segments.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
-    assert layout.sees.tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]
+    assert layout.prefix_id.tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]
     assert layout.cu_prompts.tolist() == [0, 2, 5]
     assert layout.cu_texts.tolist() == [5, 7, 9, 13]
     assert layout.label_rows.tolist() == [5, 7, 9]
@@ -65,7 +65,7 @@ def test_all_index_tensors_are_int32():
 def test_without_a_choice_every_row_sees_the_first_prompt():
     layout = make_layout(prompt_of_row=None)
     assert layout.prompt_of_row.tolist() == [0, 0, 0]
-    assert layout.sees[5:].tolist() == [0] * 8
+    assert layout.prefix_id[5:].tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -76,7 +76,7 @@ def test_dummies_fill_the_token_bucket(bucket, num_rows, backend):
     assert layout.num_tokens == 8
     own = [2 + 3 + row for row in range(13, num_rows)]
     assert layout.token_index[13:].tolist() == [-1] * len(own)
-    assert layout.segments[13:].tolist() == layout.sees[13:].tolist() == own
+    assert layout.segments[13:].tolist() == layout.prefix_id[13:].tolist() == own
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,7 +102,15 @@ def test_round_up_gives_the_next_multiple(count, bucket, expected):
 def test_the_attention_is_told_the_same_row():
     layout = make_layout(token_bucket=16)
     attention = layout.attention
-    for name in ("slots", "key_slots", "segments", "sees", "cu_prompts", "cu_texts", "prompt_of_row"):
+    for name in (
+        "query_position",
+        "key_position",
+        "segments",
+        "prefix_id",
+        "cu_prompts",
+        "cu_texts",
+        "prompt_of_row",
+    ):
         assert getattr(attention, name) is getattr(layout, name)
     assert (attention.num_rows, attention.num_tokens, attention.longest_text) == (16, 8, 4)
     assert attention.prompt_lengths == (2, 3)

@@ -52,15 +52,20 @@ def block_mask(problem: AttentionProblem) -> BlockMask:
     `create_block_mask` would make the whole [T, T] mask first, 3.5 GB for the longest case.
     """
     layout = problem.layout
-    segments, sees, slots, key_slots = layout.segments, layout.sees, layout.slots, layout.key_slots
+    segments, prefix_id, query_position, key_position = (
+        layout.segments,
+        layout.prefix_id,
+        layout.query_position,
+        layout.key_position,
+    )
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = (segments[key] == segments[query]) | (segments[key] == sees[query])
-        return own & (key_slots[key] <= slots[query])
+        own = (segments[key] == segments[query]) | (segments[key] == prefix_id[query])
+        return own & (key_position[key] <= query_position[query])
 
     count = layout.num_rows // _BLOCK
-    keys = torch.arange(layout.num_rows, device=slots.device)
-    seen = torch.empty(count, count, dtype=torch.int32, device=slots.device)
+    keys = torch.arange(layout.num_rows, device=query_position.device)
+    seen = torch.empty(count, count, dtype=torch.int32, device=query_position.device)
     for block in range(count):
         queries = keys[block * _BLOCK : (block + 1) * _BLOCK, None]
         seen[block] = visible(keys, keys, queries, keys[None]).view(_BLOCK, count, _BLOCK).sum((0, 2))

@@ -31,9 +31,9 @@ template <class Scalar>
 struct Problem {
   Heads<Scalar> query, key, value;
   int64_t num_heads, num_key_heads, num_rows, head_dim, value_dim;
-  const int32_t* slots;
+  const int32_t* query_position;
   const int32_t* positions;
-  const int32_t* key_slots;
+  const int32_t* key_position;
   const int32_t* branches;  // nullptr: none
   const Scalar* slopes;     // [Hq] or nullptr
   const Scalar* sinks;      // [Hq] or nullptr
@@ -216,15 +216,15 @@ struct Call {
 
 template <class Scalar>
 Call<Scalar> call_of(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& slots, const Tensor& position_ids,
-    const Tensor& key_slots, const Tensor& cu_prompts, const Tensor& cu_texts, const Tensor& prompt_of_row,
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_position, const Tensor& position_ids,
+    const Tensor& key_position, const Tensor& cu_prompts, const Tensor& cu_texts, const Tensor& prompt_of_row,
     double scale, std::optional<int64_t> sliding_window, std::optional<double> softcap,
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
     const std::optional<Tensor>& branches) {
   const Problem<Scalar> problem{
       heads_of<Scalar>(query), heads_of<Scalar>(key), heads_of<Scalar>(value),
       query.size(0), key.size(0), query.size(1), query.size(2), value.size(2),
-      values_of<int32_t>(slots), values_of<int32_t>(position_ids), values_of<int32_t>(key_slots),
+      values_of<int32_t>(query_position), values_of<int32_t>(position_ids), values_of<int32_t>(key_position),
       values_of<int32_t>(branches), values_of<Scalar>(alibi_slopes), values_of<Scalar>(sinks),
       static_cast<Scalar>(scale), static_cast<Scalar>(softcap.value_or(0)), sliding_window.value_or(0)};
   const Segments segments{
@@ -250,9 +250,9 @@ void shared_prompt_attention(
     Tensor query,          // [Hq, T, D] fp32 or fp64, dense vectors
     Tensor key,            // [Hkv, T, D]
     Tensor value,          // [Hkv, T, Dv]
-    Tensor slots,          // [T] int32, as the next two
+    Tensor query_position,          // [T] int32, as the next two
     Tensor position_ids,
-    Tensor key_slots,
+    Tensor key_position,
     Tensor cu_prompts,     // [K + 1] int32
     Tensor cu_texts,       // [B + 1] int32
     Tensor prompt_of_row,  // [B] int64
@@ -268,7 +268,7 @@ void shared_prompt_attention(
   with_fp32_or_fp64(query, [&](auto type) {
     using Scalar = typename decltype(type)::type;
     const Call<Scalar> call = call_of<Scalar>(
-        query, key, value, slots, position_ids, key_slots, cu_prompts, cu_texts, prompt_of_row, scale, sliding_window,
+        query, key, value, query_position, position_ids, key_position, cu_prompts, cu_texts, prompt_of_row, scale, sliding_window,
         softcap, alibi_slopes, sinks, branches);
     const Problem<Scalar>& problem = call.problem;
     const Passes<Scalar> passes = passes_of<Scalar>(instructions);
@@ -297,9 +297,9 @@ void shared_prompt_attention_backward(
     Tensor value,
     Tensor out,  // [Hq, T, Dv]
     Tensor lse,  // [Hq, T]
-    Tensor slots,
+    Tensor query_position,
     Tensor position_ids,
-    Tensor key_slots,
+    Tensor key_position,
     Tensor cu_prompts,
     Tensor cu_texts,
     Tensor prompt_of_row,
@@ -317,7 +317,7 @@ void shared_prompt_attention_backward(
   with_fp32_or_fp64(query, [&](auto type) {
     using Scalar = typename decltype(type)::type;
     const Call<Scalar> call = call_of<Scalar>(
-        query, key, value, slots, position_ids, key_slots, cu_prompts, cu_texts, prompt_of_row, scale, sliding_window,
+        query, key, value, query_position, position_ids, key_position, cu_prompts, cu_texts, prompt_of_row, scale, sliding_window,
         softcap, alibi_slopes, sinks, branches);
     const Problem<Scalar>& problem = call.problem;
     const Passes<Scalar> passes = passes_of<Scalar>(instructions);

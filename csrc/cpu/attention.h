@@ -12,7 +12,7 @@ class Keys {
       const Segment segment = segments.at(index);
       stride_ = std::max(stride_, padded(segment.shared() + segment.own()));
     }
-    slots.resize(stride_, kNeverAKey);
+    slots.resize(stride_, kMaskedKey);
     positions.resize(stride_);
     branches.resize(stride_);
   }
@@ -36,7 +36,7 @@ class Keys {
     column(key_head, segment.first, segment.own(), segment.shared(), with_values);
     const int64_t count = segment.shared() + segment.own();
     for (int64_t place = count; place < padded(count); ++place) {
-      slots[place] = kNeverAKey;
+      slots[place] = kMaskedKey;
       positions[place] = 0;
       branches[place] = 0;
       for (int64_t d = 0; d < problem_.head_dim; ++d) keys[d * stride_ + place] = 0;
@@ -47,7 +47,7 @@ class Keys {
   // How many of the first `count` keys, from the first one on, the window hides from all these rows: whole vectors.
   int64_t hidden(int64_t first_row, int64_t end_row, int64_t count) const {
     if (problem_.window == 0) return 0;
-    const int32_t slot = *std::min_element(problem_.slots + first_row, problem_.slots + end_row);
+    const int32_t slot = *std::min_element(problem_.query_position + first_row, problem_.query_position + end_row);
     const int64_t oldest = int64_t{slot} - problem_.window + 1;
     int64_t place = 0;
     while (place < count && slots[place] < oldest) ++place;
@@ -60,7 +60,7 @@ class Keys {
  private:
   void column(int64_t key_head, int64_t row, int64_t count, int64_t place, bool with_values) {
     for (int64_t i = 0; i < count; ++i) {
-      slots[place + i] = problem_.key_slots[row + i];
+      slots[place + i] = problem_.key_position[row + i];
       positions[place + i] = problem_.positions[row + i];
       branches[place + i] = problem_.branches == nullptr ? 0 : problem_.branches[row + i];
     }
@@ -138,7 +138,7 @@ inline void finish_scores(
   }
   constexpr Scalar kHidden = -std::numeric_limits<Scalar>::infinity();
   const int32_t* slots = keys.slots.data() + first;
-  const int32_t slot = problem.slots[row];
+  const int32_t slot = problem.query_position[row];
   // The oldest slot that a window leaves; the difference is an int64, because slots may be anything.
   const int64_t oldest = problem.window == 0 ? std::numeric_limits<int32_t>::min() : int64_t{slot} - problem.window + 1;
   const int32_t lowest = static_cast<int32_t>(std::max<int64_t>(oldest, std::numeric_limits<int32_t>::min()));

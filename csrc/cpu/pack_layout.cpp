@@ -61,16 +61,16 @@ RowCounts flag_row(
 }
 
 struct Outputs {
-  int32_t *token_index, *position_ids, *slots, *key_slots, *segments, *sees;  // [C]
+  int32_t *token_index, *position_ids, *query_position, *key_position, *segments, *prefix_id;  // [C]
   int32_t *cu_texts, *label_rows, *label_targets, *counts;
 
   void write(int64_t at, int64_t index, int64_t position, int64_t slot, int64_t key, int64_t own, int64_t other) {
     token_index[at] = static_cast<int32_t>(index);
     position_ids[at] = static_cast<int32_t>(position);
-    slots[at] = static_cast<int32_t>(slot);
-    key_slots[at] = static_cast<int32_t>(key);
+    query_position[at] = static_cast<int32_t>(slot);
+    key_position[at] = static_cast<int32_t>(key);
     segments[at] = static_cast<int32_t>(own);
-    sees[at] = static_cast<int32_t>(other);
+    prefix_id[at] = static_cast<int32_t>(other);
   }
 
   // `size` neighbours, whose numbers count up; positions where `counts_up`, keys where `is_key`.
@@ -90,10 +90,10 @@ struct Outputs {
     };
     fill(token_index + at, index, 1);
     fill(position_ids + at, position, counts_up ? 1 : 0);
-    fill(slots + at, slot, 1);
-    fill(key_slots + at, is_key ? slot : kNeverAKey, is_key ? 1 : 0);
+    fill(query_position + at, slot, 1);
+    fill(key_position + at, is_key ? slot : kMaskedKey, is_key ? 1 : 0);
     fill(segments + at, own, 0);
-    fill(sees + at, other, 0);
+    fill(prefix_id + at, other, 0);
   }
 };
 
@@ -108,10 +108,10 @@ void pack_layout(
     bool by_slot,
     Tensor token_index,
     Tensor position_ids,
-    Tensor slots,
-    Tensor key_slots,
+    Tensor query_position,
+    Tensor key_position,
     Tensor segments,
-    Tensor sees,
+    Tensor prefix_id,
     Tensor cu_texts,
     Tensor label_rows,
     Tensor label_targets,
@@ -123,10 +123,10 @@ void pack_layout(
   Outputs out{
       output_of<int32_t>(token_index),
       output_of<int32_t>(position_ids),
-      output_of<int32_t>(slots),
-      output_of<int32_t>(key_slots),
+      output_of<int32_t>(query_position),
+      output_of<int32_t>(key_position),
       output_of<int32_t>(segments),
-      output_of<int32_t>(sees),
+      output_of<int32_t>(prefix_id),
       output_of<int32_t>(cu_texts),
       output_of<int32_t>(label_rows),
       output_of<int32_t>(label_targets),

@@ -15,7 +15,7 @@ enum Flag : unsigned { kReal = 1, kPacked = 2, kLabelled = 4 };
 struct Problem {
   View mask, labels, ids, prompt_of_row;  // [B, L], [B, L], [B, L], [B]; all but the first may be missing
   const int32_t* cu_prompts;              // [K + 1]
-  int32_t *token_index, *position_ids, *slots, *key_slots, *segments, *sees;  // [C]
+  int32_t *token_index, *position_ids, *query_position, *key_position, *segments, *prefix_id;  // [C]
   int32_t *cu_texts, *label_rows, *label_targets, *counts;                    // [B + 1], [R], [R], [5]
   int32_t* of_rows;  // [3, B]: packed, labelled and out of range
   int64_t num_rows, length, num_prompts, vocab_size, capacity, label_capacity;
@@ -79,10 +79,10 @@ __device__ void write_entry(
     int64_t other) {
   p.token_index[at] = static_cast<int32_t>(index);
   p.position_ids[at] = static_cast<int32_t>(position);
-  p.slots[at] = static_cast<int32_t>(slot);
-  p.key_slots[at] = static_cast<int32_t>(key);
+  p.query_position[at] = static_cast<int32_t>(slot);
+  p.key_position[at] = static_cast<int32_t>(key);
   p.segments[at] = static_cast<int32_t>(own);
-  p.sees[at] = static_cast<int32_t>(other);
+  p.prefix_id[at] = static_cast<int32_t>(other);
 }
 
 __device__ void write_row(const Problem& p, int64_t row, int lane) {
@@ -110,7 +110,7 @@ __device__ void write_row(const Problem& p, int64_t row, int lane) {
       const int64_t slot = p.compact ? own_rank : prefix + column;
       const int64_t position = p.by_slot ? slot : is_real ? own_rank : -1;
       write_entry(
-          p, at, row * p.length + column, position, slot, is_real ? slot : kNeverAKey, p.num_prompts + row, prompt);
+          p, at, row * p.length + column, position, slot, is_real ? slot : kMaskedKey, p.num_prompts + row, prompt);
     }
     if (flags & kLabelled) {
       const int64_t label_at = next_label + __popc(labelled & earlier_lanes);
@@ -195,10 +195,10 @@ void pack_layout(
     bool by_slot,
     Tensor token_index,
     Tensor position_ids,
-    Tensor slots,
-    Tensor key_slots,
+    Tensor query_position,
+    Tensor key_position,
     Tensor segments,
-    Tensor sees,
+    Tensor prefix_id,
     Tensor cu_texts,
     Tensor label_rows,
     Tensor label_targets,
@@ -215,10 +215,10 @@ void pack_layout(
       static_cast<const int32_t*>(cu_prompts.const_data_ptr()),
       output_of<int32_t>(token_index),
       output_of<int32_t>(position_ids),
-      output_of<int32_t>(slots),
-      output_of<int32_t>(key_slots),
+      output_of<int32_t>(query_position),
+      output_of<int32_t>(key_position),
       output_of<int32_t>(segments),
-      output_of<int32_t>(sees),
+      output_of<int32_t>(prefix_id),
       output_of<int32_t>(cu_texts),
       output_of<int32_t>(label_rows),
       output_of<int32_t>(label_targets),

@@ -55,7 +55,7 @@ def _layout_mask(*args: Any, mask_function: Any, local_size: int | None = None, 
     The window is the tensor's shape, since attributes are lost where checkpointing or a compiler copies it.
     """
     packing = current()
-    device = packing.layout.slots.device
+    device = packing.layout.query_position.device
     if packing.examine:
         _check_rule(mask_function, local_size, device)
     return torch.empty(0, local_size or 0, device=device)
@@ -127,8 +127,8 @@ def _dense_mask(
     own.
     """
     layout = current().layout
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=layout.slots.device)
-    slots = layout.slots.long()
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=layout.query_position.device)
+    slots = layout.query_position.long()
     allowed = mask_function(zero, zero, slots[:, None], slots[None, :]) & visible(layout.attention, None)
     if config._attn_implementation == _MASK_EAGER:
         return _additive(allowed, dtype)[None, None]

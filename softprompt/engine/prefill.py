@@ -83,7 +83,7 @@ def start_packed(
         packing = Packing(layout, stock, backend, states=texts)
         run_body(families.body_of(model), str(plan.seam), packing, embeds[:, layout.prompt_tokens :])
         known = texts.collected()
-    numbers = torch.arange(1, layout.num_rows + 1, device=layout.slots.device)
+    numbers = torch.arange(1, layout.num_rows + 1, device=layout.query_position.device)
     source = layout.scatter_rows(numbers[:, None])[..., 0][:, :-1]  # [B, S], 0 for pads
     if compact:
         source = source.gather(1, torch.argsort((source > 0).int(), dim=1, stable=True))

@@ -21,10 +21,10 @@ from softprompt.layout import PackedLayout
 _COPIED = (
     "token_index",
     "position_ids",
-    "slots",
-    "key_slots",
+    "query_position",
+    "key_position",
     "segments",
-    "sees",
+    "prefix_id",
     "cu_texts",
     "prompt_of_row",
     "label_rows",
@@ -101,7 +101,7 @@ class _Inputs:
             num_tokens=None,
             num_labels=tensors["label_rows"].shape[0],
             longest_text=None,
-            longest_context=tensors["slots"].shape[0],
+            longest_context=tensors["query_position"].shape[0],
         )
 
 

@@ -103,7 +103,13 @@ def test_a_dummy_has_no_share_in_the_gradient_of_a_large_sink():
 
 def losses(query, key, value, layout):
     """By the function and by the op, with a second derivative beside the attention's."""
-    arguments = (layout.slots, layout.position_ids, layout.key_slots, layout.cu_prompts, layout.cu_texts)
+    arguments = (
+        layout.query_position,
+        layout.position_ids,
+        layout.key_position,
+        layout.cu_prompts,
+        layout.cu_texts,
+    )
     options = (0.4, None, None, None, None, None)
     by_op = torch.ops.softprompt.shared_prompt_attention_native(
         query, key, value, *arguments, layout.prompt_of_row, *options

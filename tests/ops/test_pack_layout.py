@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from poison import poisoned_buffers
 
-from softprompt.ops.pack_layout import NEVER_A_KEY, LayoutTensors, pack_layout
+from softprompt.ops.pack_layout import MASKED_KEY, LayoutTensors, pack_layout
 
 VOCAB = 7
 
@@ -53,7 +53,7 @@ def oracle(
             slot = ranked if positions == "compact" else padded
             position = {"slots": padded, "mask": ranked if real else -1, "compact": ranked}[positions]
             rows.append(
-                (b * row_length + c, position, slot, slot if real else NEVER_A_KEY, num_prompts + b, prompt)
+                (b * row_length + c, position, slot, slot if real else MASKED_KEY, num_prompts + b, prompt)
             )
             packed_at[c] = last = len(rows) - 1
             rank += real
@@ -288,8 +288,9 @@ def test_what_a_token_sees_is_what_it_sees_in_the_padded_batch():
     for query in range(ends[-1]):
         for key in range(ends[-1]):
             visible = (
-                layout.segments[key] == layout.segments[query] or layout.segments[key] == layout.sees[query]
-            ) and layout.key_slots[key] <= layout.slots[query]
+                layout.segments[key] == layout.segments[query]
+                or layout.segments[key] == layout.prefix_id[query]
+            ) and layout.key_position[key] <= layout.query_position[query]
             expected = any(
                 b == other and column <= place and is_key
                 for b, place, _ in padded_places(query)
@@ -299,7 +300,7 @@ def test_what_a_token_sees_is_what_it_sees_in_the_padded_batch():
     assert ends == [5, 8, 11]
     for dummy in range(ends[-1], 15):
         assert (layout.segments == layout.segments[dummy]).nonzero().tolist() == [[dummy]]
-        assert layout.sees[dummy] == layout.segments[dummy]
+        assert layout.prefix_id[dummy] == layout.segments[dummy]
 
 
 def ones(*shape, dtype=torch.int64):

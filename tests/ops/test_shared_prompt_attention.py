@@ -200,7 +200,7 @@ def test_a_text_sees_its_prompt_and_no_other_text(backend, changed):
 
 def test_a_predictor_is_a_key_of_no_query(backend):
     layout = layout_of("left, predictors")
-    predictors = (layout.key_slots == 2**31 - 1).nonzero().flatten()
+    predictors = (layout.key_position == 2**31 - 1).nonzero().flatten()
     assert predictors.numel() > 0
     _, _, grad_key, grad_value = results(tensors(layout), layout, {}, backend=backend)
     assert torch.all(grad_key[:, predictors] == 0)

@@ -72,7 +72,7 @@ def test_positions_and_slots_are_those_of_the_branch_alone(positions):
     padded_right = TEXTS.index("rrr..")
     for chosen in range(len(BRANCHES)):
         rows, alone = rows_with(chosen), layout_of(chosen, positions)
-        for name in ("position_ids", "slots", "key_slots"):
+        for name in ("position_ids", "query_position", "key_position"):
             got, want = getattr(layout, name)[rows], getattr(alone, name).clone()
             if not (positions == "compact" or (positions == "mask" and name == "position_ids")):
                 # Alone it stands behind the pads of its row, here behind its text.

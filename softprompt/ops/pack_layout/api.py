@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softprompt.ops.library import AUTO, check_indices, check_same_device, choose_backend, define
 
-NEVER_A_KEY = 2**31 - 1
+MASKED_KEY = 2**31 - 1
 POSITIONS = ("slots", "mask", "compact")
 IGNORE_INDEX = -100
 
@@ -31,16 +31,20 @@ class LayoutTensors(NamedTuple):
     """What `pack_layout` writes. All int32, on the device of the attention mask.
 
     The row is `[prompt_0 | ... | prompt_K-1 | text_1 | ... | text_B | dummy ...]`; C is its capacity. A token
-    q sees a token k where `(segments[k] == segments[q] or segments[k] == sees[q]) and key_slots[k] <=
-    slots[q]`.
+    q sees a token k where `(segments[k] == segments[q] or segments[k] == prefix_id[q]) and key_position[k] <=
+    query_position[q]`.
     """
 
     token_index: Tensor  # [C] index into the flattened [B, L] batch; -1 for prompt and dummy tokens
     position_ids: Tensor  # [C] what the model is told
-    slots: Tensor  # [C] column in the padded [prompt | text] layout: causality and windows count these
-    key_slots: Tensor  # [C] the slot, or NEVER_A_KEY for a pad that only predicts
+    query_position: (
+        Tensor  # [C] column in the padded [prompt | text] layout: causality and windows count these
+    )
+    key_position: Tensor  # [C] the slot, or MASKED_KEY for a pad that only predicts
     segments: Tensor  # [C] prompt k: k; text b: K + b; dummy: a number of its own
-    sees: Tensor  # [C] the segment seen besides the own one: the prompt's of a text, the own one elsewhere
+    prefix_id: (
+        Tensor  # [C] the segment seen besides the own one: the prompt's of a text, the own one elsewhere
+    )
     cu_texts: Tensor  # [B + 1] first row of each text, and the first dummy
     label_rows: Tensor  # [R] row whose logits predict a label; 0 beyond the number of labels
     label_targets: Tensor  # [R] that label; -100 beyond the number of labels
@@ -76,8 +80,8 @@ def pack_layout(
         prompt_of_row: [B] integers in 0 .. K-1: the prompt that a text sees. None: prompt 0.
         vocab_size: V; ids and labels outside 0 .. V-1 are counted.
         positions: position_ids of texts. "slots": the column in the padded layout (pads count); "mask": the
-            rank among the real tokens (pads do not count; a predictor gets -1), slots still count pads;
-            "compact": the rank, for position_ids and slots.
+            rank among the real tokens (pads do not count; a predictor gets -1), query_position still counts
+            pads; "compact": the rank, for position_ids and query_position.
         capacity: C >= ΣP + B*L, size of the row's tensors (default ΣP + B*L); the rest are dummy tokens.
         label_capacity: R >= B*L (default B*L).
         backend: "auto", "reference", "triton" or "native".

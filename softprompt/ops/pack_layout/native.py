@@ -39,6 +39,7 @@ def pack_layout(
 _OP = declare(
     "native_pack_layout(Tensor attention_mask, Tensor? labels, Tensor? input_ids, Tensor? prompt_of_row,"
     " Tensor cu_prompts, int vocab_size, bool compact, bool by_slot, Tensor(a!) token_index,"
-    " Tensor(b!) position_ids, Tensor(c!) slots, Tensor(d!) key_slots, Tensor(e!) segments, Tensor(f!) sees,"
+    " Tensor(b!) position_ids, Tensor(c!) query_position, Tensor(d!) key_position, Tensor(e!) segments,"
+    " Tensor(f!) prefix_id,"
     " Tensor(g!) cu_texts, Tensor(h!) label_rows, Tensor(i!) label_targets, Tensor(j!) counts) -> ()"
 )

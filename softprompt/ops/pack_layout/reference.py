@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.pack_layout.api import IGNORE_INDEX, NEVER_A_KEY
+from softprompt.ops.pack_layout.api import IGNORE_INDEX, MASKED_KEY
 
 
 def pack_layout(
@@ -50,7 +50,7 @@ def pack_layout(
         position = torch.where(real, prefix + rank, -1)
     else:
         position = slot
-    key_slot = torch.where(real, slot, NEVER_A_KEY)
+    key_slot = torch.where(real, slot, MASKED_KEY)
     row_number = torch.arange(num_rows, device=device)[:, None].expand(num_rows, row_length)
 
     # Columns that are not packed are scattered to a row behind the last one, which is cut off.
@@ -73,10 +73,10 @@ def pack_layout(
 
     token_index = row_tensor(no_token, row_number * row_length + column, -1)
     position_ids = row_tensor(within_prompt, position, 0)
-    slots = row_tensor(within_prompt, slot, 0)
-    key_slots = row_tensor(within_prompt, key_slot, 0)
+    query_position = row_tensor(within_prompt, slot, 0)
+    key_position = row_tensor(within_prompt, key_slot, 0)
     segments = row_tensor(prompt_number, num_prompts + row_number, dummy_segment)
-    sees = row_tensor(prompt_number, prompt_of_row[:, None].expand_as(column), dummy_segment)
+    prefix_id = row_tensor(prompt_number, prompt_of_row[:, None].expand_as(column), dummy_segment)
 
     text_lengths = packed.sum(1)
     cu_texts = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
@@ -115,10 +115,10 @@ def pack_layout(
     return (
         token_index,
         position_ids,
-        slots,
-        key_slots,
+        query_position,
+        key_position,
         segments,
-        sees,
+        prefix_id,
         cu_texts.int(),
         label_rows[:label_capacity],
         label_targets[:label_capacity],

@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt.ops.pack_layout import api
 
 IGNORE_INDEX = tl.constexpr(api.IGNORE_INDEX)
-NEVER_A_KEY = tl.constexpr(api.NEVER_A_KEY)
+MASKED_KEY = tl.constexpr(api.MASKED_KEY)
 TILE = 2048
 NUM_WARPS = 8
 
@@ -116,10 +116,10 @@ def _pack_layout(
     cu_prompts_ptr,  # [K + 1] or None
     token_index_ptr,  # [C]
     position_ids_ptr,  # [C]
-    slots_ptr,  # [C]
-    key_slots_ptr,  # [C]
+    query_position_ptr,  # [C]
+    key_position_ptr,  # [C]
     segments_ptr,  # [C]
-    sees_ptr,  # [C]
+    prefix_id_ptr,  # [C]
     cu_texts_ptr,  # [B + 1]
     label_rows_ptr,  # [R]
     label_targets_ptr,  # [R]
@@ -226,11 +226,13 @@ def _pack_layout(
         is_packed = packed != 0
         tl.store(token_index_ptr + destination, rows[:, None] * row_length + columns[None, :], mask=is_packed)
         tl.store(position_ids_ptr + destination, position, mask=is_packed)
-        tl.store(slots_ptr + destination, slot, mask=is_packed)
-        tl.store(key_slots_ptr + destination, tl.where(real != 0, slot, NEVER_A_KEY), mask=is_packed)
+        tl.store(query_position_ptr + destination, slot, mask=is_packed)
+        tl.store(key_position_ptr + destination, tl.where(real != 0, slot, MASKED_KEY), mask=is_packed)
         segment = tl.broadcast_to((num_prompts + rows)[:, None], [ROWS, COLUMNS])
         tl.store(segments_ptr + destination, segment, mask=is_packed)
-        tl.store(sees_ptr + destination, tl.broadcast_to(prompt[:, None], [ROWS, COLUMNS]), mask=is_packed)
+        tl.store(
+            prefix_id_ptr + destination, tl.broadcast_to(prompt[:, None], [ROWS, COLUMNS]), mask=is_packed
+        )
         if own % column_tiles == 0:
             tl.store(cu_texts_ptr + rows, first_of_row, mask=rows < num_rows)
 
@@ -256,10 +258,10 @@ def _pack_layout(
             no_text = (is_prompt | (row >= prompt_tokens + num_tokens)) & (row < capacity)
             tl.store(token_index_ptr + row, -1, mask=no_text)
             tl.store(position_ids_ptr + row, place, mask=no_text)
-            tl.store(slots_ptr + row, place, mask=no_text)
-            tl.store(key_slots_ptr + row, place, mask=no_text)
+            tl.store(query_position_ptr + row, place, mask=no_text)
+            tl.store(key_position_ptr + row, place, mask=no_text)
             tl.store(segments_ptr + row, own_segment, mask=no_text)
-            tl.store(sees_ptr + row, own_segment, mask=no_text)
+            tl.store(prefix_id_ptr + row, own_segment, mask=no_text)
             no_label = (row >= num_labels) & (row < label_capacity)
             tl.store(label_rows_ptr + row, 0, mask=no_label)
             tl.store(label_targets_ptr + row, IGNORE_INDEX, mask=no_label)

@@ -58,7 +58,7 @@ def shared_prompt_attention(
         value: [Hkv, T, Dv].
         layout: which token is what. Back ends keep on it what all layers of one step share.
         scale: of the scores; default `D ** -0.5`.
-        sliding_window: W >= 1: only keys with `slots[q] - key_slots[k] < W` are seen.
+        sliding_window: W >= 1: only keys with `query_position[q] - key_position[k] < W` are seen.
         softcap: c > 0: scores become `c * tanh(scores / c)` before any bias (Gemma 2).
         alibi_slopes: [Hq] ALiBi (Press et al. 2022, "Train Short, Test Long"), on `layout.position_ids`. They
             get no gradient; pass one tensor to all layers, so that they share its bias.
@@ -100,11 +100,11 @@ def shared_prompt_attention(
             query,
             key,
             value,
-            layout.slots,
+            layout.query_position,
             layout.position_ids,
-            layout.key_slots,
+            layout.key_position,
             layout.segments,
-            layout.sees,
+            layout.prefix_id,
             layout.cu_prompts,
             layout.cu_texts,
             layout.prompt_of_row,
@@ -157,7 +157,7 @@ def _check_tensors(
         query=query,
         key=key,
         value=value,
-        layout=layout.slots,
+        layout=layout.query_position,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         branches=layout.branches,
@@ -271,11 +271,11 @@ def _run(
             query,
             key,
             value,
-            layout.slots,
+            layout.query_position,
             layout.position_ids,
-            layout.key_slots,
+            layout.key_position,
             layout.segments,
-            layout.sees,
+            layout.prefix_id,
             layout.cu_prompts,
             layout.cu_texts,
             layout.prompt_tokens,
@@ -298,11 +298,11 @@ def _kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: Tensor,
+    query_position: Tensor,
     position_ids: Tensor,
-    key_slots: Tensor,
+    key_position: Tensor,
     segments: Tensor,
-    sees: Tensor,
+    prefix_id: Tensor,
     cu_prompts: Tensor,
     cu_texts: Tensor,
     prompt_of_row: Tensor,
@@ -319,11 +319,11 @@ def _kernel(
     branches: Tensor | None = None,
 ) -> Tensor:
     layout = AttentionLayout(
-        slots,
+        query_position,
         position_ids,
-        key_slots,
+        key_position,
         segments,
-        sees,
+        prefix_id,
         cu_prompts,
         cu_texts,
         prompt_of_row,
@@ -351,8 +351,9 @@ def _kernel(
 
 # The op makes its plans anew at each call; a compiler merges what the layers of one graph have in common.
 _OP = define(
-    "shared_prompt_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor position_ids,"
-    " Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts, Tensor cu_texts,"
+    "shared_prompt_attention(Tensor query, Tensor key, Tensor value, Tensor query_position,"
+    " Tensor position_ids,"
+    " Tensor key_position, Tensor segments, Tensor prefix_id, Tensor cu_prompts, Tensor cu_texts,"
     " Tensor prompt_of_row, int[] prompt_lengths, SymInt? num_tokens, SymInt? longest_text, float scale,"
     " int? sliding_window=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None,"
     ' float dropout_p=0.0, str backend="auto", Tensor? branches=None) -> Tensor',

@@ -13,17 +13,18 @@ from torch import Tensor
 class AttentionLayout:
     """The packed row as the attention sees it: int32 tensors on its device, and sizes that the host knows.
 
-    A token q sees a token k where `(segments[k] == segments[q] or segments[k] == sees[q]) and key_slots[k] <=
-    slots[q]`, and with a sliding window of W where also `slots[q] - key_slots[k] < W`. Where texts have
-    branches, also `branches[k] == 0 or branches[k] == branches[q]` must hold: a branch goes on from its text
-    as if the other branches were not there. See `softprompt.ops.pack_layout.LayoutTensors` for the row.
+    A token q sees a token k where `(segments[k] == segments[q] or segments[k] == prefix_id[q]) and
+    key_position[k] <= query_position[q]`, and with a sliding window of W where also `query_position[q] -
+    key_position[k] < W`. Where texts have branches, also `branches[k] == 0 or branches[k] == branches[q]`
+    must hold: a branch goes on from its text as if the other branches were not there. See
+    `softprompt.ops.pack_layout.LayoutTensors` for the row.
     """
 
-    slots: Tensor  # [T]
+    query_position: Tensor  # [T]
     position_ids: Tensor  # [T] what ALiBi counts
-    key_slots: Tensor  # [T]
+    key_position: Tensor  # [T]
     segments: Tensor  # [T]
-    sees: Tensor  # [T]
+    prefix_id: Tensor  # [T]
     cu_prompts: Tensor  # [K + 1] first row of each prompt, and the first text row
     cu_texts: Tensor  # [B + 1] first row of each text, and the first dummy
     prompt_of_row: Tensor  # [B] the prompt that each text sees
@@ -40,7 +41,7 @@ class AttentionLayout:
     @property
     def num_rows(self) -> int:
         """T, dummies included."""
-        return self.slots.shape[0]
+        return self.query_position.shape[0]
 
     @property
     def prompt_tokens(self) -> int:

@@ -37,9 +37,9 @@ def shared_prompt_attention(
         query,
         key,
         value,
-        layout.slots,
+        layout.query_position,
         layout.position_ids,
-        layout.key_slots,
+        layout.key_position,
         layout.cu_prompts,
         layout.cu_texts,
         layout.prompt_of_row,
@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
 
 
 _ARGUMENTS = (
-    "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor cu_prompts, Tensor cu_texts,"
+    "Tensor query_position, Tensor position_ids, Tensor key_position, Tensor cu_prompts, Tensor cu_texts,"
     " Tensor prompt_of_row, float scale, int? sliding_window, float? softcap, Tensor? alibi_slopes,"
     " Tensor? sinks, Tensor? branches"
 )

@@ -69,7 +69,7 @@ def index_texts(layout: AttentionLayout) -> TextIndex:
     """
     if layout.longest_text is None:
         raise ValueError("the padded form needs a layout that knows its longest text")
-    device = layout.slots.device
+    device = layout.query_position.device
     prompts, live = layout.prompt_tokens, layout.num_live
     batch_size, longest = layout.prompt_of_row.shape[0], layout.longest_text
     longest_prompt = max(layout.prompt_lengths)
@@ -140,7 +140,10 @@ def bias_of_texts(
     def keys(values: Tensor) -> Tensor:
         return values[texts.key_index].view(texts.batch_size, 1, -1)
 
-    seen = _reaches(queries(layout.slots), keys(layout.key_slots), window) & ~texts.key_is_pad[:, None]
+    seen = (
+        _reaches(queries(layout.query_position), keys(layout.key_position), window)
+        & ~texts.key_is_pad[:, None]
+    )
     if layout.branches is not None:
         seen &= _on_the_way(queries(layout.branches), keys(layout.branches))
     distance = keys(layout.position_ids) - queries(layout.position_ids)
@@ -156,10 +159,11 @@ def bias_of_prompt(
     dtype: torch.dtype,
 ) -> Bias:
     """[num_prompts, 1 or Hq, P, P]: the bias of prompts of one length, which stand in `rows`."""
-    slots, key_slots, positions = (
-        values[rows].view(num_prompts, -1) for values in (layout.slots, layout.key_slots, layout.position_ids)
+    query_position, key_position, positions = (
+        values[rows].view(num_prompts, -1)
+        for values in (layout.query_position, layout.key_position, layout.position_ids)
     )
-    seen = _reaches(slots[:, :, None], key_slots[:, None, :], window)
+    seen = _reaches(query_position[:, :, None], key_position[:, None, :], window)
     # A prompt's row always sees itself, whatever the window.
     return _bias(seen, positions[:, None, :] - positions[:, :, None], None, slopes, dtype)
 
@@ -168,21 +172,27 @@ def bias_of_all(
     layout: AttentionLayout, window: int | None, slopes: Tensor | None, dtype: torch.dtype
 ) -> Bias:
     """[1, 1 or Hq, ΣP + N, ΣP + N]: the bias of the whole row without its dummies."""
-    slots, key_slots, segments, sees, positions = (
+    query_position, key_position, segments, prefix_id, positions = (
         values[: layout.num_live]
-        for values in (layout.slots, layout.key_slots, layout.segments, layout.sees, layout.position_ids)
+        for values in (
+            layout.query_position,
+            layout.key_position,
+            layout.segments,
+            layout.prefix_id,
+            layout.position_ids,
+        )
     )
-    same = (segments[:, None] == segments) | (sees[:, None] == segments)
-    seen = same & _reaches(slots[:, None], key_slots, window)
+    same = (segments[:, None] == segments) | (prefix_id[:, None] == segments)
+    seen = same & _reaches(query_position[:, None], key_position, window)
     if layout.branches is not None:
         branches = layout.branches[: layout.num_live]
         seen &= _on_the_way(branches[:, None], branches)
     return _bias(seen[None], (positions - positions[:, None])[None], window, slopes, dtype)
 
 
-def _reaches(query_slots: Tensor, key_slots: Tensor, window: int | None) -> Tensor:
-    seen = key_slots <= query_slots
-    return seen if window is None else seen & (query_slots - key_slots < window)
+def _reaches(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
+    seen = key_position <= query_position
+    return seen if window is None else seen & (query_position - key_position < window)
 
 
 def _on_the_way(query_branches: Tensor, key_branches: Tensor) -> Tensor:

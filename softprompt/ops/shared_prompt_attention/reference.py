@@ -15,12 +15,12 @@ def visible(layout: AttentionLayout, sliding_window: int | None) -> Tensor:
         layout: of the packed row.
         sliding_window: W, in slots; None: no window.
     """
-    query_slots, key_slots = layout.slots[:, None], layout.key_slots[None, :]
+    query_position, key_position = layout.query_position[:, None], layout.key_position[None, :]
     own = layout.segments[None, :] == layout.segments[:, None]
-    shared = layout.segments[None, :] == layout.sees[:, None]
-    seen = (own | shared) & (key_slots <= query_slots)
+    shared = layout.segments[None, :] == layout.prefix_id[:, None]
+    seen = (own | shared) & (key_position <= query_position)
     if sliding_window is not None:
-        seen = seen & (query_slots - key_slots < sliding_window)
+        seen = seen & (query_position - key_position < sliding_window)
     if layout.branches is not None:
         seen = seen & ((layout.branches == 0) | (layout.branches == layout.branches[:, None]))
     return seen

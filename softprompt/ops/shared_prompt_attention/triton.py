@@ -41,11 +41,11 @@ def forward(
     query: Tensor,  # [Hq, T, D]
     key: Tensor,  # [Hkv, T, D]
     value: Tensor,  # [Hkv, T, Dv]
-    slots: Tensor,  # [T], as the next four
+    query_position: Tensor,  # [T], as the next four
     position_ids: Tensor,
-    key_slots: Tensor,
+    key_position: Tensor,
     segments: Tensor,
-    sees: Tensor,
+    prefix_id: Tensor,
     cu_prompts: Tensor,  # [K + 1]
     cu_texts: Tensor,  # [B + 1]
     scale: float,
@@ -72,11 +72,11 @@ def forward(
             lse,
             alibi_slopes,
             sinks,
-            slots,
+            query_position,
             position_ids,
-            key_slots,
+            key_position,
             segments,
-            sees,
+            prefix_id,
             cu_prompts,
             cu_texts,
             num_rows,
@@ -101,11 +101,11 @@ def backward(
     value: Tensor,  # [Hkv, T, Dv]
     out: Tensor,  # [Hq, T, Dv]
     lse: Tensor,  # [Hq, T]
-    slots: Tensor,  # [T], as the next four
+    query_position: Tensor,  # [T], as the next four
     position_ids: Tensor,
-    key_slots: Tensor,
+    key_position: Tensor,
     segments: Tensor,
-    sees: Tensor,
+    prefix_id: Tensor,
     cu_prompts: Tensor,  # [K + 1]
     cu_texts: Tensor,  # [B + 1]
     prompt_rows: int,
@@ -127,7 +127,7 @@ def backward(
         for t in (query, key, value)
     ]
     delta = torch.empty_like(lse)
-    layout = (slots, position_ids, key_slots, segments, sees, cu_prompts, cu_texts)
+    layout = (query_position, position_ids, key_position, segments, prefix_id, cu_prompts, cu_texts)
     counts = (cu_prompts.shape[0] - 1, cu_texts.shape[0] - 1, num_heads // num_key_heads)
     strides = (*query.stride(), *key.stride(), *value.stride())
     with torch.cuda.device_of(query):

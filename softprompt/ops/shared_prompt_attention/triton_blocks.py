@@ -37,14 +37,14 @@ def scores_of(
 def seen_pairs(
     slot_q,
     segment_q,
-    sees_q,
+    prefix_q,
     slot_k,
     segment_k,
     window,
     HAS_WINDOW: tl.constexpr,
 ):
     """[queries, keys] which key is seen by which query."""
-    seen = (segment_k[None, :] == segment_q[:, None]) | (segment_k[None, :] == sees_q[:, None])
+    seen = (segment_k[None, :] == segment_q[:, None]) | (segment_k[None, :] == prefix_q[:, None])
     seen &= slot_k[None, :] <= slot_q[:, None]
     if HAS_WINDOW:
         seen &= slot_q[:, None] - slot_k[None, :] < window
@@ -76,7 +76,7 @@ def key_ranges(
     rows,
     in_row,
     segment_q,
-    sees_q,
+    prefix_q,
     first,
     segments_ptr,
     cu_prompts_ptr,
@@ -89,9 +89,9 @@ def key_ranges(
     """Where the keys of a block of queries lie: prompt rows from, to; own rows from; and if it is uniform."""
     first_segment = tl.load(segments_ptr + first)
     own = own_start(first, first_segment, cu_prompts_ptr, cu_texts_ptr, num_prompts, num_texts)
-    is_text = in_row & (segment_q >= num_prompts) & (sees_q >= 0) & (sees_q < num_prompts)
-    lowest = tl.min(tl.where(is_text, sees_q, num_prompts), 0)
-    highest = tl.max(tl.where(is_text, sees_q, -1), 0)
+    is_text = in_row & (segment_q >= num_prompts) & (prefix_q >= 0) & (prefix_q < num_prompts)
+    lowest = tl.min(tl.where(is_text, prefix_q, num_prompts), 0)
+    highest = tl.max(tl.where(is_text, prefix_q, -1), 0)
     prompt_from = tl.load(cu_prompts_ptr + lowest)
     prompt_to = tl.load(cu_prompts_ptr + highest + 1)
     # A block that begins inside the prompts has the rest of them among its own rows.

@@ -22,12 +22,12 @@ def _forward_range(
     query,
     key_ptr,  # of the head
     value_ptr,
-    key_slots_ptr,
+    key_position_ptr,
     segments_ptr,
     positions_ptr,
     slot_q,
     segment_q,
-    sees_q,
+    prefix_q,
     position_q,
     slope,
     start,
@@ -62,7 +62,7 @@ def _forward_range(
             # What a dummy holds must not meet other rows, not even with a probability of zero.
             segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
             exists &= segment_k < first_dummy
-        slot_k = tl.load(key_slots_ptr + keys, mask=exists, other=2147483647)
+        slot_k = tl.load(key_position_ptr + keys, mask=exists, other=2147483647)
         key = tl.load(
             key_ptr + wide[None, :] * key_row_stride + columns[:, None] * key_stride,
             mask=exists[None, :] & (columns < head_dim)[:, None],
@@ -76,7 +76,7 @@ def _forward_range(
         if UNIFORM:
             seen = (exists & (slot_k != 2147483647))[None, :]
         else:
-            seen = seen_pairs(slot_q, segment_q, sees_q, slot_k, segment_k, window, HAS_WINDOW)
+            seen = seen_pairs(slot_q, segment_q, prefix_q, slot_k, segment_k, window, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         now_highest = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(now_highest == float("-inf"), 0.0, now_highest)
@@ -111,11 +111,11 @@ def attention_forward(
     lse_ptr,  # [Hq, T]
     slopes_ptr,  # [Hq]
     sinks_ptr,  # [Hq]
-    slots_ptr,  # [T], as the next four
+    query_position_ptr,  # [T], as the next four
     positions_ptr,
-    key_slots_ptr,
+    key_position_ptr,
     segments_ptr,
-    sees_ptr,
+    prefix_id_ptr,
     cu_prompts_ptr,  # [K + 1]
     cu_texts_ptr,  # [B + 1]
     num_rows,
@@ -154,12 +154,12 @@ def attention_forward(
     rows = first + tl.arange(0, QUERIES)
     in_row = rows < num_rows
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
-    slot_q = tl.load(slots_ptr + rows, mask=in_row, other=0)
+    slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
     segment_q = tl.load(segments_ptr + rows, mask=in_row, other=-2)
     first_dummy = num_prompts + num_texts  # segments from here on are dummies, each of its own
     is_dummy = segment_q >= first_dummy
     live = in_row & ~is_dummy
-    sees_q = tl.load(sees_ptr + rows, mask=live, other=-2)
+    prefix_q = tl.load(prefix_id_ptr + rows, mask=live, other=-2)
     position_q = slot_q
     slope = 0.0
     if slopes_ptr is not None:
@@ -169,7 +169,7 @@ def attention_forward(
         rows,
         in_row,
         segment_q,
-        sees_q,
+        prefix_q,
         first,
         segments_ptr,
         cu_prompts_ptr,
@@ -209,12 +209,12 @@ def attention_forward(
                 query,
                 key_ptr,
                 value_ptr,
-                key_slots_ptr,
+                key_position_ptr,
                 segments_ptr,
                 positions_ptr,
                 slot_q,
                 segment_q,
-                sees_q,
+                prefix_q,
                 position_q,
                 slope,
                 prompt_from if part == 0 else own,
@@ -248,12 +248,12 @@ def attention_forward(
             query,
             key_ptr,
             value_ptr,
-            key_slots_ptr,
+            key_position_ptr,
             segments_ptr,
             positions_ptr,
             slot_q,
             segment_q,
-            sees_q,
+            prefix_q,
             position_q,
             slope,
             prompt_from if part == 0 else own,

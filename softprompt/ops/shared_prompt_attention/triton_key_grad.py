@@ -28,11 +28,11 @@ def attention_backward_key(
     partial_key_ptr,  # [splits, Hkv, ΣP, D]
     partial_value_ptr,  # [splits, Hkv, ΣP, Dv]
     slopes_ptr,  # [Hq]
-    slots_ptr,  # [T], as the next four
+    query_position_ptr,  # [T], as the next four
     positions_ptr,
-    key_slots_ptr,
+    key_position_ptr,
     segments_ptr,
-    sees_ptr,
+    prefix_id_ptr,
     cu_prompts_ptr,  # [K + 1]
     cu_texts_ptr,  # [B + 1]
     num_rows,
@@ -86,7 +86,7 @@ def attention_backward_key(
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
     in_key = exists[:, None] & (columns < head_dim)[None, :]
     in_value = exists[:, None] & (value_columns < value_dim)[None, :]
-    slot_k = tl.load(key_slots_ptr + keys, mask=exists, other=2147483647)
+    slot_k = tl.load(key_position_ptr + keys, mask=exists, other=2147483647)
     segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
     first_dummy = num_prompts + num_texts
     is_dummy = segment_k >= first_dummy
@@ -145,7 +145,7 @@ def attention_backward_key(
             in_row = rows < end
             if OF_PROMPTS:
                 # Other prompts' texts, whole blocks of them as a rule, have no part in this block.
-                sees = tl.load(sees_ptr + rows, mask=in_row, other=-2)
+                sees = tl.load(prefix_id_ptr + rows, mask=in_row, other=-2)
                 in_row &= sees < num_prompts
                 takes_part = tl.max(((sees >= first_segment) & (sees <= last_segment)).to(tl.int32), 0) > 0
             else:
@@ -154,7 +154,7 @@ def attention_backward_key(
                 takes_part = True
             if takes_part:
                 wide = rows.to(tl.int64)
-                slot_q = tl.load(slots_ptr + rows, mask=in_row, other=0)
+                slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
                 position_q = slot_q
                 if HAS_SLOPES:
                     position_q = tl.load(positions_ptr + rows, mask=in_row, other=0)

@@ -64,7 +64,8 @@ def _triton_backward_fake(
 
 
 _LAYOUT_SCHEMA = (
-    "Tensor slots, Tensor position_ids, Tensor key_slots, Tensor segments, Tensor sees, Tensor cu_prompts,"
+    "Tensor query_position, Tensor position_ids, Tensor key_position, Tensor segments, Tensor prefix_id,"
+    " Tensor cu_prompts,"
     " Tensor cu_texts, SymInt prompt_tokens, float scale, int? sliding_window, float? softcap,"
     " Tensor? alibi_slopes, Tensor? sinks"
 )

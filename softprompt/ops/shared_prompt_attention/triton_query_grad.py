@@ -28,7 +28,7 @@ def _query_range(
     positions_ptr,
     slot_q,
     segment_q,
-    sees_q,
+    prefix_q,
     position_q,
     slope,
     start,
@@ -79,7 +79,7 @@ def _query_range(
         if UNIFORM:
             seen = (exists & (slot_k != 2147483647))[None, :]
         else:
-            seen = seen_pairs(slot_q, segment_q, sees_q, slot_k, segment_k, window, HAS_WINDOW)
+            seen = seen_pairs(slot_q, segment_q, prefix_q, slot_k, segment_k, window, HAS_WINDOW)
         dot = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=accumulated.dtype)
         grad_dot = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION, out_dtype=accumulated.dtype)
         _, grad = gradient_of_scores(
@@ -117,11 +117,11 @@ def attention_backward_query(
     delta_ptr,  # [Hq, T]
     grad_query_ptr,  # [Hq, T, D]
     slopes_ptr,  # [Hq]
-    slots_ptr,  # [T], as the next four
+    query_position_ptr,  # [T], as the next four
     positions_ptr,
     key_slots_ptr,
     segments_ptr,
-    sees_ptr,
+    prefix_id_ptr,
     cu_prompts_ptr,  # [K + 1]
     cu_texts_ptr,  # [B + 1]
     num_rows,
@@ -165,11 +165,11 @@ def attention_backward_query(
     in_row = rows < num_rows
     wide, wide_head = rows.to(tl.int64), head.to(tl.int64)
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
-    slot_q = tl.load(slots_ptr + rows, mask=in_row, other=0)
+    slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
     segment_q = tl.load(segments_ptr + rows, mask=in_row, other=-2)
     first_dummy = num_prompts + num_texts
     live = in_row & (segment_q < first_dummy)
-    sees_q = tl.load(sees_ptr + rows, mask=live, other=-2)
+    prefix_q = tl.load(prefix_id_ptr + rows, mask=live, other=-2)
     position_q = slot_q
     slope = 0.0
     if slopes_ptr is not None:
@@ -179,7 +179,7 @@ def attention_backward_query(
         rows,
         in_row,
         segment_q,
-        sees_q,
+        prefix_q,
         first,
         segments_ptr,
         cu_prompts_ptr,
@@ -234,7 +234,7 @@ def attention_backward_query(
                 positions_ptr,
                 slot_q,
                 segment_q,
-                sees_q,
+                prefix_q,
                 position_q,
                 slope,
                 prompt_from if part == 0 else own,
@@ -274,7 +274,7 @@ def attention_backward_query(
             positions_ptr,
             slot_q,
             segment_q,
-            sees_q,
+            prefix_q,
             position_q,
             slope,
             prompt_from if part == 0 else own,
