@@ -11,7 +11,7 @@ from benchmarks.kernels.cases import KERNEL_CASES
 from benchmarks.records import Device, Measured
 from benchmarks.targets import Goal, best, goals_of_case, goals_of_kernel, is_own, relative
 from benchmarks.variants import REFERENCE
-from softprompt.ops.library import BACKENDS, PREFERRED
+from softprompt.ops.registry import BACKENDS, PREFERRED
 
 NOT_MEASURED = "not measured"
 FAILED = "check failed"

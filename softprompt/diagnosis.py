@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from softprompt import __version__
-from softprompt.ops.library import BACKENDS, BUILD_COMMAND, PREFERRED, availability
+from softprompt.ops.registry import BACKENDS, BUILD_COMMAND, PREFERRED, availability
 
 PACKAGE = "softprompt"
 OPTIONAL = ("triton", "accelerate", "datasets", "matplotlib", "pandas", "rich", "ninja")

@@ -19,7 +19,7 @@ from softprompt.engine.batch import check_batch
 from softprompt.engine.forward import POSITIONS, check_option, prompt_width
 from softprompt.engine.runner import RunOptions, UnsupportedModelError, obstacle_to, runner_of
 from softprompt.nesting import base_of
-from softprompt.ops.library import AUTO
+from softprompt.ops.registry import AUTO
 from softprompt.prompt_encoders import prompt_of
 from softprompt.state import state_of
 

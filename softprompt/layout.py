@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO
 from softprompt.ops.pack_layout import LayoutTensors, pack_layout, prompt_offsets
+from softprompt.ops.registry import AUTO
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
 IGNORE_INDEX = -100

@@ -22,7 +22,7 @@ from softprompt.eligibility import (
     reason_for_peft,
     refuse_joined_texts,
 )
-from softprompt.engine import Plan, families, registry, sharding
+from softprompt.engine import Plan, families, model_records, sharding
 from softprompt.engine.answers import trimmed
 from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import prompt_width
@@ -36,7 +36,7 @@ from softprompt.generation import GenerateCall, generate, read_call, refuse_what
 from softprompt.generation.stock import step_inputs, tells_its_length
 from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of, has_prompt_below, is_nested
-from softprompt.ops.library import AUTO
+from softprompt.ops.registry import AUTO
 from softprompt.prompt_encoders import (
     adapters_of_rows,
     batch_of,
@@ -76,7 +76,7 @@ def synchronized(method: Method) -> Method:
         if not hasattr(self, "get_base_model"):
             return method(self, *args, **kwargs)  # which says what it takes
         # Reentrant: a model may assist itself, or be asked again by a logits processor.
-        with registry.lock_of(base_of(self)):
+        with model_records.lock_of(base_of(self)):
             return method(self, *args, **kwargs)
 
     return _without_wrapped(alone, method)

@@ -25,7 +25,7 @@ from softprompt.engine.forward import (
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.nesting import base_of
-from softprompt.ops.library import AUTO, BACKENDS
+from softprompt.ops.registry import AUTO, BACKENDS
 from softprompt.patched_model import FRONTS, is_own_method, patched_class
 from softprompt.prompt_encoders import is_pefts
 from softprompt.state import STATE, PatchOptions, PatchState, give_state, plan_of, take_state

@@ -19,7 +19,7 @@ from softprompt.engine.prefill import describe, prefill_for
 from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.nesting import base_of
-from softprompt.ops.library import AUTO, PREFERRED, availability, choose_backend, triton_availability
+from softprompt.ops.registry import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.ops.shared_prompt_attention.api import usual_backend
 from softprompt.prompt_encoders import has_tasks, unshared
 from softprompt.state import PatchState, plan_of, state_of

@@ -13,11 +13,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(int(os.environ.get("SOFTPROMPT_TEST_THREADS", "1")))
 if "SOFTPROMPT_TEST_NATIVE" in os.environ:  # a module that tests/native/native_build.py built
-    from softprompt.ops import library
+    from softprompt.ops import registry
 
     module = Path(os.environ["SOFTPROMPT_TEST_NATIVE"])
     sys.path.insert(0, str(module.parent))
-    library._NATIVE_MODULES["cpu"] = module.name.split(".")[0]
+    registry._NATIVE_MODULES["cpu"] = module.name.split(".")[0]
 
 
 @pytest.fixture

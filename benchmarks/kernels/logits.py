@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from benchmarks.kernels.head import HeadSizes
 from benchmarks.kernels.problem import KernelVariant, NotAvailable, Outputs, Problem, dtype_of
-from softprompt.ops.library import availability
+from softprompt.ops.registry import availability
 
 _BACKENDS = ("triton", "native", "reference")
 

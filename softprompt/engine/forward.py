@@ -14,7 +14,7 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError, obstacle_to, runner_of
 from softprompt.engine.stock import stock_forward
 from softprompt.layout import raise_out_of_range
-from softprompt.ops.library import AUTO, BACKENDS
+from softprompt.ops.registry import AUTO, BACKENDS
 from softprompt.warn import warn
 
 ON_UNSUPPORTED = ("fallback", "error")

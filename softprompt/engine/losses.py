@@ -17,9 +17,9 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.overrides import returning
 from softprompt.engine.packed import HiddenRows
 from softprompt.layout import IGNORE_INDEX, PackedLayout
-from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
+from softprompt.ops.registry import AUTO
 
 
 # ------------------------------------------------------------------------------------------------- logits

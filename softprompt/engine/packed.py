@@ -16,7 +16,7 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.overrides import IN_USE
 from softprompt.layout import PackedLayout, build_layout
 from softprompt.ops.embed_prompt import embed_prompt
-from softprompt.ops.library import AUTO
+from softprompt.ops.registry import AUTO
 
 
 @dataclass(frozen=True, eq=False)

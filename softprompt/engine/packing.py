@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompt.layout import PackedLayout
-from softprompt.ops.library import AUTO
+from softprompt.ops.registry import AUTO
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 
 if TYPE_CHECKING:

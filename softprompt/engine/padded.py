@@ -12,8 +12,8 @@ from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packed import HiddenRows, check_length
 from softprompt.layout import IGNORE_INDEX, raise_out_of_range
-from softprompt.ops.library import AUTO
 from softprompt.ops.prepend_prompt import prepend_prompt
+from softprompt.ops.registry import AUTO
 
 
 def padded_rows(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import attention, families, pads, precision, registry, sharding
+from softprompt.engine import attention, families, model_records, pads, precision, sharding
 from softprompt.engine.attention import describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
@@ -121,9 +121,9 @@ class _Known:
 def _plan_by_fingerprint(model: CausalLM, sharded: bool) -> Plan:
     key = fingerprint(model)
     if sharded or sharding.by_fsdp(model):
-        known = registry.last(model, "plan")
+        known = model_records.last(model, "plan")
         return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
-    return registry.kept(model, "plan", key, lambda: make_plan(model))
+    return model_records.kept(model, "plan", key, lambda: make_plan(model))
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)

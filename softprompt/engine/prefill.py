@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from softprompt.engine import families, registry
+from softprompt.engine import families, model_records
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.batch import Batch
 from softprompt.engine.caches import cache_argument
@@ -29,7 +29,7 @@ from softprompt.engine.packing import Packing
 from softprompt.engine.plan import Plan, evaluating, probe_batch, tolerance
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
 from softprompt.engine.stock import stock_forward
-from softprompt.ops.library import AUTO
+from softprompt.ops.registry import AUTO
 
 # Their bias or mask counts places in the cache, so pads behind the prompt would count too.
 _COUNT_PLACES = ("mpt", "gpt_neo")
@@ -193,9 +193,9 @@ class Prefill:
 def prefill_for(model: CausalLM, plan: Plan) -> Prefill:
     """How a model's calls start, found by running two short rows; made once for each plan."""
     with IN_USE:
-        known = registry.last(model, "prefill")
+        known = model_records.last(model, "prefill")
         if known is None or known[0] is not plan:  # a plan that was made again may be equal
-            return registry.put(model, "prefill", plan, _choose(model, plan))
+            return model_records.put(model, "prefill", plan, _choose(model, plan))
         return known[1]
 
 

@@ -22,8 +22,8 @@ from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.recorders import first_line
 from softprompt.engine.token_scores import token_scores
 from softprompt.layout import PackedLayout
-from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import check_num_items
+from softprompt.ops.registry import AUTO
 from softprompt.warn import warn
 
 

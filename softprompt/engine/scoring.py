@@ -28,7 +28,7 @@ from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.engine.stock import stock_forward
 from softprompt.layout import PackedLayout, branch_out, build_layout, raise_out_of_range
-from softprompt.ops.library import AUTO, BACKENDS
+from softprompt.ops.registry import AUTO, BACKENDS
 from softprompt.warn import warn
 
 _LOGITS_AT_ONCE = 2**24  # numbers

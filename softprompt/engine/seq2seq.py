@@ -23,8 +23,8 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.overrides import IN_USE, override
 from softprompt.engine.packed import raise_too_long
 from softprompt.layout import IGNORE_INDEX, raise_out_of_range
-from softprompt.ops.library import AUTO
 from softprompt.ops.prepend_prompt import prepend_prompt
+from softprompt.ops.registry import AUTO
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families, pads, registry, sharding
+from softprompt.engine import families, model_records, pads, sharding
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.fingerprint import fingerprint
@@ -28,8 +28,8 @@ from softprompt.engine.precision import whole_batch_obstacle
 from softprompt.engine.runner import warn_of_no_labels
 from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows, shifted, trains_decoder
 from softprompt.engine.seq2seq_logits import head_bias, logits_source, own_logits
-from softprompt.ops.library import AUTO
 from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_entropy
+from softprompt.ops.registry import AUTO
 
 # Settings of encoders in which pads at the end change what stands before them, whatever the mask says:
 # windows and blocks that the length is rounded up to, and experts whose places go to the first rows.
@@ -64,7 +64,7 @@ def seq2seq_plan_for(model: CausalLM, *, sharded: bool = False) -> Seq2SeqPlan:
         return _SHARDED
     with IN_USE:
         key = (*fingerprint(model), *_scales(model))
-        return registry.kept(model, "plan", key, lambda: make_seq2seq_plan(model))
+        return model_records.kept(model, "plan", key, lambda: make_seq2seq_plan(model))
 
 
 _SHARDED = Seq2SeqPlan(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from softprompt.engine import registry
+from softprompt.engine import model_records
 from softprompt.engine.overrides import override
 from softprompt.engine.structure import structure_of
 
@@ -197,7 +197,7 @@ def all_agree(model: nn.Module, choice: tuple[Any, ...]) -> bool:
     """
     if not in_group():
         return True
-    return registry.kept(model, "agreement", choice, lambda: len(set(_choices_of_ranks(choice))) == 1)
+    return model_records.kept(model, "agreement", choice, lambda: len(set(_choices_of_ranks(choice))) == 1)
 
 
 def _choices_of_ranks(choice: tuple[Any, ...]) -> list[Any]:

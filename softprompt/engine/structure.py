@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from softprompt.engine import registry
+from softprompt.engine import model_records
 
 _RANDOM = ("drop", "jitter")  # dropout, layerdrop, drop_path; router noise
 
@@ -70,8 +70,8 @@ class Structure:
 
 def structure_of(root: nn.Module) -> tuple[Structure, list[nn.Module]]:
     """The structure of a model or a part of it, as it is now, and its modules."""
-    known = registry.last(root, "structure")
+    known = model_records.last(root, "structure")
     modules = None if known is None else known[1].modules()
     if known is None or modules is None:
-        return registry.put(root, "structure", None, Structure(root)), list(root.modules())
+        return model_records.put(root, "structure", None, Structure(root)), list(root.modules())
     return known[1], modules

@@ -7,7 +7,7 @@ import torch
 
 import softprompt
 from softprompt.cli import main
-from softprompt.ops import library
+from softprompt.ops import registry
 
 
 @pytest.fixture
@@ -15,11 +15,11 @@ def native(monkeypatch):
     """Sets what is found of the native ops, by the name of the module that holds them."""
 
     def hold(module):
-        monkeypatch.setitem(library._NATIVE_MODULES, "cpu", module)
-        library.native_availability.cache_clear()
+        monkeypatch.setitem(registry._NATIVE_MODULES, "cpu", module)
+        registry.native_availability.cache_clear()
 
     yield hold
-    library.native_availability.cache_clear()
+    registry.native_availability.cache_clear()
 
 
 def diagnosis(capsys):
@@ -33,7 +33,7 @@ def test_doctor_names_versions_devices_and_the_choice_of_auto(capsys):
     assert versions["torch"] == importlib.metadata.version("torch")
     assert {"softprompt", "transformers", "peft", "triton"} <= set(versions)
     assert found["devices"][0]["name"] == "cpu"
-    assert found["chosen"]["cpu"] == ("native" if library.native_availability("cpu").usable else "reference")
+    assert found["chosen"]["cpu"] == ("native" if registry.native_availability("cpu").usable else "reference")
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     for part in (
@@ -60,18 +60,18 @@ def test_a_module_from_other_sources_is_refused_instead_of_called(capsys, native
     (tmp_path / "module_of_another_time.py").write_text("INTERFACE = 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     native("module_of_another_time")
-    availability = library.native_availability("cpu")
+    availability = registry.native_availability("cpu")
     assert not availability.usable
     assert "was built from other sources (interface 0, expected" in availability.reason
     with pytest.raises(ValueError, match=r"backend='native' cannot be used: .* was built from other sources"):
-        library.choose_backend("embed_prompt", "native", torch.device("cpu"))
+        registry.choose_backend("embed_prompt", "native", torch.device("cpu"))
 
 
 def test_a_module_that_does_not_load_gives_its_reason(native, tmp_path, monkeypatch):
     (tmp_path / "broken_module.py").write_text("raise ImportError('undefined symbol: at_something')\n")
     monkeypatch.syspath_prepend(tmp_path)
     native("broken_module")
-    assert "does not load: undefined symbol: at_something" in library.native_availability("cpu").reason
+    assert "does not load: undefined symbol: at_something" in registry.native_availability("cpu").reason
 
 
 def test_doctor_fails_where_a_required_back_end_is_missing(capsys, native):

@@ -70,12 +70,12 @@ def test_the_dense_mask_of_a_model_knows_branches():
     plan = plan_for(model)
     prompt, batch = prompt_for(model), make_batch((7, 3), "left", None)
     expected = softprompt.score(model, prompt, CANDIDATES, **batch)
+    from softprompt.engine import model_records
     from softprompt.engine import plan as plans
-    from softprompt.engine import registry
 
     for seam in ("mask", "dense"):
         changed = plans.replace(plan, seam=seam)
-        registry.put(model, "plan", registry.last(model, "plan")[0], changed)
+        model_records.put(model, "plan", model_records.last(model, "plan")[0], changed)
         torch.testing.assert_close(softprompt.score(model, prompt, CANDIDATES, **batch), expected)
 
 

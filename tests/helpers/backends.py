@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from softprompt.ops.library import availability
+from softprompt.ops.registry import availability
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

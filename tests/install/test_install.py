@@ -84,7 +84,7 @@ class Environment:
         return json.loads(
             self.run(
                 "import json, softprompt\n"
-                "from softprompt.ops.library import availability\n"
+                "from softprompt.ops.registry import availability\n"
                 "found = availability('native', 'cpu')\n"
                 "from softprompt.ops.pack_layout import pack_layout\n"
                 "import torch\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_problem import BATCHES, HEADS, OPTIONS, layout_of, long_batch, results, tensors, with_vectors
 
-from softprompt.ops.library import INSTRUCTIONS, native_availability
+from softprompt.ops.registry import INSTRUCTIONS, native_availability
 from softprompt.ops.shared_prompt_attention import native as functions
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.api import native_obstacle

@@ -4,9 +4,9 @@ import pytest
 import torch
 from poison import poisoned_buffers
 
-from softprompt.ops.library import INSTRUCTIONS, native_availability
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.native import serves_few_rows
+from softprompt.ops.registry import INSTRUCTIONS, native_availability
 
 pytestmark = pytest.mark.skipif(not native_availability("cpu").usable, reason="the native ops are not built")
 

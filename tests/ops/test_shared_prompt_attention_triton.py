@@ -20,7 +20,7 @@ from attention_problem import (
 from poison import poisoned_buffers
 
 from benchmarks.attention_kernels import KERNELS, attention_case
-from softprompt.ops.library import triton_availability
+from softprompt.ops.registry import triton_availability
 from softprompt.ops.shared_prompt_attention import AttentionLayout, configs, shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.configs import (
     KINDS,

@@ -16,14 +16,14 @@ from reasons import calls, encoder_decoders, generation, models, steps, weights
 from reasons.calls import ADAPTERS, CALLS
 from reasons.rows import BATCH, Row, pattern_of
 from softprompt.engine import families, graphs, hooks, precision, sharding
-from softprompt.ops import library
+from softprompt.ops import registry
 
 __all__ = ["ADAPTERS", "BATCH", "CALLS", "DIRECT", "ELSEWHERE", "ROWS", "Row", "pattern_of"]
 
 
 def without_triton(kit):
     kit.monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    return library.triton_availability.__wrapped__("cuda").reason
+    return registry.triton_availability.__wrapped__("cuda").reason
 
 
 # Reasons that no whole model shows on a machine without a GPU: sentence -> what gives it
@@ -38,10 +38,10 @@ DIRECT = {
     ),
     "{} is on the meta device": lambda kit: precision.weight_obstacle("it", torch.empty(1, device="meta")),
     "{} holds {} numbers": lambda kit: precision.weight_obstacle("it", torch.empty(1, dtype=torch.int8)),
-    "there are no native ops for {} tensors": lambda kit: library.native_availability("meta").reason,
+    "there are no native ops for {} tensors": lambda kit: registry.native_availability("meta").reason,
     "triton is not installed (pip install triton)": without_triton,
     "Triton needs CUDA tensors, or TRITON_INTERPRET=1 for the CPU; got {}": (
-        lambda kit: library.triton_availability.__wrapped__("meta").reason
+        lambda kit: registry.triton_availability.__wrapped__("meta").reason
     ),
 }
 

@@ -99,7 +99,7 @@ def sources():
     yield from (path for path in ROOT.glob("*.py") if path.name != "__init__.py")
     for folder in ("engine", "generation"):
         yield from (ROOT / folder).glob("*.py")
-    yield ROOT / "ops" / "library.py"
+    yield ROOT / "ops" / "registry.py"
 
 
 def sentences_in(path):

@@ -21,11 +21,11 @@ from tiny_models import prompt_config, prompted  # noqa: E402
 
 import softprompt  # noqa: E402
 from softprompt import state  # noqa: E402
-from softprompt.engine import recorders, registry  # noqa: E402
+from softprompt.engine import model_records, recorders  # noqa: E402
 
 CACHES = {
     "states": state._MODELS,
-    "records": registry._RECORDS,
+    "records": model_records._RECORDS,
 }
 
 

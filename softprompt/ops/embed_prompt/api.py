@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_same_device, choose_backend, define
+from softprompt.ops.registry import AUTO, check_same_device, choose_backend, define
 
 
 def embed_prompt(

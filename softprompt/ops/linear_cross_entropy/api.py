@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_same_device
 from softprompt.ops.linear_cross_entropy.chunked import losses_of_rows
 from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
+from softprompt.ops.registry import AUTO, check_same_device
 
 IGNORE_INDEX = -100
 REDUCTIONS = ("mean", "sum", "none")

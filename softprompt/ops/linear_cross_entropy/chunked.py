@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import choose_backend, define
 from softprompt.ops.linear_cross_entropy.products import d_rows_of, logits_of
+from softprompt.ops.registry import choose_backend, define
 
 # A chunk reads the whole weight, so below about 200 rows on a GPU its time does not depend on the rows.
 _GPU_CHUNK_BYTES, _GPU_CHUNK_ROWS = 128 << 20, 1024

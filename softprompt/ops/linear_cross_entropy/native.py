@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import INSTRUCTIONS, declare
+from softprompt.ops.registry import INSTRUCTIONS, declare
 
 _MOST_ROWS = 256
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import choose_backend, define
+from softprompt.ops.registry import choose_backend, define
 
 
 def reduce_losses(

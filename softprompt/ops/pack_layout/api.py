@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_indices, check_same_device, choose_backend, define
+from softprompt.ops.registry import AUTO, check_indices, check_same_device, choose_backend, define
 
 MASKED_KEY = 2**31 - 1
 POSITIONS = ("slots", "mask", "compact")

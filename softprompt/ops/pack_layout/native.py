@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import declare
 from softprompt.ops.pack_layout.api import prompt_offsets
+from softprompt.ops.registry import declare
 
 
 def pack_layout(

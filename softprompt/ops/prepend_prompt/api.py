@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import AUTO, check_indices, check_same_device, choose_backend, define
+from softprompt.ops.registry import AUTO, check_indices, check_same_device, choose_backend, define
 
 IGNORE_INDEX = -100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import declare
+from softprompt.ops.registry import declare
 
 
 def prepend_prompt(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import (
+from softprompt.ops.registry import (
     AUTO,
     check_same_device,
     define,

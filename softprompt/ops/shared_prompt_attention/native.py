@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from softprompt.ops.library import INSTRUCTIONS, declare, define
+from softprompt.ops.registry import INSTRUCTIONS, declare, define
 from softprompt.ops.shared_prompt_attention.gradient import no_second_derivative
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 

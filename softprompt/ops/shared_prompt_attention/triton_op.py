@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.library import define
+from softprompt.ops.registry import define
 from softprompt.ops.shared_prompt_attention.gradient import no_second_derivative
 
 
