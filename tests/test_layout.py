@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softprompt.layout import build_layout, round_up
-from softprompt.ops.pack_layout import MASKED_KEY, api
+from softprompt.ops.constants import MASKED_KEY
+from softprompt.ops.registry import KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "triton"]
@@ -127,7 +128,7 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.softprompt.pack_layout.default:
             with self:
-                return api._kernel(*args)
+                return KERNELS[func](*args)
         if func._opname in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"):
             self.seen.append(func._opname)
         return func(*args, **(kwargs or {}))

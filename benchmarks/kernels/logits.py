@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from benchmarks.kernels.head import HeadSizes
 from benchmarks.kernels.problem import KernelVariant, NotAvailable, Outputs, Problem, dtype_of
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.registry import availability
 
 _BACKENDS = ("triton", "native", "reference")
@@ -39,16 +40,7 @@ def logit_rows(sizes: HeadSizes, device: str) -> Problem:
             def run() -> Outputs:
                 buffer.copy_(logits)
                 module.rows_loss_and_gradient_(
-                    buffer,
-                    None,
-                    targets,
-                    losses,
-                    None,
-                    softcap=None,
-                    logit_scale=1.0,
-                    label_smoothing=0.0,
-                    ignore_index=-100,
-                    gradient=True,
+                    buffer, None, targets, losses, None, LossOptions(), gradient=True
                 )
                 return losses, buffer
 

@@ -20,9 +20,11 @@ from benchmarks.kernels.problem import (
 from benchmarks.texts import EvenLengths, TextLengths
 from softprompt.layout import build_layout
 from softprompt.ops.embed_prompt import embed_prompt
-from softprompt.ops.embed_prompt.reference import embed_prompt as embed_reference
-from softprompt.ops.pack_layout import pack_layout
-from softprompt.ops.prepend_prompt import prepend_prompt
+from softprompt.ops.embed_prompt import reference as embed_reference
+from softprompt.ops.pack_layout import Batch, Packing, pack_layout
+from softprompt.ops.pack_layout import reference as pack_reference
+from softprompt.ops.prepend_prompt import Rows, prepend_prompt
+from softprompt.ops.prepend_prompt import reference as prepend_reference
 
 _IGNORE_INDEX = -100
 
@@ -148,21 +150,11 @@ def layout(sizes: RowSizes, device: str) -> Problem:
         return tuple(pack_layout(batch.attention_mask, lengths, backend=backend, **arguments))
 
     def compile_reference() -> Callable[[], Outputs]:
-        from softprompt.ops.pack_layout.reference import pack_layout as reference
-
-        run = compiled(reference)
+        run = compiled(pack_reference)
         columns = batch.input_ids.numel()
-        return lambda: run(
-            batch.attention_mask,
-            batch.labels,
-            batch.input_ids,
-            None,
-            lengths,
-            sizes.vocab_size,
-            "slots",
-            sum(lengths) + columns,
-            columns,
-        )
+        inputs = Batch(batch.attention_mask, batch.labels, batch.input_ids, None)
+        packing = Packing(sizes.vocab_size, "slots", sum(lengths) + columns, columns)
+        return lambda: run(inputs, lengths, packing)
 
     columns = batch.input_ids.numel()
     return Problem(
@@ -207,11 +199,9 @@ def padded_rows(sizes: RowSizes, device: str) -> Problem:
         )
 
     def compile_reference() -> Callable[[], Outputs]:
-        from softprompt.ops.prepend_prompt.reference import prepend_prompt as reference
-
-        run = compiled(reference)
-        inputs = (table, batch.input_ids, prompts, batch.attention_mask, batch.labels, None, lengths[0])
-        return lambda: run(*inputs)[:3]
+        run = compiled(prepend_reference)
+        rows = Rows(batch.attention_mask, batch.labels, None)
+        return lambda: run(table, batch.input_ids, prompts, rows, lengths[0])[:3]
 
     columns = sizes.rows * (sizes.num_virtual_tokens + sizes.pad_to)
     moved = 2 * columns * sizes.hidden_size * table.element_size() + columns * (4 + 8 + 8 + 3 * 8)

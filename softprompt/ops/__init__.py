@@ -1,7 +1,7 @@
 """Tensor functions of the packed row. They know nothing of transformers or PEFT.
 
-One folder per op: `api.py` (the public function and the schema), `reference.py` (plain PyTorch, the oracle of
-the tests and the fallback), `triton.py` (the GPU kernels), `native.py` (what csrc/ implements).
+`registry.py` names their back ends and chooses one for each call. A small op is one file with its reference
+in plain PyTorch, the oracle of the tests and the fallback; a large one is a folder.
 """
 
 from softprompt.ops.embed_prompt import embed_prompt

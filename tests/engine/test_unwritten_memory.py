@@ -18,6 +18,7 @@ import softprompt
 from softprompt.engine import graphs
 from softprompt.engine.scoring import score
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.linear_cross_entropy.reference import linear_cross_entropy_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -149,8 +150,8 @@ def test_row_functions_leave_the_padding_zero(backend, dtype, gradient):
     padded = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     padded[:, 97:] = 0
     losses, targets = torch.zeros(3, device=DEVICE), torch.tensor([96, -100, 4], device=DEVICE)
-    options = {"softcap": 2.0, "logit_scale": 1.5, "label_smoothing": 0.1, "ignore_index": -100}
+    options = LossOptions(softcap=2.0, logit_scale=1.5, label_smoothing=0.1)
     bias = torch.ones(97, device=DEVICE)
-    module.rows_loss_and_gradient_(padded[:, :97], bias, targets, losses, None, gradient=gradient, **options)
+    module.rows_loss_and_gradient_(padded[:, :97], bias, targets, losses, None, options, gradient=gradient)
     assert losses[0] > 0
     assert not padded[:, 97:].any()

@@ -207,7 +207,7 @@ def test_tiles_divide_common_widths_and_cover_the_others():
 
 @pytest.mark.slow
 def test_the_kernel_compiles_for_three_gpu_generations_without_spilling(compile_kernels):
-    module = importlib.import_module("softprompt.ops.embed_prompt.triton")
+    module = importlib.import_module("softprompt.ops.triton_rows")
     constexprs = {"table_column_stride": 1, "prompts_column_stride": 1, "ROWS": 2, "COLUMNS": 1024}
     types = {
         "table_ptr": "*bf16",

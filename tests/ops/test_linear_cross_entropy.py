@@ -9,6 +9,7 @@ from head_problem import DEVICE, IGNORED, NAMES, as_double, largest_error, loss_
 from poison import poisoned_buffers
 
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.linear_cross_entropy.reference import linear_cross_entropy_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -207,10 +208,8 @@ def test_the_row_function_handles_ignored_and_unknown_targets_in_place(backend, 
     losses = torch.full((4,), 5.0, device=DEVICE)
     factors = torch.tensor([2.0, 3.0, 5.0, 7.0], device=DEVICE)
     targets = torch.tensor([36, IGNORED, 37, 0], device=DEVICE)
-    options = {"softcap": None, "logit_scale": 1.0, "label_smoothing": 0.0, "ignore_index": IGNORED}
-    module.rows_loss_and_gradient_(
-        padded[:, :37], None, targets, losses, factors, gradient=gradient, **options
-    )
+    options = LossOptions(ignore_index=IGNORED)
+    module.rows_loss_and_gradient_(padded[:, :37], None, targets, losses, factors, options, gradient=gradient)
     expected = torch.nn.functional.cross_entropy(logits[[0, 3], :37], targets[[0, 3]], reduction="none")
     torch.testing.assert_close(losses[[0, 3]], expected)
     assert losses[1] == 0

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softprompt.ops.linear_cross_entropy import chunked, linear_cross_entropy, reduction
 from softprompt.ops.linear_cross_entropy.reference import linear_cross_entropy_ref
+from softprompt.ops.registry import KERNELS
 
 kernels = pytest.importorskip("softprompt.ops.linear_cross_entropy.triton")
 
@@ -31,11 +32,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls = []
-        self.kernels = {
-            chunked._LOSSES: chunked._losses,
-            chunked._D_HIDDEN: chunked._d_hidden,
-            chunked._D_HEAD: chunked._d_head,
-        }
+        self.kernels = {op: KERNELS[op] for op in (chunked._LOSSES, chunked._D_HIDDEN, chunked._D_HEAD)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.kernels:
@@ -167,9 +164,9 @@ def test_no_value_is_read_back_on_a_device_other_than_the_cpu():
     # Tensors of the meta device have no values: reading one, or sizing a tensor by one, raises.
     case = [x.detach().to("meta") for x in problem(dtype=torch.bfloat16)]
     options = (2.0, 0.5, 0.1, IGNORED)
-    losses, d_rows = chunked._losses(*case, *options, True, "reference")
-    d_hidden = chunked._d_hidden(d_rows, losses, case[3], 20, torch.bfloat16)
-    d_weight, d_bias = chunked._d_head(*case, losses, *options, True, True, "reference")
+    losses, d_rows = KERNELS[chunked._LOSSES](*case, *options, True, "reference")
+    d_hidden = KERNELS[chunked._D_HIDDEN](d_rows, losses, case[3], 20, torch.bfloat16)
+    d_weight, d_bias = KERNELS[chunked._D_HEAD](*case, losses, *options, True, True, "reference")
     assert [x.shape for x in (d_hidden, d_weight, d_bias)] == [x.shape for x in case[:3]]
 
 

@@ -9,14 +9,16 @@ from backends import DEVICE, backend_parameter
 from poison import poisoned_buffers
 from torch.profiler import ProfilerActivity, profile
 
+from softprompt import ops
 from softprompt.ops.embed_prompt import embed_prompt
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.linear_cross_entropy.reference import rows_loss_and_gradient_ as reference_rows
 from softprompt.ops.pack_layout import pack_layout
 from softprompt.ops.prepend_prompt import prepend_prompt
 
 OPS = ["embed_prompt", "linear_cross_entropy", "pack_layout", "prepend_prompt", "shared_prompt_attention"]
 NATIVE = [backend_parameter("native")]
-OPTIONS = {"softcap": None, "logit_scale": 1.0, "label_smoothing": 0.0, "ignore_index": -100}
+OPTIONS = LossOptions()
 
 
 @pytest.fixture
@@ -55,9 +57,9 @@ def test_rows_of_a_long_vocabulary_are_those_of_pytorch(
         own = logits.to(numbers).clone()
         sums = torch.float64 if numbers == torch.float64 else torch.float32
         losses = torch.full((num_rows,), float("nan"), dtype=sums, device=DEVICE)
-        options = {**OPTIONS, "softcap": 9.0, "label_smoothing": 0.1}
+        options = LossOptions(softcap=9.0, label_smoothing=0.1)
         with poisoned_buffers():
-            function(own, None, targets, losses, factors.to(sums), gradient=True, **options)
+            function(own, None, targets, losses, factors.to(sums), options, gradient=True)
         results[name] = losses.double(), own.double()
     for ours, plain, truth in zip(results["native"], results["plain"], results["truth"], strict=True):
         error, allowed = (ours - truth).abs().max(), (plain - truth).abs().max()
@@ -72,7 +74,7 @@ def test_an_ignored_row_among_shares_is_zero(backend, threads):
     expected = logits[1].clone()
     losses = torch.full((2,), 5.0, device=DEVICE)
     targets = torch.tensor([-100, 19_999], device=DEVICE)
-    rows_of(backend)(logits, None, targets, losses, None, gradient=True, **OPTIONS)
+    rows_of(backend)(logits, None, targets, losses, None, OPTIONS, gradient=True)
     assert losses[0] == 0
     assert not logits[0].any()
     torch.testing.assert_close(losses[1], torch.nn.functional.cross_entropy(expected, targets[1]))
@@ -84,7 +86,7 @@ def test_logits_of_minus_infinity_are_tokens_that_cannot_come(backend):
     logits[:, :2048] = float("-inf")
     targets = torch.tensor([2999, 2048, 2100])
     own, losses = logits.to(DEVICE).clone(), torch.empty(3, device=DEVICE)
-    rows_of(backend)(own, None, targets.to(DEVICE), losses, None, gradient=True, **OPTIONS)
+    rows_of(backend)(own, None, targets.to(DEVICE), losses, None, OPTIONS, gradient=True)
     torch.testing.assert_close(
         losses.cpu(), torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     )
@@ -97,7 +99,7 @@ def test_logits_of_minus_infinity_are_tokens_that_cannot_come(backend):
 def test_tokens_that_all_have_the_lowest_logit_are_as_likely_as_each_other(dtype, backend):
     logits = torch.full((1, 5000), torch.finfo(dtype).min, dtype=dtype, device=DEVICE)
     losses = torch.empty(1, device=DEVICE)
-    rows_of(backend)(logits, None, torch.tensor([7], device=DEVICE), losses, None, gradient=True, **OPTIONS)
+    rows_of(backend)(logits, None, torch.tensor([7], device=DEVICE), losses, None, OPTIONS, gradient=True)
     torch.testing.assert_close(losses.cpu(), torch.tensor([5000.0]).log())
     torch.testing.assert_close(logits[0, 7], torch.full_like(logits[0, 7], 1 / 5000 - 1))
     torch.testing.assert_close(logits[0, :7], torch.full_like(logits[0, :7], 1 / 5000))
@@ -108,16 +110,14 @@ def test_a_row_with_a_nan_has_a_nan_as_its_loss(backend):
     logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[0, 4321] = float("nan")
     losses = torch.empty(2, device=DEVICE)
-    rows_of(backend)(
-        logits, None, torch.tensor([7, 7], device=DEVICE), losses, None, gradient=False, **OPTIONS
-    )
+    rows_of(backend)(logits, None, torch.tensor([7, 7], device=DEVICE), losses, None, OPTIONS, gradient=False)
     assert losses.isnan().tolist() == [True, False]
 
 
 def test_no_argument_of_a_compiled_op_is_a_string():
     """The stable ABI of torch 2.13 leaves a copy of each string behind at every call, of 48 bytes or more."""
     for op in OPS:
-        importlib.import_module(f"softprompt.ops.{op}.native")
+        assert hasattr(ops, op)
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if "::native_" in schema.name]
     assert len(schemas) >= len(OPS)
     for schema in schemas:
@@ -144,7 +144,7 @@ def test_rows_need_no_memory_of_the_size_of_the_logits(backend):
     own, losses = logits.detach().clone(), torch.empty(8)
 
     def ours():
-        rows_of(backend)(own, None, targets, losses, None, gradient=True, **OPTIONS)
+        rows_of(backend)(own, None, targets, losses, None, OPTIONS, gradient=True)
 
     assert most_memory(plain) >= 2 * logits.nbytes
     assert most_memory(ours) < 0.01 * logits.nbytes

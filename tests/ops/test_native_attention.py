@@ -8,6 +8,7 @@ from softprompt.ops.registry import INSTRUCTIONS, native_availability
 from softprompt.ops.shared_prompt_attention import native as functions
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.api import native_obstacle
+from softprompt.ops.shared_prompt_attention.layout import AttentionOptions
 
 pytestmark = pytest.mark.skipif(not native_availability("cpu").usable, reason="the native ops are not built")
 
@@ -103,16 +104,8 @@ def test_a_dummy_has_no_share_in_the_gradient_of_a_large_sink():
 
 def losses(query, key, value, layout):
     """By the function and by the op, with a second derivative beside the attention's."""
-    arguments = (
-        layout.query_position,
-        layout.position_ids,
-        layout.key_position,
-        layout.cu_prompts,
-        layout.cu_texts,
-    )
-    options = (0.4, None, None, None, None, None)
-    by_op = torch.ops.softprompt.shared_prompt_attention_native(
-        query, key, value, *arguments, layout.prompt_of_row, *options
+    by_op = torch.ops.softprompt.shared_prompt_attention_kernel(
+        query, key, value, None, *layout.fields(), *AttentionOptions(0.4), "native"
     )[0]
     by_function = shared_prompt_attention(query, key, value, layout, scale=0.4, backend="native")
     return [out.square().sum() + query.pow(3).sum() for out in (by_function, by_op)]

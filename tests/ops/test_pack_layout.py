@@ -184,7 +184,7 @@ def test_the_kernels_match_the_definition(backend, case):
 @pytest.mark.parametrize("positions", ["slots", "mask", "compact"])
 @pytest.mark.parametrize("shape", [(5, 16), (3, 40)], ids=["rows share a tile", "a row needs several tiles"])
 def test_a_batch_of_several_tiles_matches_the_definition(shape, positions, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("softprompt.ops.pack_layout.triton"), "TILE", 32)
+    monkeypatch.setattr(importlib.import_module("softprompt.ops.triton_layout"), "TILE", 32)
     generator = torch.Generator().manual_seed(0)
 
     def draw(low, high):
@@ -381,7 +381,7 @@ ONLY_A_MASK = {
 
 @pytest.mark.slow
 def test_the_kernel_compiles_for_three_gpu_generations_without_spilling(compile_kernels):
-    module = importlib.import_module("softprompt.ops.pack_layout.triton")
+    module = importlib.import_module("softprompt.ops.triton_layout")
     names = module._pack_layout.arg_names
     cases = [
         {

@@ -123,7 +123,7 @@ def test_every_width_and_dtype_matches_the_definition(width, dtype, backend):
 
 
 def test_the_counts_cover_a_batch_of_several_blocks(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("softprompt.ops.prepend_prompt.triton"), "COUNTED", 16)
+    monkeypatch.setattr(importlib.import_module("softprompt.ops.triton_rows"), "COUNTED", 16)
     table, ids, prompts, options = make_inputs((5, 7))
     check("triton", table, ids, prompts, 3, **options)
 
@@ -259,7 +259,7 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.slow
 def test_the_kernel_compiles_for_three_gpu_generations_without_spilling(compile_kernels):
-    module = importlib.import_module("softprompt.ops.prepend_prompt.triton")
+    module = importlib.import_module("softprompt.ops.triton_rows")
     constexprs = {
         **dict.fromkeys(("table_column_stride", "ids_column_stride", "prompts_column_stride"), 1),
         **dict.fromkeys(("mask_column_stride", "labels_column_stride"), 1),

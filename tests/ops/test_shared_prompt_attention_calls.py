@@ -147,17 +147,7 @@ def test_the_cpu_runs_its_flash_kernel_forward_and_backward(form, heads, dtype, 
 def op_arguments(inputs, layout):
     return (
         *inputs,
-        layout.query_position,
-        layout.position_ids,
-        layout.key_position,
-        layout.segments,
-        layout.prefix_id,
-        layout.cu_prompts,
-        layout.cu_texts,
-        layout.prompt_of_row,
-        list(layout.prompt_lengths),
-        layout.num_tokens,
-        layout.longest_text,
+        *layout.fields(),
         0.4,
     )
 

@@ -30,6 +30,7 @@ from softprompt.ops.shared_prompt_attention.configs import (
     launched_with,
     padded_dim,
 )
+from softprompt.ops.shared_prompt_attention.layout import AttentionOptions
 
 triton_api = importlib.import_module("softprompt.ops.shared_prompt_attention.api")
 BLOCKS = [(16, 16), (16, 32), (32, 16), (64, 16)]
@@ -253,8 +254,9 @@ def test_the_newer_precision_setting_is_followed(setting):
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
         for dtype, expected in ((torch.float32, setting), (torch.bfloat16, "ieee")):
-            options = module._options(torch.empty(1, 1, 64, dtype=dtype), 64, 1.0, None, None, config)
-            assert options["PRECISION"] == expected
+            heads = torch.empty(1, 1, 64, dtype=dtype)
+            launch = module._Launch(heads, heads, heads, layout_of("right"), AttentionOptions(1.0))
+            assert launch.options(config)["PRECISION"] == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softprompt.ops.checks import check_same_device
+from softprompt.ops.constants import IGNORE_INDEX
+from softprompt.ops.linear_cross_entropy.arguments import Head, LossOptions
 from softprompt.ops.linear_cross_entropy.chunked import losses_of_rows
 from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
-from softprompt.ops.registry import AUTO, check_same_device
+from softprompt.ops.registry import AUTO
 
-IGNORE_INDEX = -100
 REDUCTIONS = ("mean", "sum", "none")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -67,25 +69,16 @@ def linear_cross_entropy(
 
     The gradient made in the forward is that of Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989).
     """
-    _check_tensors(hidden, weight, label_rows, targets, bias)
-    _check_options(softcap, logit_scale, label_smoothing, num_items, reduction)
+    head = Head(hidden, weight, bias, label_rows, targets)
+    options = LossOptions(softcap, 1.0 if logit_scale is None else logit_scale, label_smoothing, ignore_index)
+    _check_tensors(head)
+    _check_options(options, num_items, reduction)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        weight = weight.to(torch.get_autocast_dtype(device))
+        head = head._replace(weight=weight.to(torch.get_autocast_dtype(device)))
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
-    losses = losses_of_rows(
-        hidden,
-        weight,
-        bias,
-        label_rows,
-        targets,
-        softcap=softcap,
-        logit_scale=1.0 if logit_scale is None else logit_scale,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        backend=backend,
-    )
+    losses = losses_of_rows(head, options, backend)
     if reduction == "none":
         return losses
     return reduce_losses(
@@ -98,13 +91,8 @@ def linear_cross_entropy(
     )
 
 
-def _check_tensors(
-    hidden: Tensor,
-    weight: Tensor,
-    label_rows: Tensor | None,
-    targets: Tensor,
-    bias: Tensor | None,
-) -> None:
+def _check_tensors(head: Head) -> None:
+    hidden, weight, bias, label_rows, targets = head
     if hidden.ndim != 2 or weight.ndim != 2:
         raise ValueError(
             f"hidden and weight must be [T, H] and [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
@@ -132,28 +120,16 @@ def _check_tensors(
     for name, tensor in (("label_rows", label_rows), ("targets", targets)):
         if tensor is not None and tensor.dtype not in _INDEX_DTYPES:
             raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
-    check_same_device(
-        "linear_cross_entropy",
-        hidden=hidden,
-        weight=weight,
-        label_rows=label_rows,
-        targets=targets,
-        bias=bias,
-    )
+    check_same_device("linear_cross_entropy", **head._asdict())
 
 
-def _check_options(
-    softcap: float | None,
-    logit_scale: float | None,
-    label_smoothing: float,
-    num_items: int | float | Tensor | None,
-    reduction: str,
-) -> None:
+def _check_options(options: LossOptions, num_items: int | float | Tensor | None, reduction: str) -> None:
+    softcap, logit_scale, label_smoothing, _ = options
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if logit_scale is not None and not logit_scale > 0:
+    if not logit_scale > 0:
         raise ValueError(f"logit_scale must be positive or None, got {logit_scale}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")

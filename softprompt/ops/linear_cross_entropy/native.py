@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.registry import INSTRUCTIONS, declare
 
 _MOST_ROWS = 256
@@ -16,29 +17,16 @@ def rows_loss_and_gradient_(
     targets: Tensor,  # [m]
     losses: Tensor,  # [m]
     grad_losses: Tensor | None,  # [m]
+    options: LossOptions,
     *,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    ignore_index: int,
     gradient: bool,
 ) -> None:
     """Writes the losses of `logits`, and `d(loss)/d(logits)` over `logits`, without other memory.
 
     An ignored row has the loss 0 and the gradient 0. The arguments are those of the other back ends.
     """
-    _OP(
-        logits,
-        None if bias is None else bias.to(losses.dtype).contiguous(),
-        targets.long().contiguous(),
-        losses,
-        grad_losses,
-        softcap,
-        logit_scale,
-        label_smoothing,
-        ignore_index,
-        gradient,
-    )
+    bias = None if bias is None else bias.to(losses.dtype).contiguous()
+    _OP(logits, bias, targets.long().contiguous(), losses, grad_losses, *options, gradient)
 
 
 def serves_few_rows(rows: Tensor, weight: Tensor) -> bool:

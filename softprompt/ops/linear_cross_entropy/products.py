@@ -7,17 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from softprompt.ops.linear_cross_entropy import native
+
 _FORWARD_BLOCKS, _BACKWARD_BLOCKS, _SMALLEST_BLOCK = 128, 4, 1024
 
 
 def logits_of(rows: Tensor, weight: Tensor, out: Tensor, backend: str) -> None:
     """`out = rows @ weight.T`: [m, H] and [V, H] to [m, V], by the back end of the call."""
-    if backend == "native":
-        from softprompt.ops.linear_cross_entropy.native import logits_of_few_rows, serves_few_rows
-
-        if serves_few_rows(rows, weight):
-            logits_of_few_rows(rows, weight, out)
-            return
+    if backend == "native" and native.serves_few_rows(rows, weight):
+        native.logits_of_few_rows(rows, weight, out)
+        return
     blocks = _vocabulary_blocks(weight, _FORWARD_BLOCKS)
     if blocks == 1:
         torch.mm(rows, weight.t(), out=out)
@@ -31,12 +30,9 @@ def logits_of(rows: Tensor, weight: Tensor, out: Tensor, backend: str) -> None:
 
 def d_rows_of(d_logits: Tensor, weight: Tensor, out: Tensor, backend: str) -> None:
     """`out = d_logits @ weight`: [m, V] and [V, H] to [m, H], by the back end of the call."""
-    if backend == "native":
-        from softprompt.ops.linear_cross_entropy.native import d_rows_of_few_rows, serves_few_rows
-
-        if serves_few_rows(d_logits, weight):
-            d_rows_of_few_rows(d_logits, weight, out)
-            return
+    if backend == "native" and native.serves_few_rows(d_logits, weight):
+        native.d_rows_of_few_rows(d_logits, weight, out)
+        return
     blocks = _vocabulary_blocks(weight, _BACKWARD_BLOCKS)
     if blocks == 1:
         torch.mm(d_logits, weight, out=out)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.registry import choose_backend, define
+from softprompt.ops.registry import Backends, define
 
 
 def reduce_losses(
@@ -42,10 +42,15 @@ def _reduce(
     if num_items is not None and num_items.device != losses.device and num_items.device.type == "cpu":
         divisor, num_items = float(num_items.reshape(())) or 1.0, None  # waits for nothing
     # The kernel is given the divisor in fp32.
-    if losses.dtype == torch.float32 and choose_backend(_OP_NAME, backend, losses.device) == "triton":
-        from softprompt.ops.linear_cross_entropy.triton import reduce_losses as implementation
+    chosen = "reference"
+    if losses.dtype == torch.float32:
+        chosen = _BACKENDS.chosen(backend, losses.device)
+    return _BACKENDS.function(chosen)(losses, targets, num_items, divisor, ignore_index)  # type: ignore[no-any-return]
 
-        return implementation(losses, targets, num_items, divisor, ignore_index)
+
+def _reference(
+    losses: Tensor, targets: Tensor, num_items: Tensor | None, divisor: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     total = losses.sum()
     if num_items is not None:
         denominator = num_items.reshape(()).to(losses.device, losses.dtype)
@@ -75,17 +80,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.num_losses = inputs[0].shape[0]
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
     if grad is None:
-        return (None,) * 6
+        return {}
     (factor,) = ctx.saved_tensors
-    return (grad * factor).expand(ctx.num_losses), None, None, None, None, None
+    return {"losses": (grad * factor).expand(ctx.num_losses)}
 
 
-_OP_NAME = "linear_cross_entropy"
+_BACKENDS = Backends(
+    "linear_cross_entropy",
+    _reference,
+    triton="softprompt.ops.linear_cross_entropy.triton:reduce_losses",
+)
 _REDUCE = define(
-    "linear_cross_entropy_reduce(Tensor losses, Tensor targets, Tensor? num_items, float divisor,"
-    " int ignore_index, str backend) -> (Tensor, Tensor)",
+    "linear_cross_entropy_reduce",
     _reduce,
     fake=_reduce_fake,
     backward=_backward,

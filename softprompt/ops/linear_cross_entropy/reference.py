@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softprompt.ops.constants import IGNORE_INDEX
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
+
 # Rows are walked in tiles that stay in a CPU's last-level cache from one elementwise pass to the next; on
 # other devices a launch costs more than a trip to memory.
 _CPU_TILE_BYTES = 8 << 20
@@ -24,7 +27,7 @@ def linear_cross_entropy_ref(
     softcap: float | None = None,
     logit_scale: float | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     num_items: int | float | Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -57,11 +60,8 @@ def rows_loss_and_gradient_(
     targets: Tensor,  # [m]
     losses: Tensor,  # [m]
     grad_losses: Tensor | None,  # [m]
+    options: LossOptions,
     *,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    ignore_index: int,
     gradient: bool,
 ) -> None:
     """Writes the losses of `logits`, and `d(loss)/d(logits)` over `logits`.
@@ -72,12 +72,10 @@ def rows_loss_and_gradient_(
         targets: [m]; a target outside the vocabulary gives NaN.
         losses: [m] fp32 or fp64: the dtype of the arithmetic; overwritten.
         grad_losses: [m] factors of the gradient. None: 1.
-        softcap: see `linear_cross_entropy`.
-        logit_scale: see `linear_cross_entropy`.
-        label_smoothing: see `linear_cross_entropy`.
-        ignore_index: see `linear_cross_entropy`.
+        options: see `linear_cross_entropy`.
         gradient: False leaves no useful values in `logits`.
     """
+    softcap, logit_scale, label_smoothing, ignore_index = options
     num_rows, vocab_size = logits.shape
     budget = _CPU_TILE_BYTES if logits.device.type == "cpu" else _TILE_BYTES
     tile_rows = max(1, budget // (vocab_size * losses.element_size()))

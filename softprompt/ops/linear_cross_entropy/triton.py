@@ -3,10 +3,13 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
+from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.linear_cross_entropy.triton_kernels import (
     _loss_and_gradient_of_shares,
     _partial_sums,
@@ -40,11 +43,8 @@ def rows_loss_and_gradient_(
     targets: Tensor,  # [m]
     losses: Tensor,  # [m]
     grad_losses: Tensor | None,  # [m]
+    options: LossOptions,
     *,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    ignore_index: int,
     gradient: bool,
 ) -> None:
     """Writes the losses of `logits`, and `d(loss)/d(logits)` over `logits`: one launch, or two for few rows.
@@ -60,68 +60,38 @@ def rows_loss_and_gradient_(
     row_length = logits.stride(0)
     bias = None if bias is None else bias.contiguous()
     targets = targets.contiguous()
-    group = 16 // logits.element_size()
     splits = splits_of(num_rows, row_length)
+    block, num_warps = (
+        launch_shape(row_length)
+        if splits == 1
+        else (
+            SPLIT_BLOCK,
+            max(1, SPLIT_BLOCK // COLUMNS_PER_WARP),
+        )
+    )
+    common: dict[str, Any] = {
+        "SOFTCAP": options.softcap,
+        "LOGIT_SCALE": options.logit_scale,
+        "LABEL_SMOOTHING": options.label_smoothing,
+        "BLOCK": block,
+        "GROUP": 16 // logits.element_size(),
+        "num_warps": num_warps,
+    }
+    sizes = [vocab_size, row_length]
+    ignored = options.ignore_index
     with torch.cuda.device_of(logits):
         if splits == 1:
-            block, num_warps = launch_shape(row_length)
             _rows_loss_and_gradient[(num_rows,)](
-                logits,
-                bias,
-                targets,
-                losses,
-                grad_losses,
-                vocab_size,
-                row_length,
-                ignore_index,
-                SOFTCAP=softcap,
-                LOGIT_SCALE=logit_scale,
-                LABEL_SMOOTHING=label_smoothing,
-                GRADIENT=gradient,
-                BLOCK=block,
-                GROUP=group,
-                num_warps=num_warps,
+                logits, bias, targets, losses, grad_losses, *sizes, ignored, GRADIENT=gradient, **common
             )
             return
-        share = triton.cdiv(row_length, SPLIT_BLOCK * splits) * SPLIT_BLOCK
+        sizes.append(triton.cdiv(row_length, block * splits) * block)
+        common["SPLITS"] = splits
         partials = torch.empty(num_rows, 3, splits, dtype=losses.dtype, device=logits.device)
-        num_warps = max(1, SPLIT_BLOCK // COLUMNS_PER_WARP)
-        _partial_sums[(num_rows, splits)](
-            logits,
-            bias,
-            targets,
-            partials,
-            vocab_size,
-            row_length,
-            share,
-            ignore_index,
-            SOFTCAP=softcap,
-            LOGIT_SCALE=logit_scale,
-            LABEL_SMOOTHING=label_smoothing,
-            SPLITS=splits,
-            BLOCK=SPLIT_BLOCK,
-            GROUP=group,
-            num_warps=num_warps,
-        )
-        _loss_and_gradient_of_shares[(num_rows, splits)](
-            logits,
-            bias,
-            targets,
-            losses,
-            grad_losses,
-            partials,
-            vocab_size,
-            row_length,
-            share,
-            ignore_index,
-            SOFTCAP=softcap,
-            LOGIT_SCALE=logit_scale,
-            LABEL_SMOOTHING=label_smoothing,
-            GRADIENT=gradient,
-            SPLITS=splits,
-            BLOCK=SPLIT_BLOCK,
-            GROUP=group,
-            num_warps=num_warps,
+        grid = (num_rows, splits)
+        _partial_sums[grid](logits, bias, targets, partials, *sizes, ignored, **common)
+        _loss_and_gradient_of_shares[grid](
+            logits, bias, targets, losses, grad_losses, partials, *sizes, ignored, GRADIENT=gradient, **common
         )
 
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from softprompt.ops.registry import (
-    AUTO,
-    check_same_device,
-    define,
-    native_availability,
-    triton_availability,
-)
+from softprompt.ops.checks import check_same_device
+from softprompt.ops.registry import AUTO, define, native_availability, triton_availability
 from softprompt.ops.shared_prompt_attention.configs import LARGEST_HEAD_DIM
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
-from softprompt.ops.shared_prompt_attention.native import shared_prompt_attention as native
-from softprompt.ops.shared_prompt_attention.triton_op import TRITON
+from softprompt.ops.shared_prompt_attention.kernels import attend
+from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
+from softprompt.ops.shared_prompt_attention.reference import shared_prompt_attention as reference
+from softprompt.ops.shared_prompt_attention.sdpa import shared_prompt_attention as sdpa
 
 BACKENDS = (AUTO, "reference", "sdpa", "triton", "native")
+_HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Slots and rows are int32 and fewer than this: a wider window hides nothing, and its sums would overflow.
 _WIDEST_WINDOW = 1 << 30
@@ -83,37 +79,13 @@ def shared_prompt_attention(
         )
     _check_tensors(query, key, value, layout, alibi_slopes, sinks)
     _check_options(scale, sliding_window, softcap, dropout_p, backend)
-    options = (
-        query.shape[2] ** -0.5 if scale is None else float(scale),
-        sliding_window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        float(dropout_p),
-        backend,
-    )
+    scale = query.shape[2] ** -0.5 if scale is None else float(scale)
+    options = AttentionOptions(scale, sliding_window, softcap, alibi_slopes, float(dropout_p))
     # Scores, biases and sums keep the dtypes that the back end chose for them.
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        if not torch.compiler.is_compiling():
-            return _run(query, key, value, layout, *options)
-        return _OP(
-            query,
-            key,
-            value,
-            layout.query_position,
-            layout.position_ids,
-            layout.key_position,
-            layout.segments,
-            layout.prefix_id,
-            layout.cu_prompts,
-            layout.cu_texts,
-            layout.prompt_of_row,
-            layout.prompt_lengths,
-            layout.num_tokens,
-            layout.longest_text,
-            *options,
-            layout.branches,
-        )
+        if torch.compiler.is_compiling():
+            return _OP(query, key, value, *layout.fields(), *options, sinks, backend)  # type: ignore[no-any-return]
+        return _run(query, key, value, layout, options, sinks, backend)
 
 
 def _check_tensors(
@@ -246,116 +218,40 @@ def _run(
     key: Tensor,
     value: Tensor,
     layout: AttentionLayout,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
+    options: AttentionOptions,
     sinks: Tensor | None,
-    dropout_p: float,
     backend: str,
 ) -> Tensor:
-    if sliding_window is not None and sliding_window > _WIDEST_WINDOW:
-        sliding_window = None
-    options: dict[str, Any] = {
-        "scale": scale,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-    }
-    backend = _chosen(query, value, dropout_p, backend, layout.branches)
-    if backend == "native":
-        return native(query, key, value, layout, **options)
-    if backend == "triton":
-        return TRITON(
-            query,
-            key,
-            value,
-            layout.query_position,
-            layout.position_ids,
-            layout.key_position,
-            layout.segments,
-            layout.prefix_id,
-            layout.cu_prompts,
-            layout.cu_texts,
-            layout.prompt_tokens,
-            scale,
-            sliding_window,
-            softcap,
-            alibi_slopes,
-            sinks,
-        )[0]
+    if options.sliding_window is not None and options.sliding_window > _WIDEST_WINDOW:
+        options = options._replace(sliding_window=None)
+    backend = _chosen(query, value, options.dropout_p, backend, layout.branches)
     if backend == "reference":
-        from softprompt.ops.shared_prompt_attention.reference import shared_prompt_attention as reference
-
-        return reference(query, key, value, layout, **options)
-    from softprompt.ops.shared_prompt_attention.sdpa import shared_prompt_attention as sdpa
-
-    return sdpa(query, key, value, layout, dropout_p=dropout_p, **options)
+        return reference(query, key, value, sinks, layout, options)
+    if backend == "sdpa":
+        return sdpa(query, key, value, sinks, layout, options)
+    dtype = value.dtype
+    if backend == "native":
+        if dtype in _HALF:
+            query, key, value = query.float(), key.float(), value.float()
+        sinks = None if sinks is None else sinks.to(query.dtype)
+    out: Tensor = attend(query, key, value, sinks, layout, options, backend)[0]
+    return out.to(dtype)
 
 
 def _kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_position: Tensor,
-    position_ids: Tensor,
-    key_position: Tensor,
-    segments: Tensor,
-    prefix_id: Tensor,
-    cu_prompts: Tensor,
-    cu_texts: Tensor,
-    prompt_of_row: Tensor,
-    prompt_lengths: list[int],
-    num_tokens: int | None,
-    longest_text: int | None,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
+    layout: AttentionLayout,
+    options: AttentionOptions,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
     backend: str = AUTO,
-    branches: Tensor | None = None,
 ) -> Tensor:
-    layout = AttentionLayout(
-        query_position,
-        position_ids,
-        key_position,
-        segments,
-        prefix_id,
-        cu_prompts,
-        cu_texts,
-        prompt_of_row,
-        tuple(prompt_lengths),
-        num_tokens,
-        longest_text,
-        branches,
-    )
+    scale, window, softcap, alibi_slopes, dropout_p = options
     _check_tensors(query, key, value, layout, alibi_slopes, sinks)
-    _check_options(scale, sliding_window, softcap, dropout_p, backend)
-    return _run(
-        query,
-        key,
-        value,
-        layout,
-        scale,
-        sliding_window,
-        softcap,
-        alibi_slopes,
-        sinks,
-        dropout_p,
-        backend,
-    )
+    _check_options(scale, window, softcap, dropout_p, backend)
+    return _run(query, key, value, layout, options, sinks, backend)
 
 
 # The op makes its plans anew at each call; a compiler merges what the layers of one graph have in common.
-_OP = define(
-    "shared_prompt_attention(Tensor query, Tensor key, Tensor value, Tensor query_position,"
-    " Tensor position_ids,"
-    " Tensor key_position, Tensor segments, Tensor prefix_id, Tensor cu_prompts, Tensor cu_texts,"
-    " Tensor prompt_of_row, int[] prompt_lengths, SymInt? num_tokens, SymInt? longest_text, float scale,"
-    " int? sliding_window=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None,"
-    ' float dropout_p=0.0, str backend="auto", Tensor? branches=None) -> Tensor',
-    _kernel,
-)
+_OP = define("shared_prompt_attention", _kernel)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +36,13 @@ class AttentionLayout:
     # [T] number of the branch of its text that a token belongs to, 0 where it belongs to none. None: no text
     # has branches.
     branches: Tensor | None = None
-    plans: dict[Hashable, Any] = field(default_factory=dict, repr=False)  # made once a step by a back end
+    plans: dict[Hashable, Any] = field(
+        init=False, default_factory=dict, repr=False
+    )  # of the back ends, for a step
+
+    def fields(self) -> list[Any]:
+        """What it was made of, as the ops are given it."""
+        return [getattr(self, name) for name in _FIELDS]
 
     @property
     def num_rows(self) -> int:
@@ -54,3 +60,16 @@ class AttentionLayout:
         if self.num_tokens is None:
             return self.num_rows
         return self.prompt_tokens + self.num_tokens
+
+
+_FIELDS = tuple(one.name for one in fields(AttentionLayout) if one.init)
+
+
+class AttentionOptions(NamedTuple):
+    """How the scores are made; see `shared_prompt_attention`."""
+
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None  # [Hq]
+    dropout_p: float = 0.0

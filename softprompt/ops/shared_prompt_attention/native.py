@@ -2,126 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from softprompt.ops.registry import INSTRUCTIONS, declare, define
-from softprompt.ops.shared_prompt_attention.gradient import no_second_derivative
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
+from softprompt.ops.registry import INSTRUCTIONS, declare
+from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
 
-_HALF = (torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, Parameter)
+if TYPE_CHECKING:
+    from softprompt.ops.shared_prompt_attention.kernels import Attended
 
 
-def shared_prompt_attention(
-    query: Tensor,  # [Hq, T, D]
+def forward(
+    query: Tensor,  # [Hq, T, D], fp32 or fp64 as all others
     key: Tensor,  # [Hkv, T, D]
     value: Tensor,  # [Hkv, T, Dv]
-    layout: AttentionLayout,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,  # [Hq]
     sinks: Tensor | None,  # [Hq]
-) -> Tensor:
-    dtype = value.dtype
-    if dtype in _HALF:
-        query, key, value = query.float(), key.float(), value.float()
-    # The op costs 80 us more a call than the function, and only tracing needs it.
-    attend = _Attention.apply if type(query) in _PLAIN else _OP
-    out, _ = attend(
-        query,
-        key,
-        value,
-        layout.query_position,
-        layout.position_ids,
-        layout.key_position,
-        layout.cu_prompts,
-        layout.cu_texts,
-        layout.prompt_of_row,
-        scale,
-        sliding_window,
-        softcap,
-        None if alibi_slopes is None else alibi_slopes.to(query.dtype),
-        None if sinks is None else sinks.to(query.dtype),
-        layout.branches,
-    )
-    return out.to(dtype)
-
-
-def _rows_first(like: Tensor, width: int | None = None) -> Tensor:
-    """[T, heads, width] for the result of a tensor of [heads, T, ...]."""
-    heads, rows, own = like.shape
-    return like.new_empty(rows, heads, own if width is None else width)
-
-
-def _dense(heads: Tensor) -> Tensor:
-    return heads if heads.stride(2) == 1 else heads.contiguous()
-
-
-def _prepared(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The layout's vectors and the options, as the compiled code wants them."""
-    *vectors, prompt_of_row, scale, window, softcap, slopes, sinks, branches = arguments
-    vectors = [vector.int().contiguous() for vector in vectors]
-    slopes, sinks, branches = (None if one is None else one.contiguous() for one in (slopes, sinks, branches))
-    branches = None if branches is None else branches.int()
-    return *vectors, prompt_of_row.long().contiguous(), scale, window, softcap, slopes, sinks, branches
-
-
-def _kernel(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    out = _rows_first(query, value.shape[2])
-    lse = query.new_empty(query.shape[:2])
-    _FORWARD(_dense(query), _dense(key), _dense(value), *_prepared(arguments), out, lse, INSTRUCTIONS["best"])
+    layout: AttentionLayout,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """The output [Hq, T, Dv], a token's heads side by side, and the log-sum-exp [Hq, T]."""
+    heads, rows, _ = query.shape
+    out = query.new_empty(rows, heads, value.shape[2])
+    lse = query.new_empty(heads, rows)
+    given = _prepared(query, sinks, layout, options)
+    _FORWARD(_dense(query), _dense(key), _dense(value), *given, out, lse, INSTRUCTIONS["best"])
     return out.transpose(0, 1), lse
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return _rows_first(query, value.shape[2]).transpose(0, 1), query.new_empty(query.shape[:2])
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *vectors = inputs[:9]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[9:12]
-    ctx.save_for_backward(query, key, value, *output, *vectors, *inputs[12:])
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    if grad_out is None:
-        return (None,) * 15
-    query, key, value, out, lse, *vectors, slopes, sinks, branches = ctx.saved_tensors
-    # Only the op tells autograd that its results depend on the inputs: differentiated again, it raises. And
-    # only an op can be run for each of the gradients of `is_grads_batched=True`.
-    direct = type(query) in _PLAIN and not torch.is_grad_enabled()
-    direct = direct and not torch._C._functorch.is_legacy_batchedtensor(grad_out)
-    gradient = _backward_kernel if direct else _GRADIENT
-    grads = gradient(grad_out, query, key, value, out, lse, *vectors, *ctx.options, slopes, sinks, branches)
-    return *grads[:3], *(None,) * 10, None if sinks is None else grads[3], None
-
-
-def _backward_kernel(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+def backward(
+    grad_out: Tensor,  # [Hq, T, Dv]
+    saved: Attended,
+    layout: AttentionLayout,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [_rows_first(tensor) for tensor in (query, key, value)]
+    """d(query), d(key), d(value), and d(sinks), which is empty where there are none."""
+    query, key, value, sinks, out, lse = saved
+    grads = [t.new_empty(t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value)]
     delta = torch.empty_like(lse)
-    _BACKWARD(
-        _dense(grad_out),
-        _dense(query),
-        _dense(key),
-        _dense(value),
-        _dense(out),
-        lse.contiguous(),
-        *_prepared(arguments),
-        *grads,
-        delta,
-        INSTRUCTIONS["best"],
-    )
-    sinks = arguments[10]
+    dense = [_dense(tensor) for tensor in (grad_out, query, key, value, out)]
+    given = _prepared(query, sinks, layout, options)
+    _BACKWARD(*dense, lse.contiguous(), *given, *grads, delta, INSTRUCTIONS["best"])
     of_sinks = lse.new_empty(0)
     if sinks is not None:
         of_sinks = -((sinks[:, None] - lse).exp() * delta).sum(1)
@@ -129,26 +51,29 @@ def _backward_kernel(
     return grad_query, grad_key, grad_value, of_sinks
 
 
-def _backward_fake(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    sinks = arguments[10]
+def _dense(heads: Tensor) -> Tensor:
+    return heads if heads.stride(2) == 1 else heads.contiguous()
+
+
+def _prepared(
+    query: Tensor, sinks: Tensor | None, layout: AttentionLayout, options: AttentionOptions
+) -> tuple[Any, ...]:
+    """The layout's vectors and the options, as the compiled code wants them."""
+    slopes, branches = options.alibi_slopes, layout.branches
     return (
-        *(_rows_first(tensor).transpose(0, 1) for tensor in (query, key, value)),
-        lse.new_empty(0) if sinks is None else torch.empty_like(sinks),
+        layout.query_position.int().contiguous(),
+        layout.position_ids.int().contiguous(),
+        layout.key_position.int().contiguous(),
+        layout.cu_prompts.int().contiguous(),
+        layout.cu_texts.int().contiguous(),
+        layout.prompt_of_row.long().contiguous(),
+        options.scale,
+        options.sliding_window,
+        options.softcap,
+        None if slopes is None else slopes.to(query.dtype).contiguous(),
+        None if sinks is None else sinks.contiguous(),
+        None if branches is None else branches.contiguous().int(),
     )
-
-
-class _Attention(torch.autograd.Function):
-    """The same without `torch.library` around it."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _kernel(*arguments)
-        _setup(ctx, arguments, (out, lse))
-        return out, lse
-
-    backward = staticmethod(_backward)
 
 
 _ARGUMENTS = (
@@ -164,19 +89,4 @@ _BACKWARD = declare(
     "native_shared_prompt_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
     f" Tensor out, Tensor lse, {_ARGUMENTS}, Tensor(a!) grad_query, Tensor(b!) grad_key,"
     " Tensor(c!) grad_value, Tensor(d!) delta, int instructions) -> ()"
-)
-_GRADIENT = define(
-    "shared_prompt_attention_native_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
-    f" Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_kernel,
-    fake=_backward_fake,
-    backward=no_second_derivative,
-)
-_OP = define(
-    f"shared_prompt_attention_native(Tensor query, Tensor key, Tensor value, {_ARGUMENTS})"
-    " -> (Tensor, Tensor)",
-    _kernel,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
+from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
 
 
 def visible(layout: AttentionLayout, sliding_window: int | None) -> Tensor:
@@ -30,14 +30,11 @@ def shared_prompt_attention(
     query: Tensor,  # [Hq, T, D]
     key: Tensor,  # [Hkv, T, D]
     value: Tensor,  # [Hkv, T, Dv]
-    layout: AttentionLayout,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,  # [Hq]
     sinks: Tensor | None,  # [Hq]
+    layout: AttentionLayout,
+    options: AttentionOptions,
 ) -> Tensor:
+    scale, sliding_window, softcap, alibi_slopes, _ = options
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     # A dummy sees only itself, so its output is its value; what it holds must not meet any other row, not
     # even with a probability of zero, because zero times NaN is NaN.

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from softprompt.ops.shared_prompt_attention import plans
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
+from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
 from softprompt.ops.shared_prompt_attention.plans import Bias, TextIndex
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -30,8 +30,8 @@ class _Options:
     window: int | None
     softcap: float | None
     slopes: Tensor | None  # [Hq]
-    sinks: Tensor | None  # [Hq] in bias_dtype
     dropout_p: float
+    sinks: Tensor | None  # [Hq] in bias_dtype
     explicit: bool  # needs something that scaled_dot_product_attention lacks
     bias_dtype: torch.dtype
 
@@ -44,14 +44,9 @@ def shared_prompt_attention(
     query: Tensor,  # [Hq, T, D]
     key: Tensor,  # [Hkv, T, D]
     value: Tensor,  # [Hkv, T, Dv]
-    layout: AttentionLayout,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,  # [Hq]
     sinks: Tensor | None,  # [Hq]
-    dropout_p: float = 0.0,
+    layout: AttentionLayout,
+    given: AttentionOptions,
 ) -> Tensor:
     dtype, head_dim, value_dim = value.dtype, query.shape[2], value.shape[2]
     on_cpu = query.device.type == "cpu"
@@ -60,7 +55,7 @@ def shared_prompt_attention(
         # sums over all texts. Without AMX its backward is also several times slower than that of fp32.
         query, key, value = query.float(), key.float(), value.float()
     half = query.dtype in _HALF
-    explicit = softcap is not None or sinks is not None or (half and alibi_slopes is not None)
+    explicit = given.softcap is not None or sinks is not None or (half and given.alibi_slopes is not None)
     if on_cpu and not explicit and head_dim != value_dim:
         # The CPU kernel wants heads of one width; zeros change neither the scores nor the columns kept.
         width = max(head_dim, value_dim)
@@ -68,16 +63,8 @@ def shared_prompt_attention(
             functional.pad(tensor, (0, width - tensor.shape[2])) for tensor in (query, key, value)
         )
     bias_dtype = torch.float32 if half and explicit else query.dtype
-    options = _Options(
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
-        slopes=alibi_slopes,
-        sinks=None if sinks is None else sinks.to(bias_dtype),
-        dropout_p=dropout_p,
-        explicit=explicit,
-        bias_dtype=bias_dtype,
-    )
+    sinks = None if sinks is None else sinks.to(bias_dtype)
+    options = _Options(*given, sinks=sinks, explicit=explicit, bias_dtype=bias_dtype)
     run = _dense if _dense_is_cheaper(layout, query.shape[0] * query.shape[2]) else _padded
     out = run(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, options)
     return out[..., :value_dim].to(dtype).transpose(0, 1)

@@ -26,12 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softprompt.ops.constants import LOG2E
 from softprompt.ops.shared_prompt_attention.configs import LaunchConfig, launch_config, padded_dim
+from softprompt.ops.shared_prompt_attention.kernels import Attended, rows_first
+from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
 from softprompt.ops.shared_prompt_attention.triton_forward import attention_forward
 from softprompt.ops.shared_prompt_attention.triton_key_grad import attention_backward_key
 from softprompt.ops.shared_prompt_attention.triton_query_grad import attention_backward_query
 
-_LOG2E = 1.4426950408889634
 _SPLIT_ROWS = 512  # text rows for each partial sum of a prompt's gradient
 _MAX_SPLITS = 32
 _MAX_PROGRAMS = 4096  # more than any GPU holds at a time, so that splitting further gains nothing
@@ -41,97 +43,59 @@ def forward(
     query: Tensor,  # [Hq, T, D]
     key: Tensor,  # [Hkv, T, D]
     value: Tensor,  # [Hkv, T, Dv]
-    query_position: Tensor,  # [T], as the next four
-    position_ids: Tensor,
-    key_position: Tensor,
-    segments: Tensor,
-    prefix_id: Tensor,
-    cu_prompts: Tensor,  # [K + 1]
-    cu_texts: Tensor,  # [B + 1]
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,  # [Hq]
     sinks: Tensor | None,  # [Hq]
+    layout: AttentionLayout,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """The output [Hq, T, Dv], a token's heads side by side, and the log-sum-exp [Hq, T] in units of log2."""
     dtype = value.dtype
     query, key, value = _readable(query), _readable(key), _readable(value)
-    alibi_slopes, sinks = _dense(alibi_slopes), _dense(sinks)
     num_heads, num_rows, head_dim = query.shape
     value_dim = value.shape[2]
-    out = torch.empty(num_rows, num_heads, value_dim, dtype=value.dtype, device=value.device).transpose(0, 1)
+    out = rows_first(value, num_heads)
     lse = torch.empty(num_heads, num_rows, dtype=_accumulator(query)[0], device=query.device)
-    config = launch_config("forward", max(head_dim, value_dim), query.element_size())
+    launch = _Launch(query, key, value, layout, options)
     with torch.cuda.device_of(query):
+        config = launch.config("forward")
         attention_forward[(triton.cdiv(num_rows, config.queries), num_heads)](
             query,
             key,
             value,
             out,
             lse,
-            alibi_slopes,
-            sinks,
-            query_position,
-            position_ids,
-            key_position,
-            segments,
-            prefix_id,
-            cu_prompts,
-            cu_texts,
+            launch.slopes,
+            _dense(sinks),
+            *launch.index,
             num_rows,
-            cu_prompts.shape[0] - 1,
-            cu_texts.shape[0] - 1,
-            num_heads // key.shape[0],
+            *launch.counts,
             head_dim,
             value_dim,
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
+            *launch.strides,
             *out.stride()[:2],
-            **_options(query, value_dim, scale, sliding_window, softcap, config),
+            **launch.options(config),
         )
     return out.to(dtype), lse
 
 
 def backward(
     grad_out: Tensor,  # [Hq, T, Dv]
-    query: Tensor,  # [Hq, T, D]
-    key: Tensor,  # [Hkv, T, D]
-    value: Tensor,  # [Hkv, T, Dv]
-    out: Tensor,  # [Hq, T, Dv]
-    lse: Tensor,  # [Hq, T]
-    query_position: Tensor,  # [T], as the next four
-    position_ids: Tensor,
-    key_position: Tensor,
-    segments: Tensor,
-    prefix_id: Tensor,
-    cu_prompts: Tensor,  # [K + 1]
-    cu_texts: Tensor,  # [B + 1]
-    prompt_rows: int,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,  # [Hq]
-    sinks: Tensor | None,  # [Hq]
+    saved: Attended,
+    layout: AttentionLayout,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d(query), d(key), d(value), and d(sinks), which is empty where there are none."""
-    dtype = query.dtype
-    grad_out, query, key, value, out = (_readable(t) for t in (grad_out, query, key, value, out))
-    alibi_slopes = _dense(alibi_slopes)
+    dtype, sinks, lse = saved.query.dtype, saved.sinks, saved.lse
+    grad_out, query, key, value, out = (
+        _readable(t) for t in (grad_out, saved.query, saved.key, saved.value, saved.out)
+    )
     num_heads, num_rows, head_dim = query.shape
     num_key_heads, value_dim = key.shape[0], value.shape[2]
-    width, itemsize = max(head_dim, value_dim), query.element_size()
-    grads = [
-        torch.empty(num_rows, t.shape[0], t.shape[2], dtype=t.dtype, device=t.device).transpose(0, 1)
-        for t in (query, key, value)
-    ]
+    prompt_rows = layout.prompt_tokens
+    grad_query, grad_key, grad_value = (rows_first(tensor) for tensor in (query, key, value))
     delta = torch.empty_like(lse)
-    layout = (query_position, position_ids, key_position, segments, prefix_id, cu_prompts, cu_texts)
-    counts = (cu_prompts.shape[0] - 1, cu_texts.shape[0] - 1, num_heads // num_key_heads)
-    strides = (*query.stride(), *key.stride(), *value.stride())
+    launch = _Launch(query, key, value, layout, options)
     with torch.cuda.device_of(query):
-        config = launch_config("query", width, itemsize)
+        config = launch.config("query")
         attention_backward_query[(triton.cdiv(num_rows, config.queries), num_heads)](
             query,
             key,
@@ -140,24 +104,24 @@ def backward(
             grad_out,
             lse,
             delta,
-            grads[0],
-            alibi_slopes,
-            *layout,
+            grad_query,
+            launch.slopes,
+            *launch.index,
             num_rows,
-            *counts,
+            *launch.counts,
             head_dim,
             value_dim,
-            *strides,
+            *launch.strides,
             *out.stride()[:2],
             *grad_out.stride(),
-            *grads[0].stride()[:2],
-            **_options(query, value_dim, scale, sliding_window, softcap, config),
+            *grad_query.stride()[:2],
+            **launch.options(config),
         )
-        key_blocks = triton.cdiv(prompt_rows, launch_config("prompt", width, itemsize).keys)
+        key_blocks = triton.cdiv(prompt_rows, launch.config("prompt").keys)
         splits = splits_of(num_rows - prompt_rows, key_blocks * num_key_heads)
         partial = [lse.new_empty(splits, num_key_heads, prompt_rows, size) for size in (head_dim, value_dim)]
         for kind, key_rows in (("prompt", prompt_rows), ("key", num_rows)):
-            config = launch_config(kind, width, itemsize)
+            config = launch.config(kind)
             if kind == "prompt" and splits == 0:
                 continue
             split_rows = triton.cdiv(triton.cdiv(num_rows - prompt_rows, max(splits, 1)), config.queries)
@@ -169,30 +133,30 @@ def backward(
                 grad_out,
                 lse,
                 delta,
-                grads[1],
-                grads[2],
+                grad_key,
+                grad_value,
                 *partial,
-                alibi_slopes,
-                *layout,
+                launch.slopes,
+                *launch.index,
                 num_rows,
                 prompt_rows,
-                *counts,
+                *launch.counts,
                 splits,
                 split_rows * config.queries,
                 head_dim,
                 value_dim,
-                *strides,
+                *launch.strides,
                 *grad_out.stride(),
-                *grads[1].stride()[:2],
-                *grads[2].stride()[:2],
+                *grad_key.stride()[:2],
+                *grad_value.stride()[:2],
                 OF_PROMPTS=kind == "prompt",
-                **_options(query, value_dim, scale, sliding_window, softcap, config),
+                **launch.options(config),
             )
     of_sinks = lse.new_empty(0)
     if sinks is not None:
-        share = torch.exp2(sinks.to(lse.dtype)[:, None] * _LOG2E - lse)
+        share = torch.exp2(sinks.to(lse.dtype)[:, None] * LOG2E - lse)
         of_sinks = -(share * delta).sum(1).to(sinks.dtype)
-    return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype), of_sinks
+    return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), of_sinks
 
 
 def splits_of(text_rows: int, programs: int) -> int:
@@ -221,29 +185,47 @@ def _accumulator(query: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if query.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def _options(
-    query: Tensor,
-    value_dim: int,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    config: LaunchConfig,
-) -> dict[str, Any]:
-    """The arguments that all kernels have in common."""
-    # Not `allow_tf32`, which raises where the newer setting was used.
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {
-        "scale": scale,
-        "softcap": 0.0 if softcap is None else softcap,
-        "window": 0 if sliding_window is None else sliding_window,
-        "HAS_WINDOW": sliding_window is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "QUERIES": config.queries,
-        "KEYS": config.keys,
-        "HEAD": padded_dim(query.shape[2]),
-        "VALUE": padded_dim(value_dim),
-        "ACCUMULATOR": _accumulator(query)[1],
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+class _Launch:
+    """What the launches of one call have in common."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, options: AttentionOptions
+    ) -> None:
+        self._query, self._widths, self._given = query, (query.shape[2], value.shape[2]), options
+        self.slopes = _dense(options.alibi_slopes)
+        self.index = (
+            layout.query_position,
+            layout.position_ids,
+            layout.key_position,
+            layout.segments,
+            layout.prefix_id,
+            layout.cu_prompts,
+            layout.cu_texts,
+        )
+        prompts, texts = layout.cu_prompts.shape[0] - 1, layout.cu_texts.shape[0] - 1
+        self.counts = (prompts, texts, query.shape[0] // key.shape[0])
+        self.strides = (*query.stride(), *key.stride(), *value.stride())
+
+    def config(self, kind: str) -> LaunchConfig:
+        return launch_config(kind, max(self._widths), self._query.element_size())
+
+    def options(self, config: LaunchConfig) -> dict[str, Any]:
+        """The arguments that all kernels take by name."""
+        # Not `allow_tf32`, which raises where the newer setting was used.
+        tf32 = self._query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        window, softcap = self._given.sliding_window, self._given.softcap
+        return {
+            "scale": self._given.scale,
+            "softcap": 0.0 if softcap is None else softcap,
+            "window": 0 if window is None else window,
+            "HAS_WINDOW": window is not None,
+            "HAS_SOFTCAP": softcap is not None,
+            "QUERIES": config.queries,
+            "KEYS": config.keys,
+            "HEAD": padded_dim(self._widths[0]),
+            "VALUE": padded_dim(self._widths[1]),
+            "ACCUMULATOR": _accumulator(self._query)[1],
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }

@@ -13,79 +13,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softprompt.ops.pack_layout import api
+from softprompt.ops import constants
+from softprompt.ops.pack_layout import Batch, Packing, prompt_offsets
 
-IGNORE_INDEX = tl.constexpr(api.IGNORE_INDEX)
-MASKED_KEY = tl.constexpr(api.MASKED_KEY)
+IGNORE_INDEX = tl.constexpr(constants.IGNORE_INDEX)
+MASKED_KEY = tl.constexpr(constants.MASKED_KEY)
 TILE = 2048
 NUM_WARPS = 8
 
 
-def pack_layout(
-    attention_mask: Tensor,  # [B, L]
-    labels: Tensor | None,  # [B, L]
-    input_ids: Tensor | None,  # [B, L]
-    prompt_of_row: Tensor | None,  # [B]
-    prompt_lengths: list[int],
-    vocab_size: int,
-    positions: str,
-    capacity: int,
-    label_capacity: int,
-) -> tuple[Tensor, ...]:
-    num_rows, row_length = attention_mask.shape
-    if attention_mask.dtype == torch.bool:
-        attention_mask = attention_mask.view(torch.uint8)
-    attention_mask = _with_dense_rows(attention_mask)
-    labels = None if labels is None else _with_dense_rows(labels)
-    input_ids = None if input_ids is None else _with_dense_rows(input_ids)
-
-    def empty(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=attention_mask.device)
-
-    row_tensors = tuple(empty(capacity) for _ in range(6))
-    outputs = (*row_tensors, empty(num_rows + 1), empty(label_capacity), empty(label_capacity), empty(5))
+def pack_layout(batch: Batch, prompt_lengths: list[int], packing: Packing, *out: Tensor) -> None:
+    mask = batch.attention_mask
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    num_rows, row_length = mask.shape
+    tensors = [_with_dense_rows(tensor) for tensor in (mask, batch.labels, batch.input_ids)]
 
     # Of prompts that have one length it is a product.
     lengths = tuple(prompt_lengths)
-    offsets = None if len(set(lengths)) == 1 else api.prompt_offsets(lengths, attention_mask.device)
+    offsets = None if len(set(lengths)) == 1 else prompt_offsets(lengths, mask.device)
 
     columns = min(TILE, max(16, triton.next_power_of_2(row_length)))
     rows = TILE // columns
     column_tiles = max(1, triton.cdiv(row_length, columns))
     num_tiles = triton.cdiv(num_rows, rows) * column_tiles
-    with torch.cuda.device_of(attention_mask):
+    with torch.cuda.device_of(mask):
         _pack_layout[(1 + max(1, num_tiles),)](
-            attention_mask,
-            labels,
-            input_ids,
-            prompt_of_row,
+            *tensors,
+            batch.prompt_of_row,
             offsets,
-            *outputs,
+            *out,
             num_rows,
             row_length,
             len(prompt_lengths),
             prompt_lengths[0],
             sum(prompt_lengths),
-            vocab_size,
-            capacity,
-            label_capacity,
+            packing.vocab_size,
+            packing.capacity,
+            packing.label_capacity,
             num_tiles,
             column_tiles,
-            attention_mask.stride(0),
-            0 if labels is None else labels.stride(0),
-            0 if input_ids is None else input_ids.stride(0),
-            0 if prompt_of_row is None else prompt_of_row.stride(0),
-            POSITIONS=positions,
+            *(0 if tensor is None else tensor.stride(0) for tensor in (*tensors, batch.prompt_of_row)),
+            POSITIONS=packing.positions,
             ROWS=rows,
             COLUMNS=columns,
             num_warps=NUM_WARPS,
         )
-    return outputs
 
 
-def _with_dense_rows(tensor: Tensor) -> Tensor:
+def _with_dense_rows(tensor: Tensor | None) -> Tensor | None:
     """The kernel takes any distance between rows and none between the columns of a row."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(1) == 1 else tensor.contiguous()
 
 
 # Grid: 1 + number of tiles. Program 0 writes the counts; program 1 + t owns tile t of ROWS x COLUMNS batch
