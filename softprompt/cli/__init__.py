@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from softprompt import __version__
 from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
-from softprompt.cli.errors import UsageError, refuse_several_processes, what_the_machine_lacks
-from softprompt.cli.options import HelpFormatter, Parser
+from softprompt.cli.checks import UsageError, refuse_several_processes, what_the_machine_lacks
+from softprompt.cli.options import HelpFormatter, Parser, read_options
 from softprompt.tasks.errors import TaskError
 
 COMMANDS = (train, sweep, predict, inspect, export, demo, doctor)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_several_processes()
         parsed = build_parser().parse_args(arguments)
         parsed.argv = arguments
-        return int(parsed.run(parsed))
+        return int(parsed.run(read_options(parsed.options, parsed)))
     except (UsageError, TaskError) as error:
         print(f"softprompt: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -51,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         lacking = what_the_machine_lacks(error)
-        if isinstance(error, OSError) and error.strerror is not None:
-            lacking = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
         if lacking is None:
             raise
         print(f"softprompt: {lacking}", file=sys.stderr)

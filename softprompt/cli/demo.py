@@ -2,11 +2,20 @@
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import MAX_SEED, Parser, add_command, given, number, whole
+from softprompt.cli.checks import check_output_folder, require_extra
+from softprompt.cli.options import (
+    MAX_SEED,
+    Parser,
+    add_command,
+    given,
+    number,
+    option,
+    whole,
+)
 from softprompt.files import write_text
 
 if TYPE_CHECKING:
@@ -18,11 +27,35 @@ PLAIN, PATCHED = "plain PEFT", "softprompt"
 SYNTHETIC = "synthetic: a tiny model and made-up tweets"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The options of `softprompt demo`."""
+
+    output: str = option(
+        "folder for demo.png and demo.json, which are replaced if they are there",
+        given,
+        "FOLDER",
+        default="softprompt-demo",
+    )
+    steps: int = option("training steps of each side", whole(10), "N", default=100)
+    batch_size: int = option("rows in a step", whole(1), "N", default=8)
+    learning_rate: float = option(
+        "first learning rate; it falls linearly to 0", number(0, open_start=True), "RATE", default=3e-2
+    )
+    seed: int = option("seed of the prompt and the batches", whole(0, MAX_SEED), "N", default=42)
+    device: str = option(
+        "where to compute; auto takes the GPU if there is one",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+    )
+
+
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `softprompt demo`."""
-    parser = add_command(
+    add_command(
         commands,
         "demo",
+        DemoConfig,
         summary="train in plain PEFT and with softprompt side by side, and draw both",
         description="Train a soft prompt twice on the same batches, once in plain PEFT and once after "
         "softprompt.patch(model), and compare accuracy, loss, time and memory. The shipped model and table "
@@ -30,56 +63,17 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         example="softprompt demo --output softprompt-demo",
         run=run,
     )
-    parser.add_argument(
-        "--output",
-        type=given,
-        default="softprompt-demo",
-        metavar="FOLDER",
-        help="folder for demo.png and demo.json, which are replaced if they are there",
-    )
-    parser.add_argument(
-        "--steps", type=whole(10), default=100, metavar="N", help="training steps of each side"
-    )
-    parser.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help="rows in a step")
-    parser.add_argument(
-        "--learning-rate",
-        type=number(0, open_start=True),
-        default=3e-2,
-        metavar="RATE",
-        help="first learning rate; it falls linearly to 0",
-    )
-    parser.add_argument(
-        "--seed", type=whole(0, MAX_SEED), default=42, metavar="N", help="seed of the prompt and the batches"
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to compute; auto takes the GPU if there is one",
-    )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(config: DemoConfig) -> int:
     """Train the shipped tiny model both ways, print the comparison and draw it."""
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file: name a folder")
+    output = check_output_folder(config.output)
     require_extra()
 
-    from softprompt import tiny
     from softprompt.tasks.metrics import to_json
     from softprompt.tasks.plot import draw_comparison
 
-    plain, patched = compare(
-        tiny.model_path(),
-        tiny.train_table(),
-        tiny.eval_table(),
-        steps=args.steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-        device=args.device,
-    )
+    plain, patched = compare(config)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "demo.json", to_json(_scores(plain, patched)))
     draw_comparison(plain, patched, output / "demo.png", title=f"Prompt tuning ({SYNTHETIC})")
@@ -87,26 +81,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(
-    model_path: str,
-    train_path: Path,
-    eval_path: Path,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    device: str,
-) -> "tuple[Side, Side]":
+def compare(config: DemoConfig) -> "tuple[Side, Side]":
     """Train both sides on the same seeded batches; returns (plain, patched) with everything measured."""
     # The profiler that counts memory would announce its start and end; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
     from peft import PromptTuningConfig, get_peft_model
-    from rich.console import Console
-    from rich.progress import Progress
     from transformers import set_seed
 
+    from softprompt import tiny
     from softprompt.cli.models import (
         choose_device,
         load_model,
@@ -115,6 +98,7 @@ def compare(
         quiet_libraries,
         set_threads,
     )
+    from softprompt.cli.progress import progress_bar
     from softprompt.tasks.classification import ClassificationTask, Encoder
     from softprompt.tasks.collate import LeftPadCollator
     from softprompt.tasks.compare import Side, measure_peak_bytes, train_side_by_side
@@ -123,24 +107,25 @@ def compare(
     from softprompt.tasks.table import read_table
 
     quiet_libraries()
-    chosen_device = choose_device(device)
+    device, model_path = choose_device(config.device), tiny.model_path()
+    steps, batch_size = config.steps, config.batch_size
     set_threads(None, tiny=True)
-    train_table = read_table(train_path, "Tweet text", "Label")
-    eval_table = read_table(eval_path, "Tweet text", "Label")
+    train_table = read_table(tiny.train_table(), "Tweet text", "Label")
+    eval_table = read_table(tiny.eval_table(), "Tweet text", "Label")
     task = ClassificationTask("Tweet text", "Label", train_table.known_labels(), end_token="eos")
     encoder = Encoder(task, load_tokenizer(model_path))
 
     def build(name: str) -> Side:
         base = load_model(model_path, torch.float32)
-        set_seed(seed)
-        config = PromptTuningConfig(
+        set_seed(config.seed)
+        prompt = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=NUM_VIRTUAL_TOKENS,
             prompt_tuning_init="TEXT",
             prompt_tuning_init_text=INIT_TEXT,
             tokenizer_name_or_path=model_path,
         )
-        return Side(name, get_peft_model(base, config).to(chosen_device))
+        return Side(name, get_peft_model(base, prompt).to(device))
 
     def accuracy(side: Side) -> float:
         predicted = label_texts(side.model, encoder, eval_table.texts, batch_size=32)
@@ -150,29 +135,22 @@ def compare(
     sides[1].model = patch(sides[1].model)
     examples = encoder.examples(train_table.texts, train_table.labels or [])
     collate = LeftPadCollator(encoder.pad_token_id, task.max_length)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
     while len(order) < steps * batch_size:
         order += torch.randperm(len(examples), generator=generator).tolist()
     batches = [
         {
-            name: tensor.to(chosen_device)
+            name: tensor.to(device)
             for name, tensor in collate([examples[i] for i in order[start : start + batch_size]]).items()
         }
         for start in range(0, steps * batch_size, batch_size)
     ]
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training both", total=steps)
+    with progress_bar("training both", steps) as advance:
         for side in sides:
             side.peak_bytes = measure_peak_bytes(side.model, batches[0])
             side.accuracy_before = accuracy(side)
-        train_side_by_side(
-            sides,
-            batches,
-            learning_rate=learning_rate,
-            progress=lambda: progress.update(bar, advance=1),
-        )
+        train_side_by_side(sides, batches, learning_rate=config.learning_rate, progress=lambda: advance(1))
         for side in sides:
             side.accuracy_after = accuracy(side)
     return sides

@@ -2,47 +2,52 @@
 
 import argparse
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from softprompt.cli.errors import UsageError
-from softprompt.cli.options import Parser, add_command
+from softprompt.cli.checks import UsageError
+from softprompt.cli.options import Parser, add_command, flag, option
 
 if TYPE_CHECKING:
     from softprompt.diagnosis import Diagnosis, Finding
 
-BACKENDS = ("native", "triton")
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """The options of `softprompt doctor`."""
+
+    json: bool = flag("print the findings as JSON, for programs")
+    require: list[str] = option(
+        "end with an error unless this back end (native or triton) can be used; can be given twice",
+        metavar="BACKEND",
+        action="append",
+        choices=("native", "triton"),
+        default=[],
+    )
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `softprompt doctor`."""
-    parser = add_command(
+    add_command(
         commands,
         "doctor",
+        DoctorConfig,
         summary="show what this installation can do, and what is missing",
         description="Show the versions of what softprompt uses, the devices, and the back ends that can run "
         "its operations; for each one that cannot, why, and the command that mends it.",
         example="softprompt doctor --require native",
         run=run,
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON, for programs")
-    parser.add_argument(
-        "--require",
-        action="append",
-        choices=BACKENDS,
-        default=[],
-        metavar="BACKEND",
-        help="end with an error unless this back end (native or triton) can be used; can be given twice",
-    )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(config: DoctorConfig) -> int:
     """Print the diagnosis; fail where a required back end is missing."""
     from softprompt.diagnosis import diagnose
 
     found = diagnose()
-    print(json.dumps(found.to_dict(), indent=1) if args.json else _text(found))
+    print(json.dumps(found.to_dict(), indent=1) if config.json else _text(found))
     device_type = "cuda" if "cuda" in found.backends else "cpu"
-    for name in args.require:
+    for name in config.require:
         if not found.usable(name, device_type):
             raise UsageError(f"--require {name}: it cannot be used on {device_type}, see above")
     return 0

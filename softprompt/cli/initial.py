@@ -1,127 +1,144 @@
-"""The options that say where a soft prompt starts, and the prompt that they ask for."""
+"""Where the soft prompts of a call start: PEFT's configurations, and the prompts of `--init`."""
 
-import argparse
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from softprompt.cli.errors import UsageError
-from softprompt.cli.options import given, words
-from softprompt.cli.paths import check_prompts
+from peft import PromptTuningConfig, get_peft_model
+from torch import Tensor
+from transformers import set_seed
+
+from softprompt import init
+from softprompt.cli.checks import UsageError
+from softprompt.cli.inputs import Setup
+from softprompt.cli.models import patch
+from softprompt.cli.training_config import TrainingConfig
+from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, read_npy, set_prompt
 from softprompt.tasks.folders import adapter_folders
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from softprompt.tasks.table import Table
-
-DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
 # Those that PEFT makes itself; the others replace its random prompt.
 PEFT_INITS = {"text": "TEXT", "vocab": "SAMPLE_VOCAB", "random": "RANDOM"}
-INITS = ("text", "text-once", "labels", "common", "counted", "vocab", "matched", "uniform", "random", "saved")
 
 
-def add_init_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options that say where a soft prompt starts."""
-    group.add_argument(
-        "--init",
-        choices=INITS,
-        default="text",
-        help="where the soft prompt starts: at the words of --init-text, repeated to its length (text) or "
-        "once (text-once); at the label words (labels); at random ones of the 5,000 tokens with the smallest "
-        "numbers (common), of the 5,000 most frequent tokens of the training texts (counted), or of all "
-        "tokens (vocab); at random numbers that resemble the model's tokens (matched), lie between -0.5 and "
-        "0.5 (uniform), or are normal with variance 1 (random); or at --init-from (saved). Behind the words "
-        "of text-once and labels stand tokens of common",
-    )
-    group.add_argument(
-        "--init-text",
-        type=words,
-        default=DEFAULT_INIT_TEXT,
-        metavar="TEXT",
-        help="the words for --init text and text-once",
-    )
-    group.add_argument(
-        "--init-from",
-        type=given,
-        metavar="PATH",
-        help="the prompt for --init saved: the folder of an adapter of the same model (of an ensemble with "
-        "as many prompts for --ensemble), or a .npy file [P, H]",
-    )
-    group.add_argument(
-        "--init-other-base",
-        action="store_true",
-        help="let --init-from name an adapter of another model, such as a variant of this one",
-    )
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where one prompt starts.
+
+    Attributes:
+        adapter: the name of its adapter.
+        seed: of what is drawn at random.
+        config: PEFT's.
+        prompt: [P, H], None where PEFT makes it.
+    """
+
+    adapter: str
+    seed: int
+    config: PromptTuningConfig
+    prompt: Tensor | None
 
 
-def check_init_options(args: argparse.Namespace) -> None:
-    """Raise UsageError where the options contradict each other, or there is no prompt to start from."""
-    if args.init in ("text", "text-once") and not args.init_text.strip():
-        raise UsageError(f"--init {args.init} needs words to start from: give --init-text, or --init vocab")
-    if args.init == "saved" and not args.init_from:
-        raise UsageError("--init saved needs a prompt to start from: give --init-from")
-    if args.init != "saved" and (args.init_from or args.init_other_base):
-        option = "--init-from" if args.init_from else "--init-other-base"
-        raise UsageError(f"{option} belongs to --init saved, but --init is {args.init}")
-    if args.init == "saved" and not getattr(args, "resume", False):  # a checkpoint holds the prompt
-        try:
-            check_prompts(args.init_from)
-        except ValueError as error:
-            raise UsageError(f"--init saved: {error}") from error
-
-
-def initial_prompt(
-    args: argparse.Namespace,
-    model: Any,
-    tokenizer: Any,
-    table: "Table",
+def prompt_starts(
+    setup: Setup,
+    config: TrainingConfig,
+    adapters: Sequence[str],
     *,
-    number: int = 0,
-    count: int = 1,
-) -> "Tensor | None":
-    """Return the [P, H] prompt of `--init` for a model and the training rows, None where PEFT makes it.
-
-    It is the one with this `number`, from 0, of the `count` prompts of an ensemble.
+    checkpoint: Path | None = None,
+) -> list[Start]:
+    """Return where the prompts of one run start, or of the interrupted run that `checkpoint` is from.
 
     Raises:
-        UsageError: it cannot be made, with the reason.
+        UsageError: a prompt does not fit the model, or cannot be made, with the reason.
     """
-    if args.init in PEFT_INITS:
-        return None
+    tokenizer = setup.encoder.tokenizer
+    positions = getattr(setup.base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.num_virtual_tokens + config.max_length > positions:
+        raise UsageError(
+            f"--num-virtual-tokens {config.num_virtual_tokens} and --max-length {config.max_length} together "
+            f"exceed the {positions} positions of {setup.model_name}: make one of them smaller"
+        )
+    if config.init == "text" and not tokenizer(config.init_text)["input_ids"]:
+        raise UsageError(f"--init-text {config.init_text!r} has no tokens: give other words")
+    for words in config.ensemble_texts or []:
+        if not tokenizer(words)["input_ids"]:
+            raise UsageError(f"--ensemble-texts {words!r} has no tokens: give other words")
+    prompts = _saved_starts(checkpoint) or [
+        _initial_prompt(setup, config, number, len(adapters)) for number in range(len(adapters))
+    ]
+    starts = []
+    for number, (adapter, prompt) in enumerate(zip(adapters, prompts, strict=True)):
+        texts = config.ensemble_texts or [config.init_text]
+        text = texts[number] if config.init == "text" and number < len(texts) else None
+        # The same words again would give the same prompt again.
+        kind = "vocab" if config.init == "text" and text is None else config.init
+        peft_config = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=config.num_virtual_tokens,
+            prompt_tuning_init=PEFT_INITS.get(kind, "RANDOM"),
+            prompt_tuning_init_text=text,
+            tokenizer_name_or_path=None if text is None else setup.model_name,
+        )
+        starts.append(Start(adapter, config.seed + number, peft_config, prompt))
+    return starts
+
+
+def with_prompts(setup: Setup, starts: Sequence[Start]) -> Any:
+    """Return the model with an adapter for each start, patched unless `--no-patch` was given."""
+    model: Any = None
+    for start in starts:
+        set_seed(start.seed)
+        if model is None:
+            model = get_peft_model(setup.base, start.config, adapter_name=start.adapter)
+        else:
+            model.add_adapter(start.adapter, start.config)
+        if start.prompt is not None:
+            set_prompt(model, start.prompt, start.adapter)
+    return patch(model, positions=setup.encoder.task.positions, no_patch=setup.config.compute.no_patch)
+
+
+def check_different(config: TrainingConfig, model: Any) -> None:
+    """Raise UsageError where two prompts of an ensemble start at the same place, and so end there too."""
+    found: dict[bytes, str] = {}
+    for name in model.peft_config:
+        other = found.setdefault(prompt_parameter(model, name).detach().cpu().numpy().tobytes(), name)
+        if other != name:
+            raise UsageError(
+                f"--init {config.init}: {other} and {name} of the ensemble start at the same numbers and "
+                "would stay the same: give more --num-virtual-tokens, or another --init"
+            )
+
+
+def _initial_prompt(setup: Setup, config: TrainingConfig, number: int, count: int) -> Tensor | None:
+    """The [P, H] prompt of `--init` with this number of the `count`, None where PEFT makes it."""
+    model, length, seed = setup.base, config.num_virtual_tokens, config.seed + number
+    tokenizer, table = setup.encoder.tokenizer, setup.train_table
     try:
-        if args.init == "saved":
-            return _saved(args, model, number, count)
-        return _make(args, model, tokenizer, table, args.seed + number)
+        match config.init:
+            case "text-once":
+                return init.text(model, length, tokenizer, config.init_text, tile=False, seed=seed)
+            case "labels":
+                return init.class_labels(model, length, tokenizer, table.known_labels(), seed=seed)
+            case "common":
+                return init.common_tokens(model, length, seed=seed)
+            case "counted":
+                counts = init.count_tokens(model, tokenizer, table.texts)
+                return init.common_tokens(model, length, counts=counts, seed=seed)
+            case "matched":
+                return init.matched(model, length, seed=seed)
+            case "uniform":
+                return init.uniform(model, length, seed=seed)
+            case "saved":
+                return _saved(config, model, number, count)
     except ValueError as error:
-        raise UsageError(f"--init {args.init}: {error}") from error
+        raise UsageError(f"--init {config.init}: {error}") from error
+    return None
 
 
-def _make(args: argparse.Namespace, model: Any, tokenizer: Any, table: "Table", seed: int) -> "Tensor":
-    from softprompt import init
-
-    length = args.num_virtual_tokens
-    match args.init:
-        case "text-once":
-            return init.text(model, length, tokenizer, args.init_text, tile=False, seed=seed)
-        case "labels":
-            return init.class_labels(model, length, tokenizer, table.known_labels(), seed=seed)
-        case "common":
-            return init.common_tokens(model, length, seed=seed)
-        case "counted":
-            counts = init.count_tokens(model, tokenizer, table.texts)
-            return init.common_tokens(model, length, counts=counts, seed=seed)
-        case "matched":
-            return init.matched(model, length, seed=seed)
-        case "uniform":
-            return init.uniform(model, length, seed=seed)
-    raise UsageError(f"--init {args.init} is not one of {', '.join(INITS)}")
-
-
-def _saved(args: argparse.Namespace, model: Any, number: int, count: int) -> "Tensor":
-    """Return the prompt that `--init-from` names, from an ensemble the one with this number."""
-    from softprompt import init
-
-    length, source = args.num_virtual_tokens, Path(args.init_from)
+def _saved(config: TrainingConfig, model: Any, number: int, count: int) -> Tensor:
+    """The prompt that `--init-from` names, from an ensemble the one with this number."""
+    length, source = config.num_virtual_tokens, Path(config.init_from or "")
     if not source.is_dir():
         return init.from_file(model, source, num_virtual_tokens=length)
     folders = adapter_folders(source)
@@ -131,4 +148,16 @@ def _saved(args: argparse.Namespace, model: Any, number: int, count: int) -> "Te
             f"--ensemble {len(folders)}, or the folder of one of them"
         )
     folder = folders[number] if len(folders) > 1 else source
-    return init.from_adapter(model, folder, num_virtual_tokens=length, other_base=args.init_other_base)
+    return init.from_adapter(model, folder, num_virtual_tokens=length, other_base=config.init_other_base)
+
+
+def _saved_starts(checkpoint: Path | None) -> list[Tensor | None]:
+    """The initial prompts of an interrupted run: what they were made from may have gone since."""
+    folders = [] if checkpoint is None else adapter_folders(checkpoint)
+    files = [folder / INITIAL_PROMPT for folder in folders]
+    if not all(path.is_file() for path in files):
+        return []
+    try:
+        return [read_npy(path) for path in files]
+    except ValueError as error:
+        raise UsageError(f"--resume: {error}") from error

@@ -1,28 +1,57 @@
 """`softprompt inspect`: the tokens near a soft prompt, its norms, and how far it moved in training."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.options import Parser, add_command, add_prompt_options, given, whole
-from softprompt.cli.paths import check_inputs, check_prompt_option, recorded_model
+from softprompt.cli.checks import (
+    UsageError,
+    check_inputs,
+    check_output_folder,
+    check_prompt_option,
+    require_extra,
+)
+from softprompt.cli.options import Parser, PromptOptions, add_command, given, nested, option, whole
 from softprompt.files import write_text
+from softprompt.tasks.classification import load_task
+from softprompt.tasks.folders import TASK_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softprompt.cli.adapters import SavedPrompt
+    from softprompt.cli.models import SavedPrompt
     from softprompt.prompts.inspection import Inspection
 
 SHOWN = 3  # nearest tokens in the printed table; the files have all of them
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """The options of `softprompt inspect`."""
+
+    prompt: PromptOptions = nested(PromptOptions)
+    neighbours: int = option("tokens to name for each virtual token", whole(1), "K", default=5)
+    initial: str | None = option(
+        "where the prompt started, a .npy file or an adapter folder (default: what `softprompt train` saved "
+        "in the folder, or the words that PEFT's configuration says it started from)",
+        given,
+        "PATH",
+    )
+    output: str = option(
+        "folder for inspection.json and inspection.png, which are replaced if they are there",
+        given,
+        "FOLDER",
+        default="softprompt-inspection",
+    )
+
+
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `softprompt inspect`."""
-    parser = add_command(
+    add_command(
         commands,
         "inspect",
+        InspectConfig,
         summary="show which words a trained soft prompt lies near",
         description="Show, for each virtual token of a soft prompt, the nearest tokens of the vocabulary, "
         "its length beside that of real tokens, its similarity with the others, and how far it has moved "
@@ -30,55 +59,36 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         example="softprompt inspect --adapter softprompt-output",
         run=run,
     )
-    add_prompt_options(parser)
-    parser.add_argument(
-        "--neighbours", type=whole(1), default=5, metavar="K", help="tokens to name for each virtual token"
-    )
-    parser.add_argument(
-        "--initial",
-        type=given,
-        metavar="PATH",
-        help="where the prompt started, a .npy file or an adapter folder (default: what `softprompt train` "
-        "saved in the folder, or the words that PEFT's configuration says it started from)",
-    )
-    parser.add_argument(
-        "--output",
-        type=given,
-        default="softprompt-inspection",
-        metavar="FOLDER",
-        help="folder for inspection.json and inspection.png, which are replaced if they are there",
-    )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(config: InspectConfig) -> int:
     """Read the prompt and its model, compare, print, write."""
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file: name a folder")
-    check_prompt_option("--adapter", args.adapter)
-    if args.initial is not None:
-        check_prompt_option("--initial", args.initial)
-    check_inputs(model=args.model or recorded_model(args.adapter))
+    adapter = config.prompt.adapter
+    output = check_output_folder(config.output)
+    check_prompt_option("--adapter", adapter)
+    if config.initial is not None:
+        check_prompt_option("--initial", config.initial)
+    recorded = load_task(Path(adapter))[1] if (Path(adapter) / TASK_FILE).is_file() else None
+    check_inputs(model=config.prompt.model or recorded)
     require_extra()
 
-    from softprompt.cli.adapters import load_base, open_prompt
-    from softprompt.cli.models import load_tokenizer, quiet_libraries
+    from softprompt.cli.models import load_base, load_tokenizer, open_prompt, quiet_libraries
     from softprompt.prompts.inspection import inspect_prompt
     from softprompt.prompts.vocabulary import vocab_size_of
     from softprompt.tasks.metrics import to_json
     from softprompt.tasks.plot import draw_inspection
 
     quiet_libraries()
-    saved = open_prompt(args.adapter, args.model)
+    saved = open_prompt(adapter, config.prompt.model)
     base, name = load_base(saved)
     tokenizer = load_tokenizer(name)
     try:
-        start, origin = _initial(args.initial, saved, base, tokenizer)
+        start, origin = _initial(config.initial, saved, base, tokenizer)
         found = inspect_prompt(
             base,
             saved.prompt,
             initial=start,
-            neighbours=args.neighbours,
+            neighbours=config.neighbours,
             vocab_size=min(len(tokenizer), vocab_size_of(base)),
         )
     except ValueError as error:

@@ -1,22 +1,48 @@
-"""Loading the frozen model and its tokenizer, with one-line errors."""
+"""Loading the frozen model, its tokenizer and trained prompts, with one-line errors."""
 
 import functools
 import re
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from peft import PeftModel, PromptTuningConfig
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from softprompt.cli.errors import UsageError
+import softprompt
+from softprompt.cli.checks import UsageError, check_model, check_prompt_option
+from softprompt.cli.options import ComputeOptions
 from softprompt.generation.stock import right_options
-from softprompt.prompts.adapters import read_adapter
+from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
 from softprompt.prompts.vocabulary import width_of
+from softprompt.tasks.classification import ClassificationTask, load_task
+from softprompt.tasks.folders import TASK_FILE
+
+
+@dataclass(frozen=True, eq=False)
+class SavedPrompt:
+    """A prompt and where it came from.
+
+    Attributes:
+        source: the folder or file.
+        prompt: [P, H] fp32.
+        config: PEFT's configuration, None for a .npy file.
+        task: what `softprompt train` recorded, None where something else wrote the prompt.
+        model: name of the base model, None where nothing names it.
+    """
+
+    source: Path
+    prompt: Tensor
+    config: PromptTuningConfig | None
+    task: ClassificationTask | None
+    model: str | None
 
 
 def quiet_libraries() -> None:
@@ -32,6 +58,13 @@ def choose_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def prepare(compute: ComputeOptions, *, tiny: bool = False) -> tuple[str, torch.dtype]:
+    """Return the device and the dtype of the frozen model, and set the number of CPU threads."""
+    device = choose_device(compute.device)
+    set_threads(compute.threads, tiny=tiny)
+    return device, choose_dtype(bf16=compute.bf16, fp16=compute.fp16, device=device)
 
 
 def set_threads(threads: int | None, *, tiny: bool) -> None:
@@ -66,8 +99,6 @@ def load_model(model: str, dtype: torch.dtype | str) -> Any:
 
 def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
     """Put adapters on a model: one under PEFT's usual name, several under the names of their folders."""
-    from peft import PeftModel
-
     peft_model: Any = None
     for folder in folders:
         _check_adapter(base, model, folder)
@@ -102,8 +133,6 @@ def _check_adapter(base: Any, model: str, folder: Path) -> None:
 
 def patch(model: Any, *, positions: str = "padded", no_patch: bool = False) -> Any:
     """Put softprompt's faster path under a PEFT model, or leave it as it is for `--no-patch`."""
-    import softprompt
-
     if not no_patch:
         return softprompt.patch(model, positions=positions)
     if right_options(model):
@@ -113,6 +142,48 @@ def patch(model: Any, *, positions: str = "padded", no_patch: bool = False) -> A
             "which is slower"
         )
     return model
+
+
+def open_prompt(source: str, model: str | None) -> SavedPrompt:
+    """Read the prompt of `--adapter`; `model` is that of `--model`, which wins over recorded names.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    check_prompt_option("--adapter", source)
+    path, config, task = Path(source), None, None
+    try:
+        if path.is_dir():
+            config, prompt = read_adapter(path)
+        else:
+            prompt = read_npy(path)
+    except ValueError as error:
+        raise UsageError(f"--adapter: {error}") from error
+    if (path / TASK_FILE).is_file():
+        task, trained_model, _ = load_task(path)
+        model = model or trained_model
+    if config is not None:
+        model = model or config.base_model_name_or_path
+    return SavedPrompt(path, prompt, config, task, model)
+
+
+def load_base(saved: SavedPrompt) -> tuple[Any, str]:
+    """Load the base model of a prompt in the dtype of its files; returns it and its name.
+
+    Raises:
+        UsageError: nothing names a model, it cannot be loaded, or the prompt does not fit it.
+    """
+    if saved.model is None:
+        raise UsageError(f"{saved.source} does not say for which model it was trained: give --model")
+    name = check_model(saved.model)
+    base = load_model(name, "auto")
+    try:
+        check_prompt(saved.prompt, width=width_of(base), source=f"the prompt in {saved.source}")
+    except ValueError as error:
+        raise UsageError(
+            f"{error}; the model is {name}: give the --model that it was trained with"
+        ) from error
+    return base, name
 
 
 @functools.cache

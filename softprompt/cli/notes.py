@@ -4,16 +4,16 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from softprompt.cli.inputs import Setup
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.labels import evaluation_notes, label_counts, look_alikes
 from softprompt.tasks.table import Table
 
 
-def say_rows(
-    encoder: Encoder, train_table: Table, eval_table: Table | None, validation_table: Table | None = None
-) -> None:
+def say_rows(setup: Setup) -> None:
     """Print how many rows each label has, and the notes on the tables of a training run."""
-    kept = {"evaluation": eval_table, "validation": validation_table}
+    encoder, train_table = setup.encoder, setup.train_table
+    kept = {"evaluation": setup.eval_table, "validation": setup.validation_table}
     used = {use: table for use, table in kept.items() if table is not None}
     tables = [train_table, *used.values()]
     others = {f"for {use}": table.labels or [] for use, table in used.items()}

@@ -1,16 +1,34 @@
-"""The parser of every command, and the options that several commands share."""
+"""How the options of a command are declared: as fields of a frozen dataclass, checked one by one.
+
+Here are also the options that several commands share, and the types of their values.
+"""
 
 import argparse
 import difflib
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
 
-from softprompt.cli.errors import UsageError
+from softprompt.cli.checks import UsageError
+from softprompt.tasks.sources import DATA_SET, TEXT_TYPES, kind_of
+from softprompt.tasks.text_files import SEPARATORS
+
+Options = TypeVar("Options")
 
 WIDTH = 79
 MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a sweep count on from it
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+# option -> (kinds of tables that it is for, in words)
+_FOR = {
+    "data_config": ((DATA_SET,), "data sets"),
+    "data_split": ((DATA_SET,), "data sets"),
+    "encoding": (TEXT_TYPES, ".csv and .jsonl files"),
+    "separator": ((".csv",), ".csv files"),
+    "no_header": ((".csv",), ".csv files"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,13 +71,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def add_command(
     commands: "argparse._SubParsersAction[Parser]",
     name: str,
+    options: type[Any],
     *,
     summary: str,
     description: str,
     example: str,
-    run: Callable[[argparse.Namespace], int],
-) -> Parser:
-    """Add the parser of one command; `run` is called with its arguments and returns the exit code."""
+    run: Callable[[Any], int],
+) -> None:
+    """Add the parser of one command; `run` gets its `options`, and returns the exit code."""
     parser = commands.add_parser(
         name,
         help=summary,
@@ -68,59 +87,92 @@ def add_command(
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
-    return parser
+    parser.set_defaults(run=run, options=options)
+    add_options(parser, options)
 
 
-def add_prompt_options(parser: Parser) -> None:
-    """Add the options that name a trained prompt and its model."""
-    parser.add_argument(
-        "--adapter",
-        type=given,
-        required=True,
-        metavar="PATH",
-        help="the trained prompt: a folder that `softprompt train` or PEFT wrote, or a .npy file",
-    )
-    parser.add_argument(
-        "--model",
-        type=given,
-        metavar="NAME",
-        help="the frozen model, if it is not where it was in training (default: the one trained with)",
-    )
+def option(
+    text: str,
+    kind: Callable[[str], Any] | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+    *,
+    default: Any = None,
+    **more: Any,
+) -> Any:
+    """Return a dataclass field that is an option, its text in the help, and the type of its value.
+
+    Args:
+        text: of the help.
+        kind: an argument type, None for a text.
+        metavar: how the help calls the value.
+        default: shown in the help, unless it is None or False.
+        more: `group`, the title of a group of options, which the fields behind it are in, too; `one_of`, the
+            name of options that exclude each other; anything else is for `ArgumentParser.add_argument`.
+    """
+    described = {"help": text, "type": kind, "metavar": metavar, "default": default, **more}
+    argument = {name: value for name, value in described.items() if value is not None or name == "default"}
+    return field(default=tuple(default) if isinstance(default, list) else default, metadata=argument)
 
 
-def add_compute_options(parser: Parser) -> None:
-    """Add the options that say where and how precisely to compute, as a group of their own."""
-    group = parser.add_argument_group("computing")
-    group.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to compute; auto takes the GPU if there is one",
-    )
-    precision = group.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--bf16",
-        action="store_true",
-        help="run the frozen model in bfloat16: half the memory, faster on GPUs (the prompt stays float32)",
-    )
-    precision.add_argument(
-        "--fp16",
-        action="store_true",
-        help="run the frozen model in float16, for GPUs without bfloat16 (the prompt stays float32)",
-    )
-    group.add_argument(
-        "--no-patch",
-        action="store_true",
-        help="run plain PEFT without the faster path of softprompt.patch",
-    )
-    group.add_argument(
-        "--threads",
-        type=whole(1),
-        metavar="N",
-        help="CPU threads of torch (default: one for the shipped tiny model, else torch's own choice)",
-    )
-    group.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help="rows computed at once")
+def flag(text: str, **more: Any) -> Any:
+    """Return a dataclass field that is an option without a value, False unless it is given."""
+    return option(text, default=False, action="store_true", **more)
+
+
+def nested(options: type[Any], *, without: Sequence[str] = ()) -> Any:
+    """Return a dataclass field that holds options of another dataclass, all but those `without`."""
+    return field(default_factory=options, metadata={"options": options, "without": without})
+
+
+def option_fields(options: type[Any], without: Sequence[str] = ()) -> Iterator[Field[Any]]:
+    """Yield the fields that are options, those of nested dataclasses in their place."""
+    for each in fields(options):
+        if "options" in each.metadata:
+            yield from option_fields(each.metadata["options"], each.metadata["without"])
+        elif "help" in each.metadata and each.name not in without:
+            yield each
+
+
+def add_options(parser: Parser, options: type[Any]) -> None:
+    """Add the fields of a dataclass to a parser, group by group."""
+    group: argparse._ActionsContainer = parser
+    exclusive: dict[str, argparse._ActionsContainer] = {}
+    for each in option_fields(options):
+        argument = dict(each.metadata)
+        title, one_of = argument.pop("group", None), argument.pop("one_of", None)
+        group = group if title is None else parser.add_argument_group(title)
+        place = group
+        if one_of is not None:
+            if one_of not in exclusive:
+                exclusive[one_of] = group.add_mutually_exclusive_group()
+            place = exclusive[one_of]
+        place.add_argument(option_name(each.name), **argument)
+
+
+def read_options(options: type[Options], arguments: argparse.Namespace | dict[str, Any]) -> Options:
+    """Return a dataclass of options with the values of a parsed command line; others have their defaults."""
+    values = arguments if isinstance(arguments, dict) else vars(arguments)
+    found = {}
+    for each in fields(options):  # type: ignore[arg-type]
+        if "options" in each.metadata:
+            found[each.name] = read_options(each.metadata["options"], values)
+        elif each.name in values:
+            found[each.name] = values[each.name]
+    return options(**found)
+
+
+def values_of(options: Any) -> dict[str, Any]:
+    """Return the values of a dataclass of options, those of nested ones beside the others."""
+    values: dict[str, Any] = {}
+    for each in fields(options):
+        value = getattr(options, each.name)
+        values |= values_of(value) if "options" in each.metadata else {each.name: value}
+    return values
+
+
+def option_name(name: str) -> str:
+    """Return what a field is called on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def given(text: str) -> str:
@@ -174,3 +226,113 @@ def number(
         return value
 
     return parse
+
+
+def encoding_name(text: str) -> str:
+    """An argument type: the name of an encoding of texts."""
+    try:
+        "".encode(text)
+        b"".decode(text)
+    except (LookupError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"no encoding is called {text!r}; expected a name as utf-16, cp1252 or shift_jis"
+        ) from None
+    return text
+
+
+def separator_mark(text: str) -> str:
+    """An argument type: one character, as itself or by its name."""
+    mark = _ESCAPES.get(text, SEPARATORS.get(text.lower(), text))
+    if len(mark) != 1 or mark in '"\n\r\0':
+        raise argparse.ArgumentTypeError(f"expected one character, or {', '.join(SEPARATORS)}, got {text!r}")
+    return mark
+
+
+def template_text(text: str) -> str:
+    r"""An argument type: a template, in which a typed \n, \t and \\ are a new line, a tab and a backslash."""
+    return re.sub(r"\\[nt\\]", lambda typed: _ESCAPES[typed[0]], words(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How a table is read, and which part of a data set."""
+
+    data_config: str | None = option("part of a data set from the `datasets` library", given, "NAME")
+    data_split: str | None = option("split of such a data set to read (default: train)", given, "NAME")
+    encoding: str | None = option(
+        "encoding of .csv and .jsonl tables, as cp1252 (default: what their byte order mark says, else "
+        "UTF-8)",
+        encoding_name,
+        "NAME",
+    )
+    separator: str | None = option(
+        f"what separates the cells of .csv tables: one character, or {', '.join(SEPARATORS)} "
+        "(default: comma)",
+        separator_mark,
+        "MARK",
+    )
+    no_header: bool = flag("the first line of .csv tables is a row: their columns are called 1, 2, and so on")
+
+    def reading(self, sources: Sequence[str]) -> dict[str, Any]:
+        """Return what `read_table` is told of the options.
+
+        Raises:
+            UsageError: an option was given that means nothing for any of the sources.
+        """
+        kinds = {kind_of(source) for source in sources}
+        for name, (wanted, spoken) in _FOR.items():
+            if getattr(self, name) and not kinds & set(wanted):
+                raise UsageError(
+                    f"{option_name(name)} is for {spoken}, and {' and '.join(sources)} is none: leave it out"
+                )
+        return {
+            "subset": self.data_config,
+            "split": self.data_split,
+            "encoding": self.encoding,
+            "separator": self.separator or ",",
+            "header": not self.no_header,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Where and how precisely to compute."""
+
+    device: str = option(
+        "where to compute; auto takes the GPU if there is one",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        group="computing",
+    )
+    bf16: bool = flag(
+        "run the frozen model in bfloat16: half the memory, faster on GPUs (the prompt stays float32)",
+        one_of="precision",
+    )
+    fp16: bool = flag(
+        "run the frozen model in float16, for GPUs without bfloat16 (the prompt stays float32)",
+        one_of="precision",
+    )
+    no_patch: bool = flag("run plain PEFT without the faster path of softprompt.patch")
+    threads: int | None = option(
+        "CPU threads of torch (default: one for the shipped tiny model, else torch's own choice)",
+        whole(1),
+        "N",
+    )
+    batch_size: int = option("rows computed at once", whole(1), "N", default=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """A trained prompt and its model."""
+
+    adapter: str = option(
+        "the trained prompt: a folder that `softprompt train` or PEFT wrote, or a .npy file",
+        given,
+        "PATH",
+        required=True,
+    )
+    model: str | None = option(
+        "the frozen model, if it is not where it was in training (default: the one trained with)",
+        given,
+        "NAME",
+    )

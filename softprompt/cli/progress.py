@@ -1,94 +1,109 @@
-"""What `softprompt train` shows while it runs, and at the end."""
+"""What the commands show while they run: bars, and a line for what is done; and a table at the end."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as RichTable
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
+
+from softprompt.tasks.sweep import Run
 
 
-class TrainingProgress(TrainerCallback):
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar for a block, which gets a function that moves it on."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(description, total=total)
+        yield lambda done: progress.update(bar, advance=done)
+
+
+class _Bars(TrainerCallback):
+    """Bars that are shown for a block, one of them that of the steps."""
+
+    _steps: TaskID
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        console = Console(stderr=True)
+        shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *columns)
+        self._bars = Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> Any:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._bars.stop()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+        """Move the bar of the steps."""
+        self._bars.update(self._steps, total=state.max_steps, completed=state.global_step)
+
+
+class TrainingProgress(_Bars):
     """Progress bars of the steps and of each evaluation, and a line with the scores after it."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._training = self._progress.add_task("training", total=None, note="")
-        self._evaluation = self._progress.add_task("evaluation", total=None, note="", visible=False)
-
-    def __enter__(self) -> "TrainingProgress":
-        """Show the bars."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Take the bars away."""
-        self._progress.stop()
+        super().__init__(TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._steps = self._bars.add_task("training", total=None, note="")
+        self._evaluation = self._bars.add_task("evaluation", total=None, note="", visible=False)
 
     def evaluated(self, rows: int, total: int) -> None:
         """Move the bar of the evaluation by `rows` of all the `total` rows that it goes through."""
-        self._progress.update(self._evaluation, advance=rows, total=total, visible=True)
+        self._bars.update(self._evaluation, advance=rows, total=total, visible=True)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Move the bar of the steps."""
-        self._progress.update(self._training, total=state.max_steps, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         """Show the newest training loss."""
         if logs and "loss" in logs:
-            self._progress.update(self._training, note=f"loss {logs['loss']:.4f}")
+            self._bars.update(self._steps, note=f"loss {logs['loss']:.4f}")
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
         """Print the scores of the epoch."""
-        self._progress.reset(self._evaluation, visible=False)
-        if metrics and state.epoch is not None:
-            parts = []
-            if "eval_loss" in metrics:
-                parts = [
-                    f"accuracy {metrics['eval_exact_match']:.1%}",
-                    f"loss {metrics['eval_loss']:.4f}",
-                    f"perplexity {metrics['eval_perplexity']:.4g}",
-                ]
-            if "eval_validation_loss" in metrics:
-                parts.append(f"validation loss {metrics['eval_validation_loss']:.4f}")
-            self._progress.console.print(f"epoch {state.epoch:g}: {', '.join(parts)}", highlight=False)
+        self._bars.reset(self._evaluation, visible=False)
+        if not metrics or state.epoch is None:
+            return
+        parts = []
+        if "eval_loss" in metrics:
+            parts = [
+                f"accuracy {metrics['eval_exact_match']:.1%}",
+                f"loss {metrics['eval_loss']:.4f}",
+                f"perplexity {metrics['eval_perplexity']:.4g}",
+            ]
+        if "eval_validation_loss" in metrics:
+            parts.append(f"validation loss {metrics['eval_validation_loss']:.4f}")
+        self._bars.console.print(f"epoch {state.epoch:g}: {', '.join(parts)}", highlight=False)
+
+
+class SweepProgress(_Bars):
+    """Progress bars of the finished runs and of the steps of those in training."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(TimeElapsedColumn())
+        self._runs = self._bars.add_task("runs", total=total)
+        self._steps = self._bars.add_task("steps", total=None)
+
+    def finished(self, run: Run, record: dict[str, Any]) -> None:
+        """Count one run and print its scores."""
+        self._bars.update(self._runs, advance=1)
+        settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in run.values.items())
+        scores = "diverged"
+        if not record["diverged"]:
+            scores = f"accuracy {record['eval_exact_match']:.1%}, loss {record['eval_loss']:.4f}"
+        text = f"{settings}, seed {run.seed}: {scores}"
+        self._bars.console.print(text, highlight=False, markup=False)
 
 
 def print_summary(metrics: dict[str, Any], output: Path) -> None:

@@ -13,34 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from softprompt.cli.errors import UsageError
+from softprompt.cli.checks import UsageError
+from softprompt.cli.options import option_name
 from softprompt.prompts.adapters import read_adapter
+from softprompt.tasks.callbacks import StopAtStepEnd
 from softprompt.tasks.classification import ClassificationTask
 from softprompt.tasks.folders import adapter_folders
 from softprompt.tasks.table import Table
-from softprompt.tasks.trainer import StopAtStepEnd
-
-# With the task and the training rows, all that decides the trained prompt: a resumed run must have the same.
-RESUME_SETTINGS = (
-    "num_virtual_tokens",
-    "init",
-    "init_text",
-    "init_from",
-    "epochs",
-    "steps",
-    "batch_size",
-    "learning_rate",
-    "weight_decay",
-    "optimizer",
-    "schedule",
-    "seed",
-    "ensemble",
-    "ensemble_texts",
-    "validation_share",
-    "patience",
-    "bf16",
-    "fp16",
-)
 
 # Without them Trainer goes on with a new optimizer and other rows, and says nothing.
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -91,10 +70,9 @@ def check_same_run(saved: SavedRun, now: SavedRun) -> None:
             raise UsageError(
                 "--resume: the training rows are not those of the checkpoint: give the same table"
             )
-        option = "--" + name.replace("_", "-")
         raise UsageError(
-            f"--resume: {option} is {value!r}, but the checkpoint was trained with {before.get(name)!r}: "
-            "give the same, or train without --resume"
+            f"--resume: {option_name(name)} is {value!r}, but the checkpoint was trained with "
+            f"{before.get(name)!r}: give the same, or train without --resume"
         )
 
 

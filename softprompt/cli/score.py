@@ -1,15 +1,13 @@
 """Labels for new rows by likelihood: `softprompt predict --score`, and the prediction of an ensemble."""
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from softprompt.cli.errors import UsageError
-from softprompt.cli.table_options import table_arguments
+from softprompt.cli.checks import UsageError, check_new
+from softprompt.cli.predict_config import PredictConfig
+from softprompt.cli.progress import progress_bar
+from softprompt.ensemble import combine
 from softprompt.files import write_text
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.errors import TaskError
@@ -24,16 +22,15 @@ from softprompt.tasks.table import Table, read_table, with_known_labels
 from softprompt.tasks.written import write_frame
 
 
-def check_outputs(args: argparse.Namespace, task: ClassificationTask, table: Table) -> None:
+def check_outputs(config: PredictConfig, task: ClassificationTask, table: Table) -> None:
     """Raise UsageError where a column or a file that scoring writes is there already, or would be twice."""
     for column in map(probability_column, map(task.name_of, task.labels)):
-        if column == args.output_column:
+        if column == config.output_column:
             raise UsageError(f"--output-column {column} is the column of a probability: give another name")
         if column in table.frame.columns:
-            raise UsageError(f"{args.data} has a column {column!r} already: rename it")
-    for path in (_metrics_file(args), _confusion_file(args)):
-        if path.exists() and not args.overwrite:
-            raise UsageError(f"{path} exists already: name another --output or replace it with --overwrite")
+            raise UsageError(f"{config.data} has a column {column!r} already: rename it")
+    for path in _measured_files(config):
+        check_new(path, overwrite=config.overwrite)
 
 
 def probability_column(label: str) -> str:
@@ -41,19 +38,18 @@ def probability_column(label: str) -> str:
     return f"p({label})"
 
 
-def read_labels(args: argparse.Namespace, task: ClassificationTask, table: Table) -> list[str] | None:
+def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -> list[str] | None:
     """Return the names of the true labels of the rows, None where the table has none.
 
     Without `--label-column` the column of the training is used if it is there and holds known labels only.
     """
-    asked = args.label_column is not None
-    column = args.label_column if asked else task.label_column
+    asked = config.label_column is not None
+    column = config.label_column or task.label_column
     if not asked and (column not in table.frame.columns or column == table.text_column):
         return None
     try:
-        labelled = read_table(
-            args.data, table.text_column, column, every_line=True, **table_arguments(args, [args.data])
-        )
+        reading = config.table.reading([config.data])
+        labelled = read_table(config.data, table.text_column, column, every_line=True, **reading)
         labelled = with_known_labels(labelled, task.labels, dict(task.label_names))
     except TaskError as error:
         if asked:
@@ -63,71 +59,53 @@ def read_labels(args: argparse.Namespace, task: ClassificationTask, table: Table
     return [task.name_of(label) for label in labelled.labels or []]
 
 
-def score_table(
-    args: argparse.Namespace,
-    model: Any,
-    encoder: Encoder,
-    table: Table,
-    *,
-    adapters: list[str],
-) -> int:
-    """Score every label of every row, write the table, and measure where the table has labels."""
-    from softprompt.ensemble import combine
-
-    labels = read_labels(args, encoder.task, table)
+def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Table) -> None:
+    """Score every label of every row with all adapters, write the table, and measure where it has labels."""
+    task, adapters = encoder.task, list(model.peft_config)
+    labels = read_labels(config, task, table)
     start = time.perf_counter()
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=len(table))
+    with progress_bar("scoring", len(table)) as advance:
         logs = label_log_likelihoods(
             model,
             encoder,
             table.rows,
             adapters=adapters,
-            batch_size=args.batch_size,
-            progress=lambda rows: progress.update(bar, advance=rows),
+            batch_size=config.compute.batch_size,
+            progress=advance,
         )
-    content_free = content_free_log_likelihoods(model, encoder, adapters=adapters) if args.calibrate else None
-    lengths = (
-        [len(encoder.targets[label]) for label in encoder.task.labels] if args.length_normalise else None
+    content_free = (
+        content_free_log_likelihoods(model, encoder, adapters=adapters) if config.calibrate else None
     )
+    lengths = [len(encoder.targets[label]) for label in task.labels] if config.length_normalise else None
     each = label_probabilities(logs, lengths=lengths, content_free=content_free)
-    chosen, shares = combine(each, args.combine or "vote")
-    names = tuple(map(encoder.task.name_of, encoder.task.labels))
+    chosen, shares = combine(each, config.combine or "vote")
+    names = tuple(map(task.name_of, task.labels))
     predicted = [names[number] for number in chosen.tolist()]
-    columns = {args.output_column: predicted}
+    columns = {config.output_column: predicted}
     columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}
-    write_frame(table.frame.assign(**columns), args.output)
-    print(f"{len(predicted)} rows scored in {time.perf_counter() - start:.1f} s: {args.output}")
+    write_frame(table.frame.assign(**columns), config.output)
+    print(f"{len(predicted)} rows scored in {time.perf_counter() - start:.1f} s: {config.output}")
     if labels is None:
-        for path in (_metrics_file(args), _confusion_file(args)):
+        for path in _measured_files(config):
             path.unlink(missing_ok=True)  # with --overwrite, of the table that was replaced
-    else:
-        _measure(args, names, predicted, labels)
-    return 0
-
-
-def _measure(
-    args: argparse.Namespace, names: tuple[str, ...], predicted: list[str], labels: list[str]
-) -> None:
+        return
     counts = confusion_counts(predicted, labels, names)
+    accuracy, f1 = exact_match(predicted, labels), macro_f1(counts)
     metrics = {
         "rows": len(labels),
-        "accuracy": exact_match(predicted, labels),
-        "macro_f1": macro_f1(counts),
+        "accuracy": accuracy,
+        "macro_f1": f1,
         "labels": list(names),
         "confusion": counts,
     }
-    write_text(_metrics_file(args), to_json(metrics))
-    title = f"Accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}"
-    draw_confusion(counts, names, _confusion_file(args), title=title)
-    print(f"accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}: {_metrics_file(args)}")
-    print(f"which label was taken for which: {_confusion_file(args)}")
+    metrics_file, confusion_file = _measured_files(config)
+    write_text(metrics_file, to_json(metrics))
+    draw_confusion(counts, names, confusion_file, title=f"Accuracy {accuracy:.1%}, macro-F1 {f1:.3f}")
+    print(f"accuracy {accuracy:.1%}, macro-F1 {f1:.3f}: {metrics_file}")
+    print(f"which label was taken for which: {confusion_file}")
 
 
-def _metrics_file(args: argparse.Namespace) -> Path:
-    return Path(args.output).with_suffix(".metrics.json")
-
-
-def _confusion_file(args: argparse.Namespace) -> Path:
-    return Path(args.output).with_suffix(".confusion.png")
+def _measured_files(config: PredictConfig) -> tuple[Path, Path]:
+    """The files beside the output: the scores, and the figure of which label was taken for which."""
+    output = Path(config.output)
+    return output.with_suffix(".metrics.json"), output.with_suffix(".confusion.png")

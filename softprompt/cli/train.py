@@ -5,19 +5,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt.cli.errors import UsageError, require_extra
-from softprompt.cli.initial import check_init_options
-from softprompt.cli.options import (
-    Parser,
-    add_command,
-    add_compute_options,
-    given,
-    number,
-    whole,
-    words,
-)
-from softprompt.cli.paths import check_inputs
-from softprompt.cli.run_options import add_data_options, add_model_options, add_training_options, apply_recipe
+from softprompt.cli.checks import UsageError, check_inputs, check_output_folder, require_extra
+from softprompt.cli.options import Parser, add_command
+from softprompt.cli.training_config import TrainingConfig
 from softprompt.tasks.folders import (
     held,
     holds_adapter,
@@ -28,15 +18,16 @@ from softprompt.tasks.folders import (
 )
 
 if TYPE_CHECKING:
-    from softprompt.cli.progress import TrainingProgress
-    from softprompt.tasks.trainer import PromptTrainer, StopAtStepEnd
+    from softprompt.cli.inputs import Setup
+    from softprompt.tasks.trainer import PromptTrainer
 
 
 def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
     """Add `softprompt train`."""
-    parser = add_command(
+    add_command(
         commands,
         "train",
+        TrainingConfig,
         summary="train a soft prompt on a table of texts and labels",
         description="Train a soft prompt that makes a frozen language model write the label of a text. "
         "Without options it trains a tiny shipped model on a shipped synthetic table.",
@@ -44,143 +35,58 @@ def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
         "      --model bigscience/bloomz-560m --output complaints",
         run=run,
     )
-    add_data_options(parser)
-    prompt = add_model_options(parser)
-    prompt.add_argument(
-        "--ensemble",
-        type=whole(1),
-        metavar="N",
-        help="train N prompts together, on the same rows in the same order, and predict by their majority; "
-        "their seeds are --seed and the numbers after it",
-    )
-    prompt.add_argument(
-        "--ensemble-texts",
-        type=words,
-        nargs="+",
-        metavar="TEXT",
-        help="words for each prompt of an ensemble to start from (default with --init text: --init-text for "
-        "the first one, and random words of the vocabulary for the others)",
-    )
-    training = add_training_options(parser)
-    training.add_argument(
-        "--validation-share",
-        type=number(0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="share of every label's training rows to keep for deciding when to stop: training ends once "
-        "their loss has stopped falling, and the prompt with the lowest loss is saved; 0 trains all epochs",
-    )
-    training.add_argument(
-        "--patience",
-        type=whole(1),
-        metavar="N",
-        help="epochs without a lower loss on the validation rows before training stops (default: 3)",
-    )
-    add_compute_options(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output",
-        type=given,
-        default="softprompt-output",
-        metavar="FOLDER",
-        help="folder for the adapter and its checkpoints",
-    )
-    existing = output.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--overwrite", action="store_true", help="replace an adapter that is in the folder already"
-    )
-    existing.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in the folder"
-    )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(config: TrainingConfig) -> int:
     """Check what was asked, train, save, and print the summary."""
-    apply_recipe(args)
-    _check_ensemble(args)
-    if args.patience is not None and args.validation_share == 0:
-        raise UsageError("--patience needs rows to watch: give --validation-share")
-    check_init_options(args)
-    output = Path(args.output)
-    checkpoint = _check_output(output, overwrite=args.overwrite, resume=args.resume)
-    check_inputs(tables=[args.data, args.eval_data], model=args.model)
+    config = config.with_recipe()
+    config.check()
+    output = check_output_folder(config.output)
+    checkpoint = _checkpoint_of(config, output)
+    check_inputs(config.data, config.eval_data, model=config.model)
     require_extra()
 
-    from softprompt.cli.build import build_trainer, read_tables
+    from softprompt.cli import build
+    from softprompt.cli.inputs import read_tables, set_up
     from softprompt.cli.models import quiet_libraries
+    from softprompt.cli.notes import say_rows
     from softprompt.cli.progress import TrainingProgress
-
-    quiet_libraries()
-    tables = read_tables(args)
-    progress = TrainingProgress()
-    trainer, stop = build_trainer(args, *tables, checkpoint=checkpoint, progress=progress)
-    with held(output):
-        # Again: another run may have ended in the meantime.
-        if _check_output(output, overwrite=args.overwrite, resume=args.resume) != checkpoint:
-            raise UsageError(f"--resume: another run has gone on from {checkpoint}: start again")
-        return _train(args, trainer, stop, progress, checkpoint, output)
-
-
-def _train(
-    args: argparse.Namespace,
-    trainer: "PromptTrainer",
-    stop: "StopAtStepEnd",
-    progress: "TrainingProgress",
-    checkpoint: Path | None,
-    output: Path,
-) -> int:
     from softprompt.cli.resume import say_how_to_resume, stop_on_interrupt
 
-    if checkpoint is None:
-        remove_checkpoints(output)
-    start = time.perf_counter()
-    with progress:
-        with stop_on_interrupt(stop):
-            trainer.train_from(checkpoint)
-        state = trainer.state
-        if stop.requested and state.global_step < state.max_steps:
-            return say_how_to_resume(args.argv, state.global_step, state.max_steps, output)
-        trainer.restore_best()
-        if (
-            trainer.eval_table is not None
-            and _last(state.log_history, "eval_loss").get("step") != state.global_step
-        ):
-            trainer.evaluate()
-    _save(trainer, output, seconds=time.perf_counter() - start)
+    quiet_libraries()
+    setup = set_up(config, *read_tables(config), checkpoint=checkpoint)
+    progress = TrainingProgress()
+    trainer, stop = build.build_trainer(setup, progress, checkpoint=checkpoint)
+    say_rows(setup)
+    with held(output):
+        # Again: another run may have ended in the meantime.
+        if _checkpoint_of(config, output) != checkpoint:
+            raise UsageError(f"--resume: another run has gone on from {checkpoint}: start again")
+        if checkpoint is None:
+            remove_checkpoints(output)
+        start = time.perf_counter()
+        with progress:
+            with stop_on_interrupt(stop):
+                trainer.train_from(checkpoint)
+            state = trainer.state
+            if stop.requested and state.global_step < state.max_steps:
+                return say_how_to_resume(config.argv, state.global_step, state.max_steps, output)
+            trainer.restore_best()
+            measured = _last(state.log_history, "eval_loss").get("step")
+            if setup.eval_table is not None and measured != state.global_step:
+                trainer.evaluate()
+        _save(setup, trainer, output, seconds=time.perf_counter() - start)
     return 0
 
 
-def _check_ensemble(args: argparse.Namespace) -> None:
-    if args.ensemble == 1:
-        raise UsageError("--ensemble 1: an ensemble needs at least two prompts; train one without --ensemble")
-    if args.ensemble and args.no_patch:
-        raise UsageError("--ensemble needs softprompt's path: leave --no-patch out")
-    if not args.ensemble_texts:
-        return
-    if not args.ensemble:
-        raise UsageError(
-            "--ensemble-texts are the words of an ensemble: give --ensemble, or --init-text instead"
-        )
-    if len(args.ensemble_texts) != args.ensemble:
-        raise UsageError(
-            f"--ensemble-texts: expected one text for each of the {args.ensemble} prompts of "
-            f"--ensemble, got {len(args.ensemble_texts)}"
-        )
-    if args.init != "text":
-        raise UsageError(f"--ensemble-texts needs --init text, got --init {args.init}")
-    if len(set(args.ensemble_texts)) < args.ensemble or not all(map(str.strip, args.ensemble_texts)):
-        raise UsageError("--ensemble-texts: texts that are empty or the same give prompts that are the same")
-
-
-def _check_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file: name a folder")
-    if resume:
+def _checkpoint_of(config: TrainingConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from, None for a new run; raises UsageError where the folder has no room."""
+    if config.resume:
         checkpoint = latest_checkpoint(output)
         if checkpoint is None:
             raise UsageError(f"--resume: {output} has no complete checkpoint: train without --resume")
         return checkpoint
-    if not overwrite and holds_adapter(output):
+    if not config.overwrite and holds_adapter(output):
         raise UsageError(
             f"{output} holds an adapter already: name another --output, replace it with --overwrite, "
             "or go on with it with --resume"
@@ -188,7 +94,7 @@ def _check_output(output: Path, *, overwrite: bool, resume: bool) -> Path | None
     return None
 
 
-def _save(trainer: "PromptTrainer", output: Path, *, seconds: float) -> None:
+def _save(setup: "Setup", trainer: "PromptTrainer", output: Path, *, seconds: float) -> None:
     import torch
 
     from softprompt.cli.progress import print_summary
@@ -204,10 +110,10 @@ def _save(trainer: "PromptTrainer", output: Path, *, seconds: float) -> None:
     history = trainer.state.log_history
     scores = _last([e for e in history if trainer.best_step in (None, e.get("step"))], "eval_loss")
     metrics = {
-        "model": trainer.record["model"],
-        "train_rows": len(trainer.train_dataset),
-        "eval_rows": 0 if trainer.eval_table is None else len(trainer.eval_table),
-        "num_virtual_tokens": trainer.record["training"]["num_virtual_tokens"],
+        "model": setup.model_name,
+        "train_rows": len(setup.train_table),
+        "eval_rows": 0 if setup.eval_table is None else len(setup.eval_table),
+        "num_virtual_tokens": setup.config.num_virtual_tokens,
         "prompts": len(prompts),
         "trainable_parameters": sum(prompt.numel() for prompt in prompts.values()),
         "steps": trainer.state.global_step,

@@ -1,9 +1,13 @@
-"""Batches of token rows, padded on the left."""
+"""Batches of token rows, padded on the left; and of several orders of the rows at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 from softprompt.tasks.classification import IGNORED, Example
 
@@ -18,7 +22,7 @@ class LeftPadCollator:
     pad_token_id: int
     length: int | None = None
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return int64 tensors [B, L] for every key of the examples.
 
         Raises:
@@ -33,3 +37,44 @@ class LeftPadCollator:
             name: torch.tensor([[filler[name]] * (length - len(row[name])) + row[name] for row in examples])
             for name in examples[0]
         }
+
+
+class Streams(Dataset[list[Example]]):
+    """The same rows in several orders at once: the item at (i, j, ...) is the rows i, j, ..."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, numbers: tuple[int, ...]) -> list[Example]:
+        return [self.examples[number] for number in numbers]
+
+
+class StreamSampler(Sampler[tuple[int, ...]]):
+    """The orders in which Trainer takes `count` rows at each of several seeds, side by side."""
+
+    def __init__(self, count: int, seeds: Sequence[int]) -> None:
+        self.count = count
+        self.orders = [
+            SeedableRandomSampler(range(count), data_seed=seed, generator=torch.Generator()) for seed in seeds
+        ]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return zip(*self.orders, strict=True)
+
+
+class StreamCollator:
+    """Collates the rows of the first stream, then those of the second, and so on; takes plain rows too."""
+
+    def __init__(self, collate: LeftPadCollator) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
+        if isinstance(items[0], list):
+            items = [row for stream in zip(*items, strict=True) for row in stream]
+        return self.collate(items)

@@ -1,14 +1,24 @@
-"""The Trainer of a prompt: evaluation by generated labels, checkpoints that are never half written."""
+"""The one trainer: K prompts of a model in one batch stream, of which a single prompt is the case K = 1.
 
+Several prompts are an ensemble, which is trained, evaluated and saved as one, or runs of their own, as in a
+sweep. What saves a checkpoint leaves it complete or not there at all.
+"""
+
+from __future__ import annotations
+
+import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
-    EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -16,11 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from softprompt import ensemble
 from softprompt.prompt_paths import WEIGHTS
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, write_npy
-from softprompt.tasks.classification import ClassificationTask, Encoder
-from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.callbacks import Patience
+from softprompt.tasks.classification import Encoder
+from softprompt.tasks.collate import LeftPadCollator, StreamCollator, Streams, StreamSampler
 from softprompt.tasks.errors import TaskError
+from softprompt.tasks.evaluation import Evaluation
 from softprompt.tasks.folders import (
     TRAINER_STATE,
     adapter_folders,
@@ -28,25 +41,63 @@ from softprompt.tasks.folders import (
     remove_checkpoints,
     staging,
 )
-from softprompt.tasks.inference import label_texts, mean_loss
-from softprompt.tasks.metrics import exact_match, perplexity
 from softprompt.tasks.table import Table
 
 KEPT_CHECKPOINTS = 2
-GENERATED_BATCHES = 4  # generation keeps neither gradients nor logits, so it has room for more rows at once
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a prompt that is a run of its own does not share with the others.
+
+    Attributes:
+        adapter: the name of its adapter.
+        seed: of the order of its rows.
+        learning_rate: the first one.
+        weight_decay: of the optimizer.
+    """
+
+    adapter: str
+    seed: int
+    learning_rate: float
+    weight_decay: float
 
 
 class PromptTrainer(Trainer):
-    """A `transformers.Trainer` for one classification task.
+    """A `transformers.Trainer` of all prompts of a model at once, each as if it were the only one.
 
-    `evaluate` scores `eval_table` by the loss and perplexity of its labels and by the exact match of the
-    labels that the model generates, and `validation_table`, whose loss decides which checkpoint is best, by
-    its loss alone. A checkpoint folder appears under its name when it is complete, and holds
-    `softprompt.json` and the initial prompt beside each adapter. `evaluated` is called with the rows done and
-    the rows of all passes.
+    AdamW and Adafactor keep their state parameter by parameter, so one optimizer over K prompts is K
+    optimizers. Losses are means over the prompts; `prompt_losses` beside them has each one's of an ensemble.
+
+    `evaluate` scores `eval_table` by the loss and perplexity of its labels and by exact match: of the labels
+    that the model generates, or for an ensemble of those that most prompts prefer. The loss of
+    `validation_table` decides which checkpoint is best. A checkpoint folder appears under its name when it is
+    complete, and holds `softprompt.json` and the initial prompt beside each adapter.
+
+    Args:
+        model: a PEFT model; all of its adapters are trained.
+        args: as for Trainer.
+        encoder: of the task.
+        train_table: its rows are those of a step, in the order of the seed.
+        eval_table: measured after each epoch; None measures nothing.
+        validation_table: see above.
+        record: `model` and `training` for `softprompt.json`.
+        callbacks: as for Trainer.
+        evaluated: called with the rows done and the rows of all passes of an evaluation.
+        members: where the prompts are runs of their own: every step packs the batch of each seed behind the
+            prompts of the runs with it, and a run whose loss is no number is left where it is.
+
+    Attributes:
+        adapters: names of the K prompts.
+        diverged: adapters of the runs that were left.
+
+    Raises:
+        TaskError: there are several processes.
     """
 
-    passes = 2  # over the evaluation table, by `measure`
+    train_dataset: Any
+    data_collator: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -59,36 +110,54 @@ class PromptTrainer(Trainer):
         validation_table: Table | None = None,
         record: dict[str, Any],
         callbacks: list[TrainerCallback],
-        evaluated: Callable[[int, int], None],
+        evaluated: Callable[[int, int], None] = lambda rows, total: None,
+        members: Sequence[Member] | None = None,
     ) -> None:
         if args.world_size > 1:
             raise TaskError(
                 f"{type(self).__name__} trains in one process, got {args.world_size}: its prompts would not "
                 "be the same on all ranks; transformers' Trainer with a patched model trains in several"
             )
-        task: ClassificationTask = encoder.task
-        collate = LeftPadCollator(
-            encoder.pad_token_id, task.max_length if task.padding == "max_length" else None
-        )
+        length = encoder.task.max_length if encoder.task.padding == "max_length" else None
+        collate = LeftPadCollator(encoder.pad_token_id, length)
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
             train_dataset=encoder.examples(train_table.rows, train_table.labels or []),
-            eval_dataset=[]
-            if eval_table is None
-            else encoder.examples(eval_table.rows, eval_table.labels or []),
+            eval_dataset=[],  # `evaluate` reads the tables
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)
         self.encoder = encoder
         self.validation_table = validation_table
         self.eval_table = eval_table
         self.record = record
+        self.adapters = list(model.peft_config)
         self.initial_prompts = [
-            prompt_parameter(model, name).detach().cpu().clone() for name in model.peft_config
+            prompt_parameter(model, name).detach().cpu().clone() for name in self.adapters
         ]
+        self.members = None if members is None else {member.adapter: member for member in members}
+        self.seeds = sorted({member.seed for member in members or ()})
+        self.is_ensemble = members is None and len(self.adapters) > 1
+        self.evaluation = Evaluation(
+            model,
+            encoder,
+            collate,
+            ensemble=self.adapters if self.is_ensemble else (),
+            batch_size=args.per_device_eval_batch_size,
+        )
+        self.diverged: set[str] = set()
+        self._losses: list[Tensor] = []  # [K] of each batch, not a number for a run that was left
+        self._first_logged = 0
         self._evaluated = evaluated
         self._staging: Path | None = None
+        if len(self.adapters) > 1:
+            # Else Trainer would divide what is divided by the labels of all accumulated batches already.
+            self.model_accepts_loss_kwargs = True
+        if len(self.seeds) > 1:
+            self.train_dataset = Streams(self.train_dataset)
+            self.data_collator = StreamCollator(self.data_collator)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint if there is one; that of a finished run is only loaded.
@@ -105,6 +174,105 @@ class PromptTrainer(Trainer):
                 return
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """For runs of their own one group of the optimizer for each, with the settings of the run."""
+        if self.members is None:
+            return super().create_optimizer(model)  # type: ignore[no-any-return]
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = [
+                {
+                    "params": [prompt],
+                    "lr": self.members[name].learning_rate,
+                    "weight_decay": self.members[name].weight_decay,
+                }
+                for name, prompt in self.prompts().items()
+            ]
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer  # type: ignore[no-any-return]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if len(self.seeds) > 1:
+            return StreamSampler(len(self.train_dataset), self.seeds)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the sum of the prompts' mean losses, without the runs that have diverged."""
+        if self.members is None and len(self.adapters) == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        names = [name for name in self.adapters if name not in self.diverged]
+        total, each = self._losses_of(names, inputs, num_items_in_batch)
+        if self.members is not None and not bool(torch.isfinite(each).all()):
+            # What is no number crosses every mask: only alone does a run show whether it is the one.
+            alone = [self._losses_of([name], inputs, num_items_in_batch)[1] for name in names]
+            sound = [name for name, loss in zip(names, alone, strict=True) if bool(torch.isfinite(loss))]
+            self.diverged |= set(names) - set(sound)
+            names = sound
+            total, each = self._losses_of(names, inputs, num_items_in_batch)
+        if not self._losses:
+            self._first_logged = self.state.global_step
+        if len(names) < len(self.adapters):
+            all_of_them = each.new_full([len(self.adapters)], torch.nan)
+            all_of_them[[self.adapters.index(name) for name in names]] = each
+            each = all_of_them
+        self._losses.append(each)
+        return (total, {}) if return_outputs else total
+
+    def _losses_of(
+        self, names: Sequence[str], inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the mean losses of some prompts, [], and each of them, [K], detached."""
+        if not names:
+            self.control.should_training_stop = True
+            nothing = sum(prompt.sum() * 0 for prompt in self.prompts().values())
+            return torch.nan_to_num(torch.as_tensor(nothing)), torch.zeros(0)
+        one_stream = len(self.seeds) <= 1
+        rows = inputs if one_stream else self._rows(names, inputs)
+        if len(names) == 1:
+            self.model.set_adapter(names[0])
+            loss = self.model(**rows).loss
+            return loss, loss.detach()[None]
+        found = ensemble.losses(
+            self.model,
+            **rows,
+            adapters=names,
+            own_rows=not one_stream,
+            positions=self.encoder.task.positions,
+            num_items_in_batch=num_items_in_batch if self.members is None else None,
+        )
+        return found.total, found.each
+
+    def _rows(self, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Any]:
+        """The rows of each run, run by run, out of the rows of each seed, seed by seed."""
+        assert self.members is not None
+        streams = [self.seeds.index(self.members[name].seed) for name in names]
+        return {
+            key: torch.cat([tensor.chunk(len(self.seeds))[stream] for stream in streams])
+            for key, tensor in inputs.items()
+        }
+
+    def losses_of_run(self, name: str) -> list[float]:
+        """Return the losses of the steps of one of the runs, until it diverged."""
+        column = [float(each[self.adapters.index(name)]) for each in self._losses]
+        return [loss for loss in column if math.isfinite(loss)]
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log the mean over the prompts, and each prompt's own loss of an ensemble, instead of the sum."""
+        for name in ("loss", "train_loss"):
+            if name in logs:
+                logs[name] /= len(self.adapters)
+        if "loss" in logs and self.is_ensemble and self._losses:
+            steps = self.state.global_step - self._first_logged
+            logs["prompt_losses"] = (torch.stack(self._losses).sum(0) / steps).tolist()
+            self._losses.clear()
+        super().log(logs, *args, **kwargs)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -118,16 +286,16 @@ class PromptTrainer(Trainer):
         if self.eval_table is None and self.validation_table is None:
             return {}
         start = time.perf_counter()
-        passes = self.passes * len(self.eval_table or ()) + len(self.validation_table or ())
+        total = self.evaluation.passes * len(self.eval_table or ()) + len(self.validation_table or ())
 
         def progress(rows: int) -> None:
-            self._evaluated(rows, passes)
+            self._evaluated(rows, total)
 
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         if self.validation_table is not None:
-            metrics["validation_loss"] = self.loss_of(self.validation_table, progress)
+            metrics["validation_loss"] = self.evaluation.loss(self.validation_table, progress)
         if self.eval_table is not None:
-            metrics |= self.measure(self.eval_table, progress)
+            metrics |= self.evaluation.measure(self.eval_table, progress)
         metrics["seconds"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -136,27 +304,12 @@ class PromptTrainer(Trainer):
         )
         return metrics
 
-    def loss_of(self, table: Table, progress: Callable[[int], None]) -> float:
-        """Return the mean loss over all target tokens of a table."""
-        examples = self.encoder.examples(table.rows, table.labels or [])
-        batch_size = self.args.per_device_eval_batch_size
-        return mean_loss(self.model, self.data_collator, examples, batch_size=batch_size, progress=progress)
-
-    def measure(self, table: Table, progress: Callable[[int], None]) -> dict[str, float]:
-        """Return loss, perplexity and exact match of a table, which is gone through `passes` times."""
-        loss = self.loss_of(table, progress)
-        predicted = label_texts(
-            self.model,
-            self.encoder,
-            table.rows,
-            batch_size=GENERATED_BATCHES * self.args.per_device_eval_batch_size,
-            progress=progress,
-        )
-        return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "exact_match": exact_match(predicted, table.labels or []),
-        }
+    def measure_run(self, name: str, table: Table) -> dict[str, Any]:
+        """Return loss, perplexity and exact match of a table with the prompt of one of the runs."""
+        self.model.set_adapter(name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
+            return self.evaluation.measure(table)
 
     def prompts(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained prompts by the names of their adapters."""
@@ -182,6 +335,13 @@ class PromptTrainer(Trainer):
         self.model.save_pretrained(str(folder))
         self._save_own_files(folder)
 
+    def save_run(self, name: str, folder: Path, record: dict[str, Any]) -> Path:
+        """Write the adapter of one of the runs into a folder of its name in `folder`, and return that."""
+        self.model.save_pretrained(str(folder), selected_adapters=[name])
+        self.encoder.task.save(folder / name, **record)
+        write_npy(self.initial_prompts[self.adapters.index(name)], folder / name / INITIAL_PROMPT)
+        return folder / name
+
     def _save_own_files(self, folder: Path) -> None:
         self.encoder.task.save(folder, **self.record)
         for path, start in zip(adapter_folders(folder), self.initial_prompts, strict=True):
@@ -204,61 +364,3 @@ class PromptTrainer(Trainer):
             publish_folder(staged, output / staged.name)
         best = None if self.best_step is None else output / f"checkpoint-{self.best_step}"
         remove_checkpoints(output, keep=KEPT_CHECKPOINTS, also=best)
-
-
-class Patience(EarlyStoppingCallback):  # type: ignore[misc]
-    """transformers' early stopping, which counts on from the log when a run is resumed."""
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Count the evaluations since the best one."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self.early_stopping_patience_counter = self._since_best(args, state)
-
-    def is_worn(self, args: TrainingArguments, state: TrainerState) -> bool:
-        """Return whether a run in this state has stopped."""
-        return self._since_best(args, state) >= self.early_stopping_patience
-
-    def _since_best(self, args: TrainingArguments, state: TrainerState) -> int:
-        metric = f"eval_{args.metric_for_best_model}"
-        best = state.best_global_step or 0
-        return sum(entry["step"] > best for entry in state.log_history if metric in entry)
-
-
-class StopAtStepEnd(TrainerCallback):
-    """Ends training at the next step boundary, with a checkpoint, once `requested` is set."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> TrainerControl:
-        """Save and stop."""
-        if self.requested:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> TrainerControl:
-        """Take back the evaluation and the checkpoint that Trainer puts after an epoch cut short."""
-        if self.requested and state.epoch is not None and state.epoch % 1 != 0:
-            control.should_evaluate = False
-            control.should_save = False
-            control.should_log = False
-        return control

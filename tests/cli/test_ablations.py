@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from softprompt.cli import build_parser
-from softprompt.cli.sweep import parse_over
+from softprompt.cli.sweep_config import parse_over
 from softprompt.tasks.sweep import summary_of
 
 DOCS = Path(__file__).parents[2] / "docs"

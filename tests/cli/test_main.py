@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softprompt import __version__
-from softprompt.cli import build_parser, errors, main
+from softprompt.cli import build_parser, checks, main
 from softprompt.tasks.classification import ClassificationTask
 
 
@@ -206,7 +206,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, ar
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(errors, "find_spec", lambda name: None if name in ("rich", "datasets") else object())
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name in ("rich", "datasets") else object())
     code, _, err = run("train")
     assert code == 2
     assert err == (
@@ -255,8 +255,8 @@ class OutOfMemoryError(RuntimeError):
     [
         (OSError(28, "No space left on device"), "No space left on device"),
         (OSError(30, "Read-only file system", "out/p.csv"), "out/p.csv: Read-only file system"),
-        (MemoryError(), errors.OUT_OF_MEMORY),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), errors.OUT_OF_MEMORY),
+        (MemoryError(), checks.OUT_OF_MEMORY),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), checks.OUT_OF_MEMORY),
         (
             OSError("1024 requested and 224 written"),
             "a file could not be written, is the disk full? (1024 requested and 224 written)",
@@ -266,7 +266,7 @@ class OutOfMemoryError(RuntimeError):
             "a file could not be written, is the disk full? ([enforce fail at inline_container.cc:672] . "
             "unexpected pos 8512 vs 8406)",
         ),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), errors.OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), checks.OUT_OF_MEMORY),
     ],
 )
 def test_what_the_machine_cannot_do_is_one_line(run, monkeypatch, error, message):

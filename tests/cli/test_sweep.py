@@ -43,16 +43,17 @@ def sweep(run, usual, tmp_path):
 @pytest.fixture
 def trained_together(monkeypatch):
     """The numbers of runs of the trainers that were started."""
-    from softprompt.tasks.sweep_trainer import SweepTrainer
+    from softprompt.tasks.trainer import PromptTrainer
 
     counts = []
-    train = SweepTrainer.train
+    train = PromptTrainer.train
 
-    def counting(self):
-        counts.append(len(self.members))
-        return train(self)
+    def counting(self, **options):
+        if self.members is not None:
+            counts.append(len(self.members))
+        return train(self, **options)
 
-    monkeypatch.setattr(SweepTrainer, "train", counting)
+    monkeypatch.setattr(PromptTrainer, "train", counting)
     return counts
 
 
@@ -145,10 +146,10 @@ def test_a_finished_run_is_not_done_again(sweep, trained_together, tmp_path):
 def test_a_sweep_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     sweep, trained_together, tmp_path, monkeypatch, read_json
 ):
-    from softprompt.tasks.sweep_trainer import SweepTrainer
+    from softprompt.tasks.trainer import PromptTrainer
 
     over = ("--over", "num-virtual-tokens", 1, 2, 4, "--seeds", 1, "--together", 1)
-    step, save, runs = SweepTrainer.training_step, SweepTrainer.measure_run, tmp_path / "out" / "runs"
+    step, save, runs = PromptTrainer.training_step, PromptTrainer.measure_run, tmp_path / "out" / "runs"
 
     def stops(self, *args, **kwargs):
         if len(trained_together) == 2 and self.state.global_step == 3:
@@ -156,7 +157,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SweepTrainer, "training_step", stops)
+        patch.setattr(PromptTrainer, "training_step", stops)
         code, out, err = sweep(*over)
     assert (code, out) == (130, "")
     assert "interrupted; 1 of 3 runs are done and kept in" in err
@@ -166,14 +167,14 @@ def test_a_sweep_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
 
     def breaks_while_writing(self, *args, **kwargs):
         result = save(self, *args, **kwargs)
-        patch.setattr("softprompt.cli.sweep_runs.write_npy", interrupt)
+        patch.setattr("softprompt.tasks.trainer.write_npy", interrupt)
         return result
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SweepTrainer, "measure_run", breaks_while_writing)
+        patch.setattr(PromptTrainer, "measure_run", breaks_while_writing)
         assert sweep(*over)[0] == 130
     assert list(runs.iterdir()) == [finished]
     code, out, _ = sweep(*over)
@@ -358,17 +359,16 @@ def test_two_sweeps_do_not_write_to_one_folder_and_a_killed_one_holds_nothing(
 
 
 def test_runs_in_fp16_have_a_loss_scale_of_their_own(usual, monkeypatch):
-    from softprompt.cli import build_parser, sweep_runs
-    from softprompt.cli.run_options import apply_recipe
+    from softprompt.cli import build_parser, models, sweep_runs
+    from softprompt.cli.options import read_options
+    from softprompt.cli.sweep_config import SweepConfig
 
-    monkeypatch.setattr(sweep_runs, "choose_dtype", lambda **asked: torch.float32)
+    monkeypatch.setattr(models, "choose_dtype", lambda **asked: torch.float32)
     sizes = {}
     for precision in ((), ("--fp16",)):
         line = ["sweep", *map(str, usual), "--over", "learning-rate", "0.1", "0.2", *precision]
-        args = build_parser().parse_args(line)
-        args.argv = line
-        apply_recipe(args)
-        sweep = sweep_runs.Sweep(args, {"learning_rate": [0.1, 0.2]})
+        config = read_options(SweepConfig, build_parser().parse_args(line))
+        sweep = sweep_runs.Sweep(config.training, config, {"learning_rate": [0.1, 0.2]})
         sizes[precision] = [len(batch) for batch in sweep.batches(sweep.runs)]
     assert sizes == {(): [6], ("--fp16",): [1] * 6}
 

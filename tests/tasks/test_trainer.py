@@ -1,23 +1,76 @@
 import pytest
-from transformers import TrainerControl, TrainerState
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from softprompt.tasks.trainer import StopAtStepEnd
+import softprompt
+from softprompt.tasks.classification import ClassificationTask, Encoder
+from softprompt.tasks.table import Table
+from softprompt.tasks.trainer import PromptTrainer
+from softprompt.tiny import model_path
+
+TEXTS = ["the app crashed", "lovely weather", "where is it", "thanks", "broken", "hi"]
+LABELS = ["complaint", "no complaint at all"] * 3  # of different lengths
 
 
-@pytest.mark.parametrize("requested", [False, True])
-def test_a_request_saves_and_stops_at_the_end_of_the_step(requested):
-    callback = StopAtStepEnd()
-    callback.requested = requested
-    control = callback.on_step_end(None, TrainerState(), TrainerControl())
-    assert (control.should_save, control.should_training_stop) == (requested, requested)
+@pytest.fixture
+def train(tmp_path):
+    """Train without a step of evaluation; returns what was logged and the prompts."""
+    task = ClassificationTask(
+        "Tweet text",
+        "Label",
+        tuple(sorted(set(LABELS))),
+        padding="longest",
+        end_token="eos",
+        positions="compact",
+    )
+    table = Table("made", "Tweet text", "Label", TEXTS, LABELS, frame=None)
+
+    def call(model, accumulated):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulated,
+            learning_rate=0.05,
+            logging_steps=2,
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+        made = PromptTrainer(
+            model=softprompt.patch(model, positions="compact"),
+            args=arguments,
+            encoder=Encoder(task, AutoTokenizer.from_pretrained(model_path())),
+            train_table=table,
+            eval_table=None,
+            record={"model": "made", "training": {}},
+            callbacks=[],
+            evaluated=lambda rows, total: None,
+        )
+        made.train()
+        logs = [entry for entry in made.state.log_history if "loss" in entry]
+        return logs, [prompt.detach() for prompt in made.prompts().values()]
+
+    return call
 
 
-@pytest.mark.parametrize(
-    "requested, epoch, kept", [(True, 1.5, False), (True, 2.0, True), (False, 1.5, True)]
-)
-def test_only_a_whole_epoch_is_evaluated_after_a_request(requested, epoch, kept):
-    callback = StopAtStepEnd()
-    callback.requested = requested
-    control = TrainerControl(should_evaluate=True, should_save=True, should_log=True)
-    control = callback.on_epoch_end(None, TrainerState(epoch=epoch), control)
-    assert (control.should_evaluate, control.should_save, control.should_log) == (kept, kept, kept)
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_prompts_are_trained_as_alone_however_many_batches_make_a_step(train, accumulated):
+    def base():
+        return AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    together, prompts = train(softprompt.ensemble.create(base(), [config, config], seeds=[3, 4]), accumulated)
+    for number, seed in enumerate([3, 4]):
+        torch.manual_seed(seed)
+        alone, (prompt,) = train(get_peft_model(base(), config), accumulated)
+        torch.testing.assert_close(prompts[number], prompt, rtol=1e-4, atol=1e-5)
+        losses = [entry["prompt_losses"][number] for entry in together]
+        assert losses == pytest.approx([entry["loss"] for entry in alone], abs=1e-4)
+    means = [sum(entry["prompt_losses"]) / 2 for entry in together]
+    assert [entry["loss"] for entry in together] == pytest.approx(means, abs=1e-4)

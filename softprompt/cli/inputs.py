@@ -1,0 +1,134 @@
+"""What all prompts of a call share: the tables, the frozen model, its tokenizer and the task."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt import tiny
+from softprompt.cli.checks import UsageError, check_model
+from softprompt.cli.models import load_model, load_tokenizer, prepare
+from softprompt.cli.resume import check_same_run, check_whole, fingerprint
+from softprompt.cli.training_config import TrainingConfig
+from softprompt.engine import plan_for
+from softprompt.engine.forward import obstacle_to
+from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
+from softprompt.tasks.errors import TaskError
+from softprompt.tasks.table import (
+    Table,
+    check_several_labels,
+    read_table,
+    split_table,
+    with_known_labels,
+)
+from softprompt.tasks.template import parse_template
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What all prompts of a call share.
+
+    Attributes:
+        config: the options.
+        model_name: of the base model, a folder made absolute.
+        base: the frozen model.
+        device: "cpu" or "cuda".
+        encoder: of the task, with the tokenizer.
+        train_table: rows to train on.
+        eval_table: rows to measure on; None measures nothing.
+        validation_table: rows that decide when to stop; None trains to the end.
+        record: the model, and the settings of the run with a hash of its rows.
+    """
+
+    config: TrainingConfig
+    model_name: str
+    base: Any
+    device: str
+    encoder: Encoder
+    train_table: Table
+    eval_table: Table | None
+    validation_table: Table | None
+    record: dict[str, Any]
+
+
+def read_tables(config: TrainingConfig) -> tuple[Table, Table | None]:
+    """Return the training rows and the evaluation rows, None if nothing is to be measured."""
+    columns = parse_template(config.template, config.text_column, config.label_column).columns
+    train_source = config.data or str(tiny.train_table())
+    eval_source = config.eval_data or (str(tiny.eval_table()) if config.data is None else None)
+    sources = [source for source in (train_source, eval_source) if source is not None]
+    reading = config.table.reading(sources)
+    train_table, *others = [
+        read_table(source, config.text_column, config.label_column, columns=columns, **reading)
+        for source in sources
+    ]
+    check_several_labels(train_table)
+    if others:
+        known = train_table.known_labels()
+        return train_table, with_known_labels(others[0], known, train_table.label_names)
+    if config.eval_share == 0:
+        return train_table, None
+    return split_table(train_table, config.eval_share, config.seed)
+
+
+def set_up(
+    config: TrainingConfig,
+    train_table: Table,
+    eval_table: Table | None,
+    *,
+    checkpoint: Path | None = None,
+) -> Setup:
+    """Load the model and its tokenizer, and describe the task.
+
+    Raises:
+        UsageError: they do not go together, or not with the run that `checkpoint` is from.
+    """
+    model_name = check_model(config.model or tiny.model_path())
+    device, dtype = prepare(config.compute, tiny=config.model is None)
+    train_table, validation_table = _split_validation(config, train_table)
+    base = load_model(model_name, dtype)
+    task = ClassificationTask(
+        text_column=config.text_column,
+        label_column=config.label_column,
+        labels=train_table.known_labels(),
+        template=config.template,
+        max_length=config.max_length,
+        padding=config.padding,
+        end_token=config.end_token or ("eos" if config.model is None else "pad"),
+        positions=choose_positions(config, base),
+        label_names=tuple(train_table.label_names.items()),
+    )
+    training = {**config.settings, "rows": fingerprint(train_table)}
+    if checkpoint is not None:
+        check_whole(checkpoint)
+        check_same_run(load_task(checkpoint), (task, model_name, training))
+    encoder = Encoder(task, load_tokenizer(model_name))
+    record = {"model": model_name, "training": training}
+    return Setup(config, model_name, base, device, encoder, train_table, eval_table, validation_table, record)
+
+
+def choose_positions(config: TrainingConfig, base: Any) -> str:
+    """Return what `--positions` asks for; without it "compact" where softprompt can run it."""
+    if config.compute.no_patch and config.positions == "compact":
+        raise UsageError("--positions compact needs softprompt's path: leave --no-patch out")
+    if config.compute.no_patch or config.positions == "padded":
+        return "padded"
+    plan = plan_for(base)
+    if obstacle_to(plan, compact=True) is None:
+        return "compact"
+    if config.positions == "compact":
+        raise UsageError(f"--positions compact cannot be had for this model: {plan.reason}")
+    print(f"softprompt: pads count for positions (--positions padded): {plan.reason}", file=sys.stderr)
+    return "padded"
+
+
+def _split_validation(config: TrainingConfig, table: Table) -> tuple[Table, Table | None]:
+    if config.validation_share == 0:
+        return table, None
+    try:
+        return split_table(table, config.validation_share, config.seed)
+    except TaskError:
+        raise UsageError(
+            f"--validation-share {config.validation_share:g}: {table.source} has too few rows ({len(table)} "
+            "for training) to keep any of them out: give a larger share or a larger table"
+        ) from None

@@ -1,0 +1,54 @@
+"""The options of `softprompt predict`."""
+
+from dataclasses import dataclass
+
+from softprompt.cli.options import ComputeOptions, TableOptions, flag, given, nested, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """The options of `softprompt predict`."""
+
+    adapter: str = option(
+        "folder that `softprompt train` wrote", given, "FOLDER", required=True, group="data"
+    )
+    data: str = option(
+        "rows to label: a .csv, .jsonl or .parquet file, a data set folder, or a data set name",
+        given,
+        "TABLE",
+        required=True,
+    )
+    text_column: str | None = option(
+        "column with the texts (default: the name that it had in training)", given, "NAME"
+    )
+    output: str = option(
+        "file to write, .csv, .jsonl or .parquet by its extension", given, "FILE", required=True
+    )
+    output_column: str = option("name of the column with the labels", given, "NAME", default="prediction")
+    overwrite: bool = flag("replace the output file if there is one")
+    model: str | None = option(
+        "the frozen model, if it is not where it was in training (default: the one trained with)",
+        given,
+        "NAME",
+    )
+    table: TableOptions = nested(TableOptions)
+    score: bool = flag(
+        "choose the likeliest of the labels of the training for each row, with a probability of each, "
+        "instead of letting the model write one; an ensemble always does",
+        group="scoring",
+    )
+    calibrate: bool = flag("with --score: take out what the model prefers even for texts that say nothing")
+    length_normalise: bool = flag(
+        "with --score: compare labels by the mean over their tokens, not by the sum"
+    )
+    label_column: str | None = option(
+        "with --score: column with the true labels, to measure accuracy and macro-F1 and to draw which label "
+        "was taken for which (default: the one of the training, if the table has it)",
+        given,
+        "NAME",
+    )
+    combine: str | None = option(
+        "how the prompts of an ensemble decide: by majority, or by mean log-probability (default: vote)",
+        choices=("vote", "mean"),
+    )
+    compute: ComputeOptions = nested(ComputeOptions)

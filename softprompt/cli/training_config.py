@@ -1,0 +1,265 @@
+"""The options of a training run: what each is, its default, and what it may be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from softprompt.cli.checks import UsageError, check_prompts
+from softprompt.cli.options import (
+    MAX_SEED,
+    ComputeOptions,
+    TableOptions,
+    flag,
+    given,
+    nested,
+    number,
+    option,
+    option_name,
+    read_options,
+    template_text,
+    values_of,
+    whole,
+    words,
+)
+from softprompt.tasks.classification import DEFAULT_TEMPLATE
+
+DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
+INITS = ("text", "text-once", "labels", "common", "counted", "vocab", "matched", "uniform", "random", "saved")
+RECIPES: dict[str | None, dict[str, Any]] = {
+    "paper": {
+        "optimizer": "adafactor",
+        "learning_rate": 0.3,
+        "schedule": "constant",
+        "num_virtual_tokens": 100,
+        "weight_decay": 1e-5,
+    }
+}
+# With the task and the training rows, all that decides the trained prompt: a resumed run must have the same.
+SETTINGS = (
+    "num_virtual_tokens",
+    "init",
+    "init_text",
+    "init_from",
+    "epochs",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "optimizer",
+    "schedule",
+    "seed",
+    "ensemble",
+    "ensemble_texts",
+    "validation_share",
+    "patience",
+    "bf16",
+    "fp16",
+)
+NOT_SWEPT = ("ensemble", "ensemble_texts", "validation_share", "patience")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The options of `softprompt train`; a sweep is over some of them."""
+
+    argv: list[str] = field(default_factory=list)  # what was typed
+    data: str | None = option(
+        "training table: a .csv, .jsonl or .parquet file, a data set folder, or a data set name (default: "
+        "the shipped table)",
+        given,
+        "TABLE",
+        group="data",
+    )
+    text_column: str = option("column with the texts", given, "NAME", default="Tweet text")
+    label_column: str = option("column with the labels to learn", given, "NAME", default="Label")
+    eval_data: str | None = option(
+        "table to measure the accuracy on; without it, a share of the training table is kept for that",
+        given,
+        "TABLE",
+    )
+    eval_share: float = option(
+        "share of every label's rows to measure on if --eval-data is not given; 0 measures nothing",
+        number(0, 1),
+        "SHARE",
+        default=0.2,
+    )
+    table: TableOptions = nested(TableOptions)
+
+    model: str | None = option(
+        "the frozen causal language model: a folder or a model name (default: the shipped tiny model)",
+        given,
+        "NAME",
+        group="model and prompt",
+    )
+    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=8)
+    init: str = option(
+        "where the soft prompt starts: at the words of --init-text, repeated to its length (text) or once "
+        "(text-once); at the label words (labels); at random ones of the 5,000 tokens with the smallest "
+        "numbers (common), of the 5,000 most frequent tokens of the training texts (counted), or of all "
+        "tokens (vocab); at random numbers that resemble the model's tokens (matched), lie between -0.5 and "
+        "0.5 (uniform), or are normal with variance 1 (random); or at --init-from (saved). Behind the words "
+        "of text-once and labels stand tokens of common",
+        choices=INITS,
+        default="text",
+    )
+    init_text: str = option(
+        "the words for --init text and text-once", words, "TEXT", default=DEFAULT_INIT_TEXT
+    )
+    init_from: str | None = option(
+        "the prompt for --init saved: the folder of an adapter of the same model (of an ensemble with as "
+        "many prompts for --ensemble), or a .npy file [P, H]",
+        given,
+        "PATH",
+    )
+    init_other_base: bool = flag(
+        "let --init-from name an adapter of another model, such as a variant of this one"
+    )
+    template: str = option(
+        "how a row is put before the model; the label is written behind it. {text} is the text, "
+        "{text_column} the name of its column, and any other name in braces the cell of that column; {{ and "
+        "}} are braces, \\n is a new line, \\t a tab, \\\\ a backslash",
+        template_text,
+        default=DEFAULT_TEMPLATE,
+    )
+    max_length: int = option(
+        "longest row in tokens, label included; a longer text loses its end", whole(1), "N", default=64
+    )
+    padding: str = option(
+        "fill every row up to --max-length, or only up to the longest row of its batch",
+        choices=("max_length", "longest"),
+        default="max_length",
+    )
+    end_token: str | None = option(
+        "the token to learn after a label (default: pad; eos for the shipped tiny model)",
+        choices=("pad", "eos"),
+    )
+    positions: str | None = option(
+        "whether pads count for the positions of a row: compact trains what a row is alone, and predictions "
+        "are made on rows without padding; padded is what PEFT does (default: compact; padded with "
+        "--no-patch, and for models that softprompt cannot run otherwise)",
+        choices=("compact", "padded"),
+    )
+    ensemble: int | None = option(
+        "train N prompts together, on the same rows in the same order, and predict by their majority; their "
+        "seeds are --seed and the numbers after it",
+        whole(1),
+        "N",
+    )
+    ensemble_texts: list[str] | None = option(
+        "words for each prompt of an ensemble to start from (default with --init text: --init-text for the "
+        "first one, and random words of the vocabulary for the others)",
+        words,
+        "TEXT",
+        nargs="+",
+    )
+
+    recipe: str | None = option(
+        "settings that belong together; options given beside it count more. paper: Adafactor, constant "
+        "learning rate 0.3, 100 virtual tokens, weight decay 1e-5 (Lester et al. 2021)",
+        choices=tuple(RECIPES),
+        group="training",
+    )
+    epochs: int = option("passes over the table", whole(1), "N", default=10)
+    steps: int | None = option(
+        "training steps, in the place of --epochs: the last pass may end early", whole(1), "N"
+    )
+    learning_rate: float = option("first learning rate", number(0, open_start=True), "RATE", default=3e-2)
+    schedule: str = option(
+        "whether the learning rate falls linearly to 0 or stays as it is",
+        choices=("linear", "constant"),
+        default="linear",
+    )
+    optimizer: str = option("optimizer of the prompt", choices=("adamw", "adafactor"), default="adamw")
+    weight_decay: float = option("weight decay of the optimizer", number(0), "RATE", default=0.01)
+    seed: int = option("seed of the split, the prompt and the row order", whole(0, MAX_SEED), "N", default=42)
+    validation_share: float = option(
+        "share of every label's training rows to keep for deciding when to stop: training ends once their "
+        "loss has stopped falling, and the prompt with the lowest loss is saved; 0 trains all epochs",
+        number(0, 1),
+        "SHARE",
+        default=0.0,
+    )
+    patience: int | None = option(
+        "epochs without a lower loss on the validation rows before training stops (default: 3)", whole(1), "N"
+    )
+    compute: ComputeOptions = nested(ComputeOptions)
+
+    output: str = option(
+        "folder for the adapter and its checkpoints",
+        given,
+        "FOLDER",
+        default="softprompt-output",
+        group="output",
+    )
+    overwrite: bool = flag("replace an adapter that is in the folder already", one_of="existing")
+    resume: bool = flag("go on from the last checkpoint in the folder", one_of="existing")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the trained prompt, with the task and the rows; the run folder keeps it."""
+        values = values_of(self)
+        return {name: values[name] for name in SETTINGS}
+
+    def with_recipe(self) -> "TrainingConfig":
+        """Return the configuration with the settings of `--recipe`, but for options that were given."""
+        typed = options_in(self.argv)
+        recipe = RECIPES.get(self.recipe, {}).items()
+        return replace(self, **{name: value for name, value in recipe if option_name(name) not in typed})
+
+    def with_values(self, values: Mapping[str, Any]) -> "TrainingConfig":
+        """Return the configuration of a run of a sweep: with other values of some options."""
+        changed = {**values_of(self), **values}
+        if "init" in values and changed["init"] != "saved":
+            changed |= {"init_from": None, "init_other_base": False}
+        return read_options(TrainingConfig, changed)
+
+    def check(self) -> None:
+        """Raise UsageError where options contradict each other, or there is no prompt to start from."""
+        self._check_ensemble()
+        if self.patience is not None and self.validation_share == 0:
+            raise UsageError("--patience needs rows to watch: give --validation-share")
+        if self.init in ("text", "text-once") and not self.init_text.strip():
+            raise UsageError(
+                f"--init {self.init} needs words to start from: give --init-text, or --init vocab"
+            )
+        if self.init == "saved" and not self.init_from:
+            raise UsageError("--init saved needs a prompt to start from: give --init-from")
+        if self.init != "saved" and (self.init_from or self.init_other_base):
+            name = "--init-from" if self.init_from else "--init-other-base"
+            raise UsageError(f"{name} belongs to --init saved, but --init is {self.init}")
+        if self.init_from and not self.resume:  # a checkpoint holds the prompt
+            try:
+                check_prompts(self.init_from)
+            except ValueError as error:
+                raise UsageError(f"--init saved: {error}") from error
+
+    def _check_ensemble(self) -> None:
+        texts = self.ensemble_texts
+        if self.ensemble == 1:
+            raise UsageError(
+                "--ensemble 1: an ensemble needs at least two prompts; train one without --ensemble"
+            )
+        if self.ensemble and self.compute.no_patch:
+            raise UsageError("--ensemble needs softprompt's path: leave --no-patch out")
+        if not texts:
+            return
+        if not self.ensemble:
+            raise UsageError(
+                "--ensemble-texts are the words of an ensemble: give --ensemble, or --init-text instead"
+            )
+        if len(texts) != self.ensemble:
+            raise UsageError(
+                f"--ensemble-texts: expected one text for each of the {self.ensemble} prompts of --ensemble, "
+                f"got {len(texts)}"
+            )
+        if self.init != "text":
+            raise UsageError(f"--ensemble-texts needs --init text, got --init {self.init}")
+        if len(set(texts)) < len(texts) or not all(map(str.strip, texts)):
+            raise UsageError(
+                "--ensemble-texts: texts that are empty or the same give prompts that are the same"
+            )
+
+
+def options_in(argv: list[str]) -> set[str]:
+    """Return the options that a command line gives, without their values."""
+    return {argument.split("=")[0] for argument in argv}
