@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from softprompt import __version__
 from softprompt.cli import demo, doctor, export, inspect, predict, sweep, train
 from softprompt.cli.checks import UsageError, refuse_several_processes, what_the_machine_lacks
-from softprompt.cli.options import HelpFormatter, Parser, read_options
+from softprompt.cli.options import HelpFormatter, Parser, add_command, read_options
 from softprompt.tasks.errors import TaskError
 
 COMMANDS = (train, sweep, predict, inspect, export, demo, doctor)
@@ -28,7 +28,7 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(commands)
+        add_command(commands, command)
     return parser
 
 

@@ -1,13 +1,14 @@
 """What is looked at before torch is imported, so that a typing error shows at once; and what errors say."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from softprompt.prompt_paths import check_adapter_folder, check_prompt_path
+from softprompt.prompt_paths import check_prompt_path
 from softprompt.tasks.folders import adapter_folders
-from softprompt.tasks.sources import check_source
+from softprompt.tasks.text_files import check_source
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 EXTRA_PACKAGES = ("accelerate", "datasets", "matplotlib", "pandas", "rich")
@@ -15,6 +16,15 @@ EXTRA_PACKAGES = ("accelerate", "datasets", "matplotlib", "pandas", "rich")
 
 class UsageError(Exception):
     """A request that cannot be met; the message is one line with the problem and the remedy. Exit code 2."""
+
+
+@contextmanager
+def usage_errors(before: str = "", after: str = "") -> Iterator[None]:
+    """Turn a ValueError of a block into a UsageError that says the same between two texts."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{before}{error}{after}") from error
 
 
 OUT_OF_MEMORY = (
@@ -118,22 +128,5 @@ def check_prompt_option(option: str, source: str) -> None:
             f"{option}: {path} holds an ensemble of {len(members)} prompts: name one of them, {members[0]} "
             f"to {members[-1].name}"
         )
-    try:
+    with usage_errors(f"{option}: "):
         check_prompt_path(path)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from error
-
-
-def check_prompts(source: str) -> None:
-    """Raise ValueError where there is no prompt at `source`; an ensemble is one."""
-    for path in adapter_folders(Path(source)) or [Path(source)]:
-        check_prompt_path(path)
-
-
-def check_adapters(folders: Sequence[Path]) -> None:
-    """Raise UsageError for a folder without the files of an adapter."""
-    try:
-        for folder in folders:
-            check_adapter_folder(folder)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

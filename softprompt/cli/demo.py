@@ -1,6 +1,5 @@
 """`softprompt demo`: the same training in plain PEFT and with softprompt.patch, side by side."""
 
-import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt.cli.checks import check_output_folder, require_extra
 from softprompt.cli.options import (
     MAX_SEED,
-    Parser,
-    add_command,
+    Command,
     given,
     number,
     option,
@@ -50,19 +48,14 @@ class DemoConfig:
     )
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt demo`."""
-    add_command(
-        commands,
-        "demo",
-        DemoConfig,
-        summary="train in plain PEFT and with softprompt side by side, and draw both",
-        description="Train a soft prompt twice on the same batches, once in plain PEFT and once after "
-        "softprompt.patch(model), and compare accuracy, loss, time and memory. The shipped model and table "
-        "are tiny and synthetic: they show that both train the same, not how fast a real model is.",
-        example="softprompt demo --output softprompt-demo",
-        run=run,
-    )
+COMMAND = Command(
+    DemoConfig,
+    summary="train in plain PEFT and with softprompt side by side, and draw both",
+    description="Train a soft prompt twice on the same batches, once in plain PEFT and once after "
+    "softprompt.patch(model), and compare accuracy, loss, time and memory. The shipped model and table "
+    "are tiny and synthetic: they show that both train the same, not how fast a real model is.",
+    example="softprompt demo --output softprompt-demo",
+)
 
 
 def run(config: DemoConfig) -> int:
@@ -134,7 +127,7 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
     sides = build(PLAIN), build(PATCHED)
     sides[1].model = patch(sides[1].model)
     examples = encoder.examples(train_table.texts, train_table.labels or [])
-    collate = LeftPadCollator(encoder.pad_token_id, task.max_length)
+    collate = LeftPadCollator.of(encoder)
     generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
     while len(order) < steps * batch_size:

@@ -1,12 +1,11 @@
 """`softprompt doctor`: what this installation can do, and what is missing."""
 
-import argparse
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from softprompt.cli.checks import UsageError
-from softprompt.cli.options import Parser, add_command, flag, option
+from softprompt.cli.options import Command, flag, option
 
 if TYPE_CHECKING:
     from softprompt.diagnosis import Diagnosis, Finding
@@ -26,18 +25,13 @@ class DoctorConfig:
     )
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt doctor`."""
-    add_command(
-        commands,
-        "doctor",
-        DoctorConfig,
-        summary="show what this installation can do, and what is missing",
-        description="Show the versions of what softprompt uses, the devices, and the back ends that can run "
-        "its operations; for each one that cannot, why, and the command that mends it.",
-        example="softprompt doctor --require native",
-        run=run,
-    )
+COMMAND = Command(
+    DoctorConfig,
+    summary="show what this installation can do, and what is missing",
+    description="Show the versions of what softprompt uses, the devices, and the back ends that can run "
+    "its operations; for each one that cannot, why, and the command that mends it.",
+    example="softprompt doctor --require native",
+)
 
 
 def run(config: DoctorConfig) -> int:

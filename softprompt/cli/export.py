@@ -1,6 +1,5 @@
 """`softprompt export`: a trained prompt for other programs."""
 
-import argparse
 import json
 import shlex
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from softprompt.cli.checks import (
     check_output_file,
     check_output_folder,
     check_prompt_option,
+    usage_errors,
 )
 from softprompt.cli.options import (
-    Parser,
+    Command,
     PromptOptions,
-    add_command,
     flag,
     given,
     nested,
@@ -70,19 +69,14 @@ class ExportConfig:
     )
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt export`."""
-    add_command(
-        commands,
-        "export",
-        ExportConfig,
-        summary="write a trained soft prompt for other programs",
-        description="Write a soft prompt as a .npy array, as an adapter folder of PEFT, or, together with a "
-        "text, as a request that a vLLM server answers.",
-        example="softprompt export --adapter softprompt-output --format vllm \\\n"
-        '      --text "my order never came" --output request.json',
-        run=run,
-    )
+COMMAND = Command(
+    ExportConfig,
+    summary="write a trained soft prompt for other programs",
+    description="Write a soft prompt as a .npy array, as an adapter folder of PEFT, or, together with a "
+    "text, as a request that a vLLM server answers.",
+    example="softprompt export --adapter softprompt-output --format vllm \\\n"
+    '      --text "my order never came" --output request.json',
+)
 
 
 def run(config: ExportConfig) -> int:
@@ -154,10 +148,8 @@ def _write_request(config: ExportConfig, saved: "SavedPrompt", text: str, output
             )
         encoder = Encoder(saved.task, tokenizer)
         ids, stops, longest = encoder.prompt(text), encoder.stop_token_ids, encoder.max_target
-    try:
+    with usage_errors():
         embeds = export.prompt_embeds(base, ids, saved.prompt)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     if output.suffix == ".pt":
         export.save_tensor(embeds, output)
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from softprompt import init
-from softprompt.cli.checks import UsageError
+from softprompt.cli.checks import UsageError, usage_errors
 from softprompt.cli.inputs import Setup
 from softprompt.cli.models import patch
 from softprompt.cli.training_config import TrainingConfig
@@ -114,7 +114,7 @@ def _initial_prompt(setup: Setup, config: TrainingConfig, number: int, count: in
     """The [P, H] prompt of `--init` with this number of the `count`, None where PEFT makes it."""
     model, length, seed = setup.base, config.num_virtual_tokens, config.seed + number
     tokenizer, table = setup.encoder.tokenizer, setup.train_table
-    try:
+    with usage_errors(f"--init {config.init}: "):
         match config.init:
             case "text-once":
                 return init.text(model, length, tokenizer, config.init_text, tile=False, seed=seed)
@@ -131,8 +131,6 @@ def _initial_prompt(setup: Setup, config: TrainingConfig, number: int, count: in
                 return init.uniform(model, length, seed=seed)
             case "saved":
                 return _saved(config, model, number, count)
-    except ValueError as error:
-        raise UsageError(f"--init {config.init}: {error}") from error
     return None
 
 
@@ -157,7 +155,6 @@ def _saved_starts(checkpoint: Path | None) -> list[Tensor | None]:
     files = [folder / INITIAL_PROMPT for folder in folders]
     if not all(path.is_file() for path in files):
         return []
-    try:
-        return [read_npy(path) for path in files]
-    except ValueError as error:
-        raise UsageError(f"--resume: {error}") from error
+    with usage_errors("--resume: "):
+        starts: list[Tensor | None] = [read_npy(path) for path in files]
+    return starts

@@ -1,18 +1,17 @@
 """`softprompt inspect`: the tokens near a soft prompt, its norms, and how far it moved in training."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.checks import (
-    UsageError,
     check_inputs,
     check_output_folder,
     check_prompt_option,
     require_extra,
+    usage_errors,
 )
-from softprompt.cli.options import Parser, PromptOptions, add_command, given, nested, option, whole
+from softprompt.cli.options import Command, PromptOptions, given, nested, option, whole
 from softprompt.files import write_text
 from softprompt.tasks.classification import load_task
 from softprompt.tasks.folders import TASK_FILE
@@ -46,19 +45,14 @@ class InspectConfig:
     )
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt inspect`."""
-    add_command(
-        commands,
-        "inspect",
-        InspectConfig,
-        summary="show which words a trained soft prompt lies near",
-        description="Show, for each virtual token of a soft prompt, the nearest tokens of the vocabulary, "
-        "its length beside that of real tokens, its similarity with the others, and how far it has moved "
-        "from where it started. Prints a table and writes inspection.json and inspection.png.",
-        example="softprompt inspect --adapter softprompt-output",
-        run=run,
-    )
+COMMAND = Command(
+    InspectConfig,
+    summary="show which words a trained soft prompt lies near",
+    description="Show, for each virtual token of a soft prompt, the nearest tokens of the vocabulary, "
+    "its length beside that of real tokens, its similarity with the others, and how far it has moved "
+    "from where it started. Prints a table and writes inspection.json and inspection.png.",
+    example="softprompt inspect --adapter softprompt-output",
+)
 
 
 def run(config: InspectConfig) -> int:
@@ -82,7 +76,7 @@ def run(config: InspectConfig) -> int:
     saved = open_prompt(adapter, config.prompt.model)
     base, name = load_base(saved)
     tokenizer = load_tokenizer(name)
-    try:
+    with usage_errors():
         start, origin = _initial(config.initial, saved, base, tokenizer)
         found = inspect_prompt(
             base,
@@ -91,8 +85,6 @@ def run(config: InspectConfig) -> int:
             neighbours=config.neighbours,
             vocab_size=min(len(tokenizer), vocab_size_of(base)),
         )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     labels = _labels_found(saved, found, tokenizer)
     content = {
         "adapter": str(saved.source),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import softprompt
-from softprompt.cli.checks import UsageError, check_model, check_prompt_option
+from softprompt.cli.checks import UsageError, check_model, check_prompt_option, usage_errors
 from softprompt.cli.options import ComputeOptions
 from softprompt.generation.stock import right_options
 from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
@@ -115,10 +115,8 @@ def load_adapters(base: Any, model: str, folders: list[Path]) -> Any:
 
 def _check_adapter(base: Any, model: str, folder: Path) -> None:
     """Raise UsageError for what PEFT would load without a word, or look for on the model hub."""
-    try:
+    with usage_errors():
         config, prompt = read_adapter(folder)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     if config.task_type != "CAUSAL_LM":
         raise UsageError(
             f"the adapter in {folder} is for models of the task type {config.task_type}, expected CAUSAL_LM"
@@ -151,14 +149,9 @@ def open_prompt(source: str, model: str | None) -> SavedPrompt:
         UsageError: there is none, or it cannot be read.
     """
     check_prompt_option("--adapter", source)
-    path, config, task = Path(source), None, None
-    try:
-        if path.is_dir():
-            config, prompt = read_adapter(path)
-        else:
-            prompt = read_npy(path)
-    except ValueError as error:
-        raise UsageError(f"--adapter: {error}") from error
+    path, task = Path(source), None
+    with usage_errors("--adapter: "):
+        config, prompt = read_adapter(path) if path.is_dir() else (None, read_npy(path))
     if (path / TASK_FILE).is_file():
         task, trained_model, _ = load_task(path)
         model = model or trained_model
@@ -177,12 +170,8 @@ def load_base(saved: SavedPrompt) -> tuple[Any, str]:
         raise UsageError(f"{saved.source} does not say for which model it was trained: give --model")
     name = check_model(saved.model)
     base = load_model(name, "auto")
-    try:
+    with usage_errors(after=f"; the model is {name}: give the --model that it was trained with"):
         check_prompt(saved.prompt, width=width_of(base), source=f"the prompt in {saved.source}")
-    except ValueError as error:
-        raise UsageError(
-            f"{error}; the model is {name}: give the --model that it was trained with"
-        ) from error
     return base, name
 
 

@@ -13,8 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from softprompt.cli.checks import UsageError
-from softprompt.tasks.sources import DATA_SET, TEXT_TYPES, kind_of
-from softprompt.tasks.text_files import SEPARATORS
+from softprompt.tasks.text_files import DATA_SET, SEPARATORS, TEXT_TYPES, kind_of
 
 Options = TypeVar("Options")
 
@@ -68,27 +67,29 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def add_command(
-    commands: "argparse._SubParsersAction[Parser]",
-    name: str,
-    options: type[Any],
-    *,
-    summary: str,
-    description: str,
-    example: str,
-    run: Callable[[Any], int],
-) -> None:
-    """Add the parser of one command; `run` gets its `options`, and returns the exit code."""
+@dataclass(frozen=True)
+class Command:
+    """What the help says of a command, and the dataclass of its options, which its `run` gets."""
+
+    options: type[Any]
+    summary: str
+    description: str
+    example: str
+
+
+def add_command(commands: "argparse._SubParsersAction[Parser]", module: Any) -> None:
+    """Add the parser of a module with a `COMMAND` and a function `run`, which returns the exit code."""
+    command: Command = module.COMMAND
     parser = commands.add_parser(
-        name,
-        help=summary,
-        description=textwrap.fill(description, WIDTH),
-        epilog=f"example:\n  {example}",
+        module.__name__.rpartition(".")[2],
+        help=command.summary,
+        description=textwrap.fill(command.description, WIDTH),
+        epilog=f"example:\n  {command.example}",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run, options=options)
-    add_options(parser, options)
+    parser.set_defaults(run=module.run, options=command.options)
+    add_options(parser, command.options)
 
 
 def option(

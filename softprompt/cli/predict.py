@@ -1,37 +1,31 @@
 """`softprompt predict`: labels for new rows."""
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 from softprompt.cli.checks import (
     UsageError,
-    check_adapters,
     check_inputs,
     check_model,
     check_new,
     check_output_file,
     require_extra,
+    usage_errors,
 )
-from softprompt.cli.options import Parser, add_command
+from softprompt.cli.options import Command
 from softprompt.cli.predict_config import PredictConfig
+from softprompt.prompt_paths import check_adapter_folder
 from softprompt.tasks.classification import load_task
 from softprompt.tasks.folders import adapter_folders
 
-
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt predict`."""
-    add_command(
-        commands,
-        "predict",
-        PredictConfig,
-        summary="label new rows with a trained soft prompt",
-        description="Label the rows of a table with an adapter that `softprompt train` wrote. The output has "
-        "the columns of the table and one more with the labels.",
-        example="softprompt predict --adapter complaints --data new_tweets.csv --output labelled.csv",
-        run=run,
-    )
+COMMAND = Command(
+    PredictConfig,
+    summary="label new rows with a trained soft prompt",
+    description="Label the rows of a table with an adapter that `softprompt train` wrote. The output has "
+    "the columns of the table and one more with the labels.",
+    example="softprompt predict --adapter complaints --data new_tweets.csv --output labelled.csv",
+)
 
 
 def run(config: PredictConfig) -> int:
@@ -49,7 +43,9 @@ def run(config: PredictConfig) -> int:
         )
     if not scored and (config.calibrate or config.length_normalise or config.label_column):
         raise UsageError("--calibrate, --length-normalise and --label-column need --score")
-    check_adapters(folders)
+    with usage_errors():
+        for folder in folders:
+            check_adapter_folder(folder)
     task, trained_model, _ = load_task(adapter)
     check_inputs(config.data, model=config.model or trained_model)
     require_extra()

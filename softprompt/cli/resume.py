@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from softprompt.cli.checks import UsageError
+from softprompt.cli.checks import UsageError, usage_errors
 from softprompt.cli.options import option_name
 from softprompt.prompts.adapters import read_adapter
 from softprompt.tasks.callbacks import StopAtStepEnd
@@ -36,17 +36,14 @@ def fingerprint(table: Table) -> str:
 
 def check_whole(checkpoint: Path) -> None:
     """Raise UsageError where files of a checkpoint are missing or damaged."""
-    try:
+    damaged = f"--resume: {checkpoint} is damaged ("
+    remedy = "): remove it to go on from the checkpoint before, or train without --resume"
+    with usage_errors(damaged, remedy):
         for folder in adapter_folders(checkpoint) or [checkpoint]:
             read_adapter(folder)
         for name in STATE_FILES:
             if not _is_whole(checkpoint / name):
                 raise ValueError(f"{name} is missing or not what torch wrote")
-    except ValueError as error:
-        raise UsageError(
-            f"--resume: {checkpoint} is damaged ({error}): remove it to go on from the checkpoint before, or "
-            "train without --resume"
-        ) from error
 
 
 def _is_whole(file: Path) -> bool:

@@ -1,13 +1,12 @@
 """`softprompt sweep`: what a soft prompt owes to its length, its start and the settings of its training."""
 
-import argparse
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.checks import UsageError, check_inputs, check_output_folder, require_extra
-from softprompt.cli.options import Parser, add_command, option_name
+from softprompt.cli.options import Command, option_name
 from softprompt.cli.sweep_config import SweepConfig, parse_over
 from softprompt.cli.training_config import options_in
 from softprompt.files import write_text
@@ -17,20 +16,15 @@ if TYPE_CHECKING:
     from softprompt.cli.sweep_runs import Sweep
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt sweep`."""
-    add_command(
-        commands,
-        "sweep",
-        SweepConfig,
-        summary="train soft prompts of several lengths, starts or learning rates, and compare them",
-        description="Train one soft prompt for every combination of settings, several times each, and write "
-        "a table and a picture of what the settings are worth. Runs that fit into one batch are trained "
-        "together. Finished runs are kept: the same command, or one with more values, does only what is "
-        "missing.",
-        example="softprompt sweep --over num-virtual-tokens 1 4 16 --over init random vocab labels",
-        run=run,
-    )
+COMMAND = Command(
+    SweepConfig,
+    summary="train soft prompts of several lengths, starts or learning rates, and compare them",
+    description="Train one soft prompt for every combination of settings, several times each, and write "
+    "a table and a picture of what the settings are worth. Runs that fit into one batch are trained "
+    "together. Finished runs are kept: the same command, or one with more values, does only what is "
+    "missing.",
+    example="softprompt sweep --over num-virtual-tokens 1 4 16 --over init random vocab labels",
+)
 
 
 def run(config: SweepConfig) -> int:

@@ -1,12 +1,11 @@
 """`softprompt train`: from a table of texts and labels to a PEFT prompt-tuning adapter."""
 
-import argparse
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt.cli.checks import UsageError, check_inputs, check_output_folder, require_extra
-from softprompt.cli.options import Parser, add_command
+from softprompt.cli.options import Command
 from softprompt.cli.training_config import TrainingConfig
 from softprompt.tasks.folders import (
     held,
@@ -22,19 +21,14 @@ if TYPE_CHECKING:
     from softprompt.tasks.trainer import PromptTrainer
 
 
-def add_parser(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """Add `softprompt train`."""
-    add_command(
-        commands,
-        "train",
-        TrainingConfig,
-        summary="train a soft prompt on a table of texts and labels",
-        description="Train a soft prompt that makes a frozen language model write the label of a text. "
-        "Without options it trains a tiny shipped model on a shipped synthetic table.",
-        example="softprompt train --data tweets.csv --text-column text --label-column label \\\n"
-        "      --model bigscience/bloomz-560m --output complaints",
-        run=run,
-    )
+COMMAND = Command(
+    TrainingConfig,
+    summary="train a soft prompt on a table of texts and labels",
+    description="Train a soft prompt that makes a frozen language model write the label of a text. "
+    "Without options it trains a tiny shipped model on a shipped synthetic table.",
+    example="softprompt train --data tweets.csv --text-column text --label-column label \\\n"
+    "      --model bigscience/bloomz-560m --output complaints",
+)
 
 
 def run(config: TrainingConfig) -> int:

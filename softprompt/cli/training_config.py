@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from softprompt.cli.checks import UsageError, check_prompts
+from softprompt.cli.checks import UsageError, usage_errors
 from softprompt.cli.options import (
     MAX_SEED,
     ComputeOptions,
@@ -21,7 +22,9 @@ from softprompt.cli.options import (
     whole,
     words,
 )
+from softprompt.prompt_paths import check_prompt_path
 from softprompt.tasks.classification import DEFAULT_TEMPLATE
+from softprompt.tasks.folders import adapter_folders
 
 DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
 INITS = ("text", "text-once", "labels", "common", "counted", "vocab", "matched", "uniform", "random", "saved")
@@ -228,10 +231,9 @@ class TrainingConfig:
             name = "--init-from" if self.init_from else "--init-other-base"
             raise UsageError(f"{name} belongs to --init saved, but --init is {self.init}")
         if self.init_from and not self.resume:  # a checkpoint holds the prompt
-            try:
-                check_prompts(self.init_from)
-            except ValueError as error:
-                raise UsageError(f"--init saved: {error}") from error
+            with usage_errors("--init saved: "):
+                for path in adapter_folders(Path(self.init_from)) or [Path(self.init_from)]:
+                    check_prompt_path(path)
 
     def _check_ensemble(self) -> None:
         texts = self.ensemble_texts

@@ -9,7 +9,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from softprompt.tasks.classification import IGNORED, Example
+from softprompt.tasks.classification import IGNORED, Encoder, Example
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,12 @@ class LeftPadCollator:
 
     pad_token_id: int
     length: int | None = None
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> "LeftPadCollator":
+        """Return the collator of the rows that a prompt is trained on."""
+        task = encoder.task
+        return cls(encoder.pad_token_id, task.max_length if task.padding == "max_length" else None)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return int64 tensors [B, L] for every key of the examples.
@@ -37,6 +43,17 @@ class LeftPadCollator:
             name: torch.tensor([[filler[name]] * (length - len(row[name])) + row[name] for row in examples])
             for name in examples[0]
         }
+
+
+def collate_prompts(encoder: Encoder, prompts: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask` [B, L] of rows without a label.
+
+    Where the task pads to `max_length` and pads count for positions, L is the longest that training knows.
+    """
+    task = encoder.task
+    padded = task.positions == "padded" and task.padding == "max_length"
+    collate = LeftPadCollator(encoder.pad_token_id, encoder.max_prompt if padded else None)
+    return collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts])
 
 
 class Streams(Dataset[list[Example]]):

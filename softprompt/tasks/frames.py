@@ -10,8 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.sources import DATA_SET, check_source, kind_of
-from softprompt.tasks.text_files import Rows, foreign_format, parse_csv, parse_jsonl, read_text
+from softprompt.tasks.text_files import (
+    DATA_SET,
+    Rows,
+    check_source,
+    foreign_format,
+    kind_of,
+    parse_csv,
+    parse_jsonl,
+    read_text,
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Reading:
         split: split of a data set; None takes "train" where there are several.
         encoding: of a CSV or JSONL file; None goes by its byte order mark, else takes UTF-8.
         separator: between the cells of a CSV file.
-        header: whether the first line of a CSV file has the names of its columns.
+        header: whether the first line of a CSV file has the names of its columns; they are called 1, 2 and
+            so on where it has not.
     """
 
     subset: str | None = None

@@ -10,7 +10,7 @@ from softprompt.engine import families
 from softprompt.generation.stock import right_options
 from softprompt.nesting import base_of
 from softprompt.tasks.classification import IGNORED, Encoder, Example
-from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.collate import LeftPadCollator, collate_prompts
 from softprompt.tasks.template import Row
 
 Progress = Callable[[int], None]
@@ -27,25 +27,20 @@ def label_texts(
 ) -> list[str]:
     """Let the model write the label of every text, greedily, until its end token.
 
-    A text gets the same label in every batch. Where the task pads to `max_length` and pads count for
-    positions, prompts are padded to the longest that training knows; where pads do not count, only texts of
-    one length are batched, so that there are none. Where the template reads several columns, a text stands
+    A text gets the same label in every batch: where pads do not count for positions, only texts of one length
+    are batched, so that there are none. Where the template reads several columns, a text stands
     for the row with them. `progress` is called with the number of rows done in each batch.
     """
     task = encoder.task
-    padded = task.positions == "padded" and task.padding == "max_length"
-    collate = LeftPadCollator(encoder.pad_token_id, encoder.max_prompt if padded else None)
     prompts = [encoder.prompt(text) for text in texts]
     alike = task.positions == "compact" and not _pads_never_count(model)
     predicted = [""] * len(texts)
     options = right_options(model)
     with evaluation_mode(model):
         for rows in _batches([len(ids) for ids in prompts], batch_size, alike=alike):
-            chosen = [prompts[row] for row in rows]
-            batch = collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in chosen])
+            batch = collate_prompts(encoder, [prompts[row] for row in rows])
             generated = model.generate(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
+                **{name: tensor.to(model.device) for name, tensor in batch.items()},
                 max_new_tokens=encoder.max_target,
                 do_sample=False,
                 num_beams=1,

@@ -1,6 +1,7 @@
 """Figures: one training run, two runs side by side, and the vectors of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,22 @@ STYLE = {
 }
 
 
+@contextmanager
+def new_figure(size: tuple[float, float], path: str | Path, title: str = "") -> Iterator[Figure]:
+    """Yield an empty figure with a title, which is written as a .png at the end of the block."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        if title:
+            figure.suptitle(literal(title), fontsize=12, fontweight="bold", x=0.01, ha="left")
+        yield figure
+        save_figure(figure, path)
+
+
 def draw_training(history: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Draw training loss, evaluation loss and accuracy over the steps of Trainer's `log_history`."""
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with new_figure((9, 3.6), path) as figure:
         left, right = figure.subplots(1, 2)
         left.plot(*_columns(losses), color=GREY, linewidth=1.2, label="training")
         left.set(title="Loss", xlabel="step", ylabel="nats per label token", ylim=(0, None))
@@ -66,14 +77,11 @@ def draw_training(history: Sequence[dict[str, Any]], path: str | Path) -> None:
         else:
             right.text(0.5, 0.5, "no evaluation rows", transform=right.transAxes, ha="center", color=GREY)
         left.legend()
-        save_figure(figure, path)
 
 
 def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str) -> None:
     """Draw the loss curves, the time of a step, its peak memory and the accuracy of two sides."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 6.2), layout="constrained")
-        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+    with new_figure((11, 6.2), path, title) as figure:
         axes: dict[str, Any] = figure.subplot_mosaic([["loss"] * 3, ["time", "memory", "accuracy"]])
         steps = range(1, len(plain.losses) + 1)
         axes["loss"].plot(steps, plain.losses, color=ORANGE, linewidth=4, alpha=0.45, label=plain.name)
@@ -98,7 +106,6 @@ def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str)
         )
         _bars(axes["memory"], names, memory, f"Peak memory: {memory[0] / memory[1]:.1f} : 1", "MiB", "{:.2f}")
         _accuracy_bars(axes["accuracy"], plain, patched)
-        save_figure(figure, path)
 
 
 def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, title: str) -> None:
@@ -106,9 +113,7 @@ def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, titl
     count, moved = len(found.norms), found.movement
     right = ["norm", "cosine"] if moved is None else ["norm", "cosine", "moved"]
     named = count <= NAMED_TOKENS
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 6.2), layout="constrained")
-        figure.suptitle(_literal(title), fontsize=12, fontweight="bold", x=0.01, ha="left")
+    with new_figure((12, 6.2), path, title) as figure:
         axes: dict[str, Any] = figure.subplot_mosaic(
             [["similarity", name] for name in right], width_ratios=[1.15, 1]
         )
@@ -129,7 +134,6 @@ def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, titl
             axes[name].set(xlim=(-0.7, count - 0.3))
             axes[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes[right[-1]].set(xlabel="virtual token")
-        save_figure(figure, path)
 
 
 def _draw_similarity(figure: Figure, axes: Any, found: Inspection, tokenizer: Any) -> None:
@@ -150,10 +154,11 @@ def _draw_similarity(figure: Figure, axes: Any, found: Inspection, tokenizer: An
 def _plain(text: str) -> str:
     """A token that a figure has room for; its quotes make spaces visible."""
     shown = repr(text)
-    return _literal(shown if len(shown) <= 18 else f"{shown[:16]}…'")
+    return literal(shown if len(shown) <= 18 else f"{shown[:16]}…'")
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Return a text for a figure, in which dollar signs stand for themselves."""
     return text.replace("$", r"\$")  # two of them would hold a formula
 
 
@@ -163,14 +168,14 @@ def draw_confusion(
     """Draw how many rows of each label were predicted as each label, shaded by their share of the label."""
     size = len(labels)
     side = 2.4 + min(0.55 * size, 12)
-    names = [_literal(label if len(label) <= 32 else f"{label[:31]}…") for label in labels]
+    names = [literal(label if len(label) <= 32 else f"{label[:31]}…") for label in labels]
     slanted = size > 3 or max(map(len, names)) > 14
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(side + 1.2, side))
         axes = figure.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set(title=_literal(title), xlabel="predicted", ylabel="label in the table")
+        axes.set(title=literal(title), xlabel="predicted", ylabel="label in the table")
         axes.set_xticks(
             range(size), names, rotation=40 if slanted else 0, ha="right" if slanted else "center"
         )

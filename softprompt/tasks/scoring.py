@@ -17,7 +17,7 @@ from softprompt.engine.scoring import score
 from softprompt.nesting import base_of
 from softprompt.prompt_encoders import prompt_of
 from softprompt.tasks.classification import Encoder
-from softprompt.tasks.collate import LeftPadCollator
+from softprompt.tasks.collate import collate_prompts
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.inference import evaluation_mode
 from softprompt.tasks.template import Row
@@ -56,16 +56,13 @@ def label_log_likelihoods(
     """
     names = [model.active_adapter] if adapters is None else list(adapters)
     candidates = label_candidates(encoder)
-    task = encoder.task
-    padded = task.positions == "padded" and task.padding == "max_length"
-    collate = LeftPadCollator(encoder.pad_token_id, encoder.max_prompt if padded else None)
     parts = []
     with evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("once", message="softprompt: candidates are scored one at a time")
         prompts = [prompt_of(model, name) for name in names]
         for start in range(0, len(texts), batch_size):
             ids = [encoder.prompt(text) for text in texts[start : start + batch_size]]
-            batch = collate([{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids])
+            batch = collate_prompts(encoder, ids)
             scores = score(
                 base_of(model),
                 prompts,
@@ -73,7 +70,7 @@ def label_log_likelihoods(
                 batch["input_ids"].repeat(len(names), 1).to(model.device),
                 batch["attention_mask"].repeat(len(names), 1).to(model.device),
                 [number for number in range(len(names)) for _ in ids],
-                positions=task.positions,
+                positions=encoder.task.positions,
             )
             parts.append(scores.double().cpu().view(len(names), len(ids), -1))
             if progress is not None:

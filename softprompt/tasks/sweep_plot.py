@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator, PercentFormatter
 
-from softprompt.tasks.plot import BLUE, GREEN, GREY, ORANGE, STYLE, save_figure
+from softprompt.tasks.plot import BLUE, GREEN, GREY, ORANGE, literal, new_figure
 
 COLOURS = (BLUE, ORANGE, GREEN, "#9333ea", "#c2255c", "#0e7490", "#8a6d1f", GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -42,9 +41,7 @@ def draw_sweep(rows: Rows, fields: Sequence[str], path: str | Path, *, title: st
         series.setdefault(tuple(row[name] for name in others), []).append(row)
     values = list(dict.fromkeys(row[across] for row in rows))
     numbers = _is_number_field(rows, across)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        figure.suptitle(_literal(title), fontsize=12, fontweight="bold", x=0.01, ha="left")
+    with new_figure((10.5, 4.4), path, title) as figure:
         panels = figure.subplots(1, 2)
         for axes, (score, heading, unit) in zip(panels, PANELS, strict=True):
             axes.set(title=heading, xlabel=_words(across), ylabel=unit)
@@ -53,14 +50,13 @@ def draw_sweep(rows: Rows, fields: Sequence[str], path: str | Path, *, title: st
             else:
                 _name_axis(axes, values)
             for place, (key, group) in enumerate(series.items()):
-                label = _literal(", ".join(map(str, key)))
+                label = literal(", ".join(map(str, key)))
                 _draw_series(axes, group, across, score, place, len(series), values, numbers, label)
         panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         _limits(panels[0], rows, "eval_exact_match", top=1.0)
         _limits(panels[1], rows, "eval_loss", top=None)
         _add_legend(figure, panels[0], others, len(series))
         figure.supxlabel(_footnote(rows), fontsize=8.5, color=GREY, x=0.01, ha="left")
-        save_figure(figure, path)
 
 
 def _draw_series(
@@ -182,8 +178,4 @@ def _words(field: str) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return _literal(text if len(text) <= 22 else f"{text[:20]}…")
-
-
-def _literal(text: str) -> str:
-    return text.replace("$", r"\$")  # two of them would hold a formula
+    return literal(text if len(text) <= 22 else f"{text[:20]}…")

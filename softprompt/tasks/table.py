@@ -57,16 +57,12 @@ class Table:
 
     def take(self, indices: Sequence[int]) -> "Table":
         """Return the rows at `indices`, in that order."""
-        return Table(
-            source=self.source,
-            text_column=self.text_column,
-            label_column=self.label_column,
+        return replace(
+            self,
             texts=[self.texts[i] for i in indices],
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             frame=self.frame.iloc[list(indices)].reset_index(drop=True),
             others={name: [cells[i] for i in indices] for name, cells in self.others.items()},
-            label_names=self.label_names,
-            blank_lines=self.blank_lines,
         )
 
     def known_labels(self) -> tuple[str, ...]:
@@ -81,11 +77,7 @@ def read_table(
     *,
     columns: Sequence[str] = (),
     every_line: bool = False,
-    subset: str | None = None,
-    split: str | None = None,
-    encoding: str | None = None,
-    separator: str = ",",
-    header: bool = True,
+    **reading: Any,
 ) -> Table:
     """Read a table of texts and, where `label_column` is given, of labels.
 
@@ -101,12 +93,7 @@ def read_table(
         columns: other columns that a template reads.
         every_line: refuse blank lines between the rows of a file, which are left out otherwise: for tables
             whose lines have to stand beside those of another file.
-        subset: part of a data set.
-        split: split of a data set; None takes "train".
-        encoding: of a CSV or JSONL file; None goes by its byte order mark, else takes UTF-8.
-        separator: between the cells of a CSV file.
-        header: whether the first line of a CSV file has the names of its columns; they are called 1, 2 and
-            so on where it has not.
+        reading: what `Reading` has.
 
     Raises:
         TaskError: the source does not exist, is of an unknown type, cannot be read or has no rows; a column
@@ -115,7 +102,7 @@ def read_table(
     """
     if label_column == text_column:
         raise TaskError(f"column {text_column!r} cannot be both the text and the label: name two columns")
-    found = read_source(source, Reading(subset, split, encoding, separator, header))
+    found = read_source(source, Reading(**reading))
     if every_line and found.blank_lines:
         lines = ", ".join(map(str, found.blank_lines[:5])) + (", ..." if len(found.blank_lines) > 5 else "")
         raise TaskError(

@@ -118,8 +118,7 @@ class PromptTrainer(Trainer):
                 f"{type(self).__name__} trains in one process, got {args.world_size}: its prompts would not "
                 "be the same on all ranks; transformers' Trainer with a patched model trains in several"
             )
-        length = encoder.task.max_length if encoder.task.padding == "max_length" else None
-        collate = LeftPadCollator(encoder.pad_token_id, length)
+        collate = LeftPadCollator.of(encoder)
         super().__init__(
             model=model,
             args=args,

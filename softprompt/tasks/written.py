@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from softprompt.files import whole_file
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.sources import FILE_TYPES
+from softprompt.tasks.text_files import FILE_TYPES
 
 
 def write_frame(frame: Any, path: str | Path) -> None:
