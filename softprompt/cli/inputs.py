@@ -11,7 +11,7 @@ from softprompt.cli.models import load_model, load_tokenizer, prepare
 from softprompt.cli.resume import check_same_run, check_whole, fingerprint
 from softprompt.cli.training_config import TrainingConfig
 from softprompt.engine import plan_for
-from softprompt.engine.forward import obstacle_to
+from softprompt.engine.runner import obstacle_to
 from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.table import (
