@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.contest import reason_of
-from benchmarks.kernels.attention import attention_problem, tolerances, truth
+from benchmarks.kernels.attention import tolerances, truth
+from benchmarks.kernels.attention_problem import attention_problem
 from benchmarks.kernels.clock import timed
 from benchmarks.kernels.problem import KernelCase, error_of
 from benchmarks.run import new_record

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.kernels.attention import AttentionSizes, attention
+from benchmarks.kernels.attention import attention
+from benchmarks.kernels.attention_problem import AttentionSizes
 from benchmarks.kernels.head import HeadSizes, head
 from benchmarks.kernels.logits import logit_rows
 from benchmarks.kernels.problem import KernelCase, KernelTargets

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from benchmarks.kernels.attention_problem import AttentionProblem
 from benchmarks.kernels.problem import Outputs
 from benchmarks.rehearsal import rehearsing
-
-if TYPE_CHECKING:
-    from benchmarks.kernels.attention import AttentionProblem
 
 _BLOCK = 128
 

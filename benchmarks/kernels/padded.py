@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.kernels.attention_problem import AttentionProblem
 from benchmarks.kernels.problem import KernelVariant, NotAvailable, Outputs
-
-if TYPE_CHECKING:
-    from benchmarks.kernels.attention import AttentionProblem
 
 
 def variants(problem: AttentionProblem) -> tuple[KernelVariant, ...]:

@@ -353,8 +353,10 @@ def choose_backend(op: str, backend: str, device: torch.device) -> str:
         ValueError: an unknown back end, or one that cannot serve `device`.
     """
     if backend == AUTO:
-        wanted = PREFERRED.get(device.type, ("reference",))
-        return next(name for name in wanted if availability(name, device.type).usable)
+        for name in PREFERRED.get(device.type, ()):
+            if availability(name, device.type).usable:
+                return name
+        return "reference"
     if backend not in BACKENDS:
         known = ", ".join(sorted((AUTO, *BACKENDS)))
         raise ValueError(f"{op}: unknown backend {backend!r}, expected one of {known}")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.kernels import flex
-from benchmarks.kernels.attention import attention_problem, truth
+from benchmarks.kernels.attention import truth
+from benchmarks.kernels.attention_problem import attention_problem
 from benchmarks.kernels.cases import KERNEL_CASES
 from benchmarks.kernels.problem import KernelVariant, NotAvailable, error_of
 from benchmarks.kernels.run import run_kernels

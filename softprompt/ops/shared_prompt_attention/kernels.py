@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softprompt.ops.registry import Backends, define, eager
 from softprompt.ops.shared_prompt_attention import native
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
+from softprompt.ops.shared_prompt_attention.layout import (
+    Attended,
+    AttentionLayout,
+    AttentionOptions,
+    rows_first,
+)
 
 _TRITON = "softprompt.ops.shared_prompt_attention.triton:"
-
-
-class Attended(NamedTuple):
-    """What a forward was given and made, as its backward needs it."""
-
-    query: Tensor  # [Hq, T, D]
-    key: Tensor  # [Hkv, T, D]
-    value: Tensor  # [Hkv, T, Dv]
-    sinks: Tensor | None  # [Hq]
-    out: Tensor  # [Hq, T, Dv]
-    lse: Tensor  # [Hq, T], in the unit of the back end
 
 
 def _forward(
@@ -93,12 +87,6 @@ def _gradient_fake(
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> dict[str, Tensor | None]:
     """Without it, autograd would take the gradients for constants: a wrong derivative and a warning."""
     raise RuntimeError("shared_prompt_attention can be differentiated once, got a second derivative")
-
-
-def rows_first(like: Tensor, heads: int | None = None) -> Tensor:
-    """An empty [heads, T, D] like the tensor, with a token's heads side by side."""
-    own, rows, width = like.shape
-    return like.new_empty(rows, own if heads is None else heads, width).transpose(0, 1)
 
 
 _FORWARDS = Backends("shared_prompt_attention", native.forward, native.forward, _TRITON + "forward")

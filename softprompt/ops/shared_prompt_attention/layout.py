@@ -73,3 +73,20 @@ class AttentionOptions(NamedTuple):
     softcap: float | None = None
     alibi_slopes: Tensor | None = None  # [Hq]
     dropout_p: float = 0.0
+
+
+class Attended(NamedTuple):
+    """What a forward was given and made, as its backward needs it."""
+
+    query: Tensor  # [Hq, T, D]
+    key: Tensor  # [Hkv, T, D]
+    value: Tensor  # [Hkv, T, Dv]
+    sinks: Tensor | None  # [Hq]
+    out: Tensor  # [Hq, T, Dv]
+    lse: Tensor  # [Hq, T], in the unit of the back end
+
+
+def rows_first(like: Tensor, heads: int | None = None) -> Tensor:
+    """An empty [heads, T, D] like the tensor, with a token's heads side by side."""
+    own, rows, width = like.shape
+    return like.new_empty(rows, own if heads is None else heads, width).transpose(0, 1)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softprompt.ops.registry import INSTRUCTIONS, declare
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
-
-if TYPE_CHECKING:
-    from softprompt.ops.shared_prompt_attention.kernels import Attended
+from softprompt.ops.shared_prompt_attention.layout import Attended, AttentionLayout, AttentionOptions
 
 
 def forward(

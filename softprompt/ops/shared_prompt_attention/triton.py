@@ -28,8 +28,12 @@ from torch import Tensor
 
 from softprompt.ops.constants import LOG2E
 from softprompt.ops.shared_prompt_attention.configs import LaunchConfig, launch_config, padded_dim
-from softprompt.ops.shared_prompt_attention.kernels import Attended, rows_first
-from softprompt.ops.shared_prompt_attention.layout import AttentionLayout, AttentionOptions
+from softprompt.ops.shared_prompt_attention.layout import (
+    Attended,
+    AttentionLayout,
+    AttentionOptions,
+    rows_first,
+)
 from softprompt.ops.shared_prompt_attention.triton_forward import attention_forward
 from softprompt.ops.shared_prompt_attention.triton_key_grad import attention_backward_key
 from softprompt.ops.shared_prompt_attention.triton_query_grad import attention_backward_query
