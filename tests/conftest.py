@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(int(os.environ.get("SOFTPROMPT_TEST_THREADS", "1")))
+    if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+        from interpreter import patch_once_for_each_launch
+
+        patch_once_for_each_launch()
 if "SOFTPROMPT_TEST_NATIVE" in os.environ:  # a module that tests/native/native_build.py built
     from softprompt.ops import registry
 
