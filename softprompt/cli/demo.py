@@ -14,7 +14,6 @@ from softprompt.cli.options import (
     option,
     whole,
 )
-from softprompt.files import write_text
 
 if TYPE_CHECKING:
     from softprompt.tasks.compare import Side
@@ -63,6 +62,7 @@ def run(config: DemoConfig) -> int:
     output = check_output_folder(config.output)
     require_extra()
 
+    from softprompt.files import write_text
     from softprompt.tasks.metrics import to_json
     from softprompt.tasks.plot import draw_comparison
 

@@ -26,7 +26,6 @@ from softprompt.cli.options import (
     whole,
     words,
 )
-from softprompt.files import write_text
 from softprompt.tasks.folders import holds_adapter
 
 if TYPE_CHECKING:
@@ -132,6 +131,7 @@ def _check(config: ExportConfig) -> None:
 def _write_request(config: ExportConfig, saved: "SavedPrompt", text: str, output: Path) -> int:
     from softprompt import export
     from softprompt.cli.models import load_base, load_tokenizer
+    from softprompt.files import write_text
     from softprompt.tasks.classification import Encoder
 
     base, name = load_base(saved)

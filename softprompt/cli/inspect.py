@@ -12,7 +12,6 @@ from softprompt.cli.checks import (
     usage_errors,
 )
 from softprompt.cli.options import Command, PromptOptions, given, nested, option, whole
-from softprompt.files import write_text
 from softprompt.tasks.classification import load_task
 from softprompt.tasks.folders import TASK_FILE
 
@@ -67,6 +66,7 @@ def run(config: InspectConfig) -> int:
     require_extra()
 
     from softprompt.cli.models import load_base, load_tokenizer, open_prompt, quiet_libraries
+    from softprompt.files import write_text
     from softprompt.prompts.inspection import inspect_prompt
     from softprompt.prompts.vocabulary import vocab_size_of
     from softprompt.tasks.metrics import to_json

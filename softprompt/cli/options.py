@@ -19,15 +19,9 @@ Options = TypeVar("Options")
 
 WIDTH = 79
 MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a sweep count on from it
+_DATA_SETS = ((DATA_SET,), "data sets")
+_CSV_FILES = ((".csv",), ".csv files")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
-# option -> (kinds of tables that it is for, in words)
-_FOR = {
-    "data_config": ((DATA_SET,), "data sets"),
-    "data_split": ((DATA_SET,), "data sets"),
-    "encoding": (TEXT_TYPES, ".csv and .jsonl files"),
-    "separator": ((".csv",), ".csv files"),
-    "no_header": ((".csv",), ".csv files"),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,7 +102,8 @@ def option(
         metavar: how the help calls the value.
         default: shown in the help, unless it is None or False.
         more: `group`, the title of a group of options, which the fields behind it are in, too; `one_of`, the
-            name of options that exclude each other; anything else is for `ArgumentParser.add_argument`.
+            name of options that exclude each other; `only_for`, the kinds of tables that it is for, and their
+            name; anything else is for `ArgumentParser.add_argument`.
     """
     described = {"help": text, "type": kind, "metavar": metavar, "default": default, **more}
     argument = {name: value for name, value in described.items() if value is not None or name == "default"}
@@ -140,7 +135,7 @@ def add_options(parser: Parser, options: type[Any]) -> None:
     exclusive: dict[str, argparse._ActionsContainer] = {}
     for each in option_fields(options):
         argument = dict(each.metadata)
-        title, one_of = argument.pop("group", None), argument.pop("one_of", None)
+        title, one_of, _ = (argument.pop(name, None) for name in ("group", "one_of", "only_for"))
         group = group if title is None else parser.add_argument_group(title)
         place = group
         if one_of is not None:
@@ -258,19 +253,25 @@ def template_text(text: str) -> str:
 class TableOptions:
     """How a table is read, and which part of a data set."""
 
-    data_config: str | None = option("part of a data set from the `datasets` library", given, "NAME")
-    data_split: str | None = option("split of such a data set to read (default: train)", given, "NAME")
+    data_config: str | None = option(
+        "part of a data set from the `datasets` library", given, "NAME", only_for=_DATA_SETS
+    )
+    data_split: str | None = option(
+        "split of such a data set to read (default: train)", given, "NAME", only_for=_DATA_SETS
+    )
     encoding: str | None = option(
         "encoding of .csv and .jsonl tables, as cp1252 (default: what their byte order mark says, else "
         "UTF-8)",
         encoding_name,
         "NAME",
+        only_for=(TEXT_TYPES, ".csv and .jsonl files"),
     )
     separator: str | None = option(
         f"what separates the cells of .csv tables: one character, or {', '.join(SEPARATORS)} "
         "(default: comma)",
         separator_mark,
         "MARK",
+        only_for=_CSV_FILES,
     )
     no_header: bool = flag("the first line of .csv tables is a row: their columns are called 1, 2, and so on")
 
@@ -280,11 +281,12 @@ class TableOptions:
         Raises:
             UsageError: an option was given that means nothing for any of the sources.
         """
-        kinds = {kind_of(source) for source in sources}
-        for name, (wanted, spoken) in _FOR.items():
-            if getattr(self, name) and not kinds & set(wanted):
+        kinds, named = {kind_of(source) for source in sources}, " and ".join(sources)
+        for each in fields(self):
+            wanted, spoken = each.metadata["only_for"]
+            if getattr(self, each.name) and not kinds & set(wanted):
                 raise UsageError(
-                    f"{option_name(name)} is for {spoken}, and {' and '.join(sources)} is none: leave it out"
+                    f"{option_name(each.name)} is for {spoken}, and {named} is none: leave it out"
                 )
         return {
             "subset": self.data_config,

@@ -9,8 +9,6 @@ from softprompt.cli.checks import UsageError, check_inputs, check_output_folder,
 from softprompt.cli.options import Command, option_name
 from softprompt.cli.sweep_config import SweepConfig, parse_over
 from softprompt.cli.training_config import options_in
-from softprompt.files import write_text
-from softprompt.tasks.sweep import best_setting, fields_of, grid, summary_of, table_of
 
 if TYPE_CHECKING:
     from softprompt.cli.sweep_runs import Sweep
@@ -40,6 +38,9 @@ def run(config: SweepConfig) -> int:
     training = training.with_recipe()
     output = check_output_folder(config.output)
     _check_fields(output, list(over))
+
+    from softprompt.tasks.sweep import grid, summary_of, table_of
+
     for setting in grid(over, [training.seed], {}):
         training.with_values(setting.values).check()
     check_inputs(training.data, training.eval_data, model=training.model)
@@ -79,6 +80,8 @@ def run(config: SweepConfig) -> int:
 
 def _check_fields(output: Path, over: list[str]) -> None:
     """Raise UsageError where the folder has the table of a sweep over other fields."""
+    from softprompt.tasks.sweep import fields_of
+
     known = fields_of(output / "sweep.json")
     if known is not None and set(known) != set(over):
         there, wanted = (", ".join(name.replace("_", "-") for name in names) for names in (known, over))
@@ -97,6 +100,7 @@ def _write(
 ) -> None:
     import pandas as pd
 
+    from softprompt.files import write_text
     from softprompt.tasks.metrics import to_json
     from softprompt.tasks.sweep_plot import draw_sweep
 
@@ -112,6 +116,8 @@ def _print(summary: list[dict[str, Any]], fields: list[str], output: Path) -> No
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
+
+    from softprompt.tasks.sweep import best_setting
 
     def shown(spread: dict[str, float | None] | None, form: str) -> str:
         if spread is None:

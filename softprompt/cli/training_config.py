@@ -23,7 +23,7 @@ from softprompt.cli.options import (
     words,
 )
 from softprompt.prompt_paths import check_prompt_path
-from softprompt.tasks.classification import DEFAULT_TEMPLATE
+from softprompt.tasks.classification import CHOICES, DEFAULT_TEMPLATE
 from softprompt.tasks.folders import adapter_folders
 
 DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
@@ -129,12 +129,12 @@ class TrainingConfig:
     )
     padding: str = option(
         "fill every row up to --max-length, or only up to the longest row of its batch",
-        choices=("max_length", "longest"),
+        choices=CHOICES["padding"],
         default="max_length",
     )
     end_token: str | None = option(
         "the token to learn after a label (default: pad; eos for the shipped tiny model)",
-        choices=("pad", "eos"),
+        choices=CHOICES["end_token"],
     )
     positions: str | None = option(
         "whether pads count for the positions of a row: compact trains what a row is alone, and predictions "

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from softprompt.files import alone_by
 from softprompt.prompt_paths import ADAPTER_CONFIG, WEIGHTS
 from softprompt.tasks.errors import TaskError
 
@@ -76,6 +75,8 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         TaskError: another process holds it.
     """
+    from softprompt.files import alone_by  # locks take a tenth of a second to import
+
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
