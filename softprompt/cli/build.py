@@ -53,17 +53,18 @@ def trainer_of(
     model: Any,
     callbacks: list[TrainerCallback],
     *,
-    members: Sequence[Member] | None = None,
+    members: Sequence[Member] = (),
     **more: Any,
 ) -> PromptTrainer:
     """Return a trainer of the prompts of a model; `more` is for it or for `TrainingArguments`."""
     evaluated = more.pop("evaluated", lambda rows, total: None)
+    streams = len({member.seed for member in members}) or 1  # each has its own order of the rows
     steps_per_epoch = math.ceil(len(setup.train_table) / config.compute.batch_size)
     arguments = TrainingArguments(
         output_dir=config.output,
         num_train_epochs=config.epochs,
         max_steps=config.steps or -1,
-        per_device_train_batch_size=config.compute.batch_size,
+        per_device_train_batch_size=config.compute.batch_size * streams,
         per_device_eval_batch_size=config.compute.batch_size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -273,7 +273,10 @@ class TableOptions:
         "MARK",
         only_for=_CSV_FILES,
     )
-    no_header: bool = flag("the first line of .csv tables is a row: their columns are called 1, 2, and so on")
+    no_header: bool = flag(
+        "the first line of .csv tables is a row: their columns are called 1, 2, and so on",
+        only_for=_CSV_FILES,
+    )
 
     def reading(self, sources: Sequence[str]) -> dict[str, Any]:
         """Return what `read_table` is told of the options.

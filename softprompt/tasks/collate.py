@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from softprompt.tasks.classification import IGNORED, Encoder, Example
 
@@ -56,42 +55,24 @@ def collate_prompts(encoder: Encoder, prompts: Sequence[list[int]]) -> dict[str,
     return collate([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts])
 
 
-class Streams(Dataset[list[Example]]):
-    """The same rows in several orders at once: the item at (i, j, ...) is the rows i, j, ..."""
+class StreamSampler(Sampler[int]):
+    """The orders in which Trainer takes `count` rows at each of several seeds, batch by batch.
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    `batch_size` rows in the order of the first seed come first, then as many in that of the second, and so
+    on.
+    """
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, numbers: tuple[int, ...]) -> list[Example]:
-        return [self.examples[number] for number in numbers]
-
-
-class StreamSampler(Sampler[tuple[int, ...]]):
-    """The orders in which Trainer takes `count` rows at each of several seeds, side by side."""
-
-    def __init__(self, count: int, seeds: Sequence[int]) -> None:
-        self.count = count
+    def __init__(self, count: int, seeds: Sequence[int], batch_size: int) -> None:
+        self.count, self.batch_size = count, batch_size
         self.orders = [
             SeedableRandomSampler(range(count), data_seed=seed, generator=torch.Generator()) for seed in seeds
         ]
 
     def __len__(self) -> int:
-        return self.count
+        return self.count * len(self.orders)
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        return zip(*self.orders, strict=True)
-
-
-class StreamCollator:
-    """Collates the rows of the first stream, then those of the second, and so on; takes plain rows too."""
-
-    def __init__(self, collate: LeftPadCollator) -> None:
-        self.collate = collate
-
-    def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        if isinstance(items[0], list):
-            items = [row for stream in zip(*items, strict=True) for row in stream]
-        return self.collate(items)
+    def __iter__(self) -> Iterator[int]:
+        orders = [list(order) for order in self.orders]
+        for start in range(0, self.count, self.batch_size):
+            for order in orders:
+                yield from order[start : start + self.batch_size]

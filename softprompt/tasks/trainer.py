@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from softprompt.prompt_paths import WEIGHTS
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, write_npy
 from softprompt.tasks.callbacks import Patience
 from softprompt.tasks.classification import Encoder
-from softprompt.tasks.collate import LeftPadCollator, StreamCollator, Streams, StreamSampler
+from softprompt.tasks.collate import LeftPadCollator, StreamSampler
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.evaluation import Evaluation
 from softprompt.tasks.folders import (
@@ -84,8 +83,9 @@ class PromptTrainer(Trainer):
         record: `model` and `training` for `softprompt.json`.
         callbacks: as for Trainer.
         evaluated: called with the rows done and the rows of all passes of an evaluation.
-        members: where the prompts are runs of their own: every step packs the batch of each seed behind the
-            prompts of the runs with it, and a run whose loss is no number is left where it is.
+        members: where the prompts are runs of their own: a batch has as many rows in the order of each seed,
+            which are packed behind the prompts of the runs with it, and a run whose loss is no number is left
+            where it is.
 
     Attributes:
         adapters: names of the K prompts.
@@ -96,7 +96,6 @@ class PromptTrainer(Trainer):
     """
 
     train_dataset: Any
-    data_collator: Any
     optimizer: Any
 
     def __init__(
@@ -111,7 +110,7 @@ class PromptTrainer(Trainer):
         record: dict[str, Any],
         callbacks: list[TrainerCallback],
         evaluated: Callable[[int, int], None] = lambda rows, total: None,
-        members: Sequence[Member] | None = None,
+        members: Sequence[Member] = (),
     ) -> None:
         if args.world_size > 1:
             raise TaskError(
@@ -136,9 +135,9 @@ class PromptTrainer(Trainer):
         self.initial_prompts = [
             prompt_parameter(model, name).detach().cpu().clone() for name in self.adapters
         ]
-        self.members = None if members is None else {member.adapter: member for member in members}
-        self.seeds = sorted({member.seed for member in members or ()})
-        self.is_ensemble = members is None and len(self.adapters) > 1
+        self.members = {member.adapter: member for member in members}
+        self.seeds = sorted({member.seed for member in members})
+        self.is_ensemble = not members and len(self.adapters) > 1
         self.evaluation = Evaluation(
             model,
             encoder,
@@ -154,9 +153,6 @@ class PromptTrainer(Trainer):
         if len(self.adapters) > 1:
             # Else Trainer would divide what is divided by the labels of all accumulated batches already.
             self.model_accepts_loss_kwargs = True
-        if len(self.seeds) > 1:
-            self.train_dataset = Streams(self.train_dataset)
-            self.data_collator = StreamCollator(self.data_collator)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, from a checkpoint if there is one; that of a finished run is only loaded.
@@ -175,7 +171,7 @@ class PromptTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """For runs of their own one group of the optimizer for each, with the settings of the run."""
-        if self.members is None:
+        if not self.members:
             return super().create_optimizer(model)  # type: ignore[no-any-return]
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -192,7 +188,8 @@ class PromptTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if len(self.seeds) > 1:
-            return StreamSampler(len(self.train_dataset), self.seeds)
+            batch_size = self.args.per_device_train_batch_size // len(self.seeds)
+            return StreamSampler(len(self.train_dataset), self.seeds, batch_size)
         return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
@@ -203,11 +200,11 @@ class PromptTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the sum of the prompts' mean losses, without the runs that have diverged."""
-        if self.members is None and len(self.adapters) == 1:
+        if not self.members and len(self.adapters) == 1:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         names = [name for name in self.adapters if name not in self.diverged]
         total, each = self._losses_of(names, inputs, num_items_in_batch)
-        if self.members is not None and not bool(torch.isfinite(each).all()):
+        if self.members and not bool(torch.isfinite(each).all()):
             # What is no number crosses every mask: only alone does a run show whether it is the one.
             alone = [self._losses_of([name], inputs, num_items_in_batch)[1] for name in names]
             sound = [name for name, loss in zip(names, alone, strict=True) if bool(torch.isfinite(loss))]
@@ -231,30 +228,26 @@ class PromptTrainer(Trainer):
             self.control.should_training_stop = True
             nothing = sum(prompt.sum() * 0 for prompt in self.prompts().values())
             return torch.nan_to_num(torch.as_tensor(nothing)), torch.zeros(0)
-        one_stream = len(self.seeds) <= 1
-        rows = inputs if one_stream else self._rows(names, inputs)
+        several = len(self.seeds) > 1
+        if several:  # the rows of each run, run by run, out of those of each seed, seed by seed
+            streams = [self.seeds.index(self.members[name].seed) for name in names]
+            inputs = {
+                key: torch.cat([tensor.chunk(len(self.seeds))[stream] for stream in streams])
+                for key, tensor in inputs.items()
+            }
         if len(names) == 1:
             self.model.set_adapter(names[0])
-            loss = self.model(**rows).loss
+            loss = self.model(**inputs).loss
             return loss, loss.detach()[None]
         found = ensemble.losses(
             self.model,
-            **rows,
+            **inputs,
             adapters=names,
-            own_rows=not one_stream,
+            own_rows=several,
             positions=self.encoder.task.positions,
-            num_items_in_batch=num_items_in_batch if self.members is None else None,
+            num_items_in_batch=None if self.members else num_items_in_batch,
         )
         return found.total, found.each
-
-    def _rows(self, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Any]:
-        """The rows of each run, run by run, out of the rows of each seed, seed by seed."""
-        assert self.members is not None
-        streams = [self.seeds.index(self.members[name].seed) for name in names]
-        return {
-            key: torch.cat([tensor.chunk(len(self.seeds))[stream] for stream in streams])
-            for key, tensor in inputs.items()
-        }
 
     def losses_of_run(self, name: str) -> list[float]:
         """Return the losses of the steps of one of the runs, until it diverged."""
@@ -306,9 +299,7 @@ class PromptTrainer(Trainer):
     def measure_run(self, name: str, table: Table) -> dict[str, Any]:
         """Return loss, perplexity and exact match of a table with the prompt of one of the runs."""
         self.model.set_adapter(name)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Position ids are not supported")
-            return self.evaluation.measure(table)
+        return self.evaluation.measure(table)
 
     def prompts(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained prompts by the names of their adapters."""

@@ -49,7 +49,7 @@ def trained_together(monkeypatch):
     train = PromptTrainer.train
 
     def counting(self, **options):
-        if self.members is not None:
+        if self.members:
             counts.append(len(self.members))
         return train(self, **options)
 

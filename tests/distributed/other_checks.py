@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import softprompt
 from softprompt.cli import main
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.trainer import PromptTrainer
+from softprompt.tasks.trainer import Member, PromptTrainer
 
 
 def _cut(base, *, ends):
@@ -151,6 +151,6 @@ def check_trainers_of_tasks_are_refused_by_name(rank):
     nothing = dict.fromkeys(
         ("model", "encoder", "train_table", "eval_table", "record", "callbacks", "evaluated")
     )
-    for members in (None, []):
+    for members in ((), [Member("run", 0, 0.1, 0.0)]):
         with pytest.raises(TaskError, match="PromptTrainer trains in one process, got 2"):
             PromptTrainer(args=arguments, **nothing, members=members)
