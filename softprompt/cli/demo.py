@@ -9,17 +9,17 @@ from softprompt.cli.checks import check_output_folder, require_extra
 from softprompt.cli.options import (
     MAX_SEED,
     Command,
+    ComputeOptions,
     given,
     number,
     option,
     whole,
 )
+from softprompt.cli.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     from softprompt.tasks.compare import Side
 
-NUM_VIRTUAL_TOKENS = 8
-INIT_TEXT = "Classify if the tweet is a complaint or not:"
 PLAIN, PATCHED = "plain PEFT", "softprompt"
 SYNTHETIC = "synthetic: a tiny model and made-up tweets"
 
@@ -79,54 +79,40 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
     # The profiler that counts memory would announce its start and end; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
-    from peft import PromptTuningConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import set_seed
 
-    from softprompt import tiny
-    from softprompt.cli.models import (
-        choose_device,
-        load_model,
-        load_tokenizer,
-        patch,
-        quiet_libraries,
-        set_threads,
-    )
+    from softprompt.cli.initial import prompt_starts
+    from softprompt.cli.inputs import read_tables, set_up
+    from softprompt.cli.models import load_model, patch, quiet_libraries
     from softprompt.cli.progress import progress_bar
-    from softprompt.tasks.classification import ClassificationTask, Encoder
     from softprompt.tasks.collate import LeftPadCollator
     from softprompt.tasks.compare import Side, measure_peak_bytes, train_side_by_side
     from softprompt.tasks.inference import label_texts
     from softprompt.tasks.metrics import exact_match
-    from softprompt.tasks.table import read_table
 
     quiet_libraries()
-    device, model_path = choose_device(config.device), tiny.model_path()
-    steps, batch_size = config.steps, config.batch_size
-    set_threads(None, tiny=True)
-    train_table = read_table(tiny.train_table(), "Tweet text", "Label")
-    eval_table = read_table(tiny.eval_table(), "Tweet text", "Label")
-    task = ClassificationTask("Tweet text", "Label", train_table.known_labels(), end_token="eos")
-    encoder = Encoder(task, load_tokenizer(model_path))
+    training = TrainingConfig(
+        positions="padded", seed=config.seed, compute=ComputeOptions(device=config.device)
+    )
+    train_table, eval_table = read_tables(training)
+    table = eval_table or train_table
+    setup = set_up(training, train_table, eval_table)
+    encoder, steps, batch_size = setup.encoder, config.steps, config.batch_size
+    (start,) = prompt_starts(setup, training, ["default"])
 
     def build(name: str) -> Side:
-        base = load_model(model_path, torch.float32)
-        set_seed(config.seed)
-        prompt = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=NUM_VIRTUAL_TOKENS,
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text=INIT_TEXT,
-            tokenizer_name_or_path=model_path,
-        )
-        return Side(name, get_peft_model(base, prompt).to(device))
+        base = load_model(setup.model_name, torch.float32)
+        set_seed(start.seed)
+        return Side(name, get_peft_model(base, start.config).to(setup.device))
 
     def accuracy(side: Side) -> float:
-        predicted = label_texts(side.model, encoder, eval_table.texts, batch_size=32)
-        return exact_match(predicted, eval_table.labels or [])
+        predicted = label_texts(side.model, encoder, table.rows, batch_size=32)
+        return exact_match(predicted, table.labels or [])
 
     sides = build(PLAIN), build(PATCHED)
     sides[1].model = patch(sides[1].model)
-    examples = encoder.examples(train_table.texts, train_table.labels or [])
+    examples = encoder.examples(train_table.rows, train_table.labels or [])
     collate = LeftPadCollator.of(encoder)
     generator = torch.Generator().manual_seed(config.seed)
     order: list[int] = []
@@ -134,7 +120,7 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
         order += torch.randperm(len(examples), generator=generator).tolist()
     batches = [
         {
-            name: tensor.to(device)
+            name: tensor.to(setup.device)
             for name, tensor in collate([examples[i] for i in order[start : start + batch_size]]).items()
         }
         for start in range(0, steps * batch_size, batch_size)

@@ -41,6 +41,10 @@ def draw_sweep(rows: Rows, fields: Sequence[str], path: str | Path, *, title: st
         series.setdefault(tuple(row[name] for name in others), []).append(row)
     values = list(dict.fromkeys(row[across] for row in rows))
     numbers = _is_number_field(rows, across)
+    # Named settings stand side by side; numbers have their place on the axis.
+    place_of = {value: value if numbers else place for place, value in enumerate(values)}
+    spread = 0.0 if numbers else min(0.22, 0.7 / len(series))
+    beside = 0.0 if numbers else min(0.13, 0.25 / len(series))
     with new_figure((10.5, 4.4), path, title) as figure:
         panels = figure.subplots(1, 2)
         for axes, (score, heading, unit) in zip(panels, PANELS, strict=True):
@@ -50,8 +54,18 @@ def draw_sweep(rows: Rows, fields: Sequence[str], path: str | Path, *, title: st
             else:
                 _name_axis(axes, values)
             for place, (key, group) in enumerate(series.items()):
-                label = literal(", ".join(map(str, key)))
-                _draw_series(axes, group, across, score, place, len(series), values, numbers, label)
+                found: dict[Any, list[float]] = {}
+                for row in group:
+                    if not row["diverged"] and row[score] is not None:
+                        found.setdefault(row[across], []).append(row[score])
+                shift = (place - (len(series) - 1) / 2) * spread
+                runs = {place_of[value] + shift: scores for value, scores in found.items()}
+                style = {
+                    "color": COLOURS[place % len(COLOURS)],
+                    "marker": MARKERS[place % len(MARKERS)],
+                    "label": literal(", ".join(map(str, key))),
+                }
+                _draw_series(axes, dict(sorted(runs.items())), beside, style)
         panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
         _limits(panels[0], rows, "eval_exact_match", top=1.0)
         _limits(panels[1], rows, "eval_loss", top=None)
@@ -59,53 +73,21 @@ def draw_sweep(rows: Rows, fields: Sequence[str], path: str | Path, *, title: st
         figure.supxlabel(_footnote(rows), fontsize=8.5, color=GREY, x=0.01, ha="left")
 
 
-def _draw_series(
-    axes: Any,
-    group: Rows,
-    across: str,
-    score: str,
-    place: int,
-    count: int,
-    values: Sequence[Any],
-    numbers: bool,
-    label: str,
-) -> None:
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-    found: dict[Any, list[float]] = {}
-    for row in group:
-        if not row["diverged"] and row[score] is not None:
-            found.setdefault(row[across], []).append(row[score])
-    keys = sorted(found) if numbers else [value for value in values if value in found]
-    means = [statistics.fmean(found[key]) for key in keys]
-    lowest, highest = [min(found[key]) for key in keys], [max(found[key]) for key in keys]
-    # Named settings stand side by side; numbers share their place on the axis.
-    shift = 0.0 if numbers else (place - (count - 1) / 2) * min(0.22, 0.7 / count)
-    places = [key if numbers else values.index(key) + shift for key in keys]
-    beside = 0.0 if numbers else min(0.13, 0.25 / count)
-    for x, key in zip(places, keys, strict=True):
-        runs = found[key]
-        axes.plot([x + beside] * len(runs), runs, "o", color=colour, markersize=3.5, alpha=0.4, zorder=2)
-    if numbers:
+def _draw_series(axes: Any, runs: Mapping[float, list[float]], beside: float, style: dict[str, Any]) -> None:
+    """Draw the scores at each place of the axis, dots `beside` their mean, or a band where that is 0."""
+    places, colour = list(runs), style["color"]
+    means = [statistics.fmean(scores) for scores in runs.values()]
+    lowest, highest = [min(scores) for scores in runs.values()], [max(scores) for scores in runs.values()]
+    for x, scores in runs.items():
+        axes.plot([x + beside] * len(scores), scores, "o", color=colour, markersize=3.5, alpha=0.4, zorder=2)
+    if not beside:
         axes.fill_between(places, lowest, highest, color=colour, alpha=0.13, linewidth=0)
-        axes.plot(
-            places, means, color=colour, marker=marker, markersize=6, linewidth=1.6, label=label, zorder=3
-        )
+        axes.plot(places, means, markersize=6, linewidth=1.6, zorder=3, **style)
         return
-    axes.errorbar(
-        places,
-        means,
-        yerr=[
-            [mean - low for mean, low in zip(means, lowest, strict=True)],
-            [high - mean for mean, high in zip(means, highest, strict=True)],
-        ],
-        fmt=marker,
-        color=colour,
-        markersize=7,
-        capsize=3,
-        elinewidth=1.1,
-        label=label,
-        zorder=3,
-    )
+    below = [mean - low for mean, low in zip(means, lowest, strict=True)]
+    above = [high - mean for mean, high in zip(means, highest, strict=True)]
+    bars = {"linestyle": "none", "capsize": 3, "elinewidth": 1.1}
+    axes.errorbar(places, means, yerr=[below, above], markersize=7, zorder=3, **bars, **style)
 
 
 def _number_axis(axes: Any, values: Sequence[float]) -> None:
