@@ -1,7 +1,7 @@
 """From the options of a call, its tables and its model to a trainer that is ready to run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,10 @@ def trainer_of(
     callbacks: list[TrainerCallback],
     *,
     members: Sequence[Member] = (),
+    evaluated: Callable[[int, int], None] | None = None,
     **more: Any,
 ) -> PromptTrainer:
-    """Return a trainer of the prompts of a model; `more` is for it or for `TrainingArguments`."""
-    evaluated = more.pop("evaluated", lambda rows, total: None)
+    """Return a trainer of the prompts of a model; `more` is for `TrainingArguments`."""
     streams = len({member.seed for member in members}) or 1  # each has its own order of the rows
     steps_per_epoch = math.ceil(len(setup.train_table) / config.compute.batch_size)
     arguments = TrainingArguments(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from softprompt.prompt_paths import ADAPTER_CONFIG, WEIGHTS
 from softprompt.tasks.errors import TaskError
@@ -39,7 +40,8 @@ def adapter_folders(folder: Path) -> list[Path]:
 
 def latest_checkpoint(folder: Path | str) -> Path | None:
     """Return the checkpoint with the most steps, passing over those without a readable trainer state."""
-    complete = [path for path in _checkpoints(Path(folder)) if _is_complete(path)]
+    found = _checkpoints(Path(folder))
+    complete = [path for path in found if read_object(path / TRAINER_STATE) is not None]
     return complete[-1] if complete else None
 
 
@@ -122,9 +124,10 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, None where there is none that can be read."""
     try:
-        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(state, dict)
+        return None
+    return content if isinstance(content, dict) else None

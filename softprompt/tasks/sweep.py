@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt.tasks.folders import read_object
+
 RECORD = "run.json"
 SCORES = ("eval_exact_match", "eval_loss", "train_loss")  # of which a setting has mean and spread
 KEPT = (*SCORES, "eval_perplexity", "steps", "trainable_parameters", "diverged")  # what the table shows
@@ -54,19 +56,13 @@ def batches_of_runs(runs: Sequence[Run], same: Sequence[str], *, together: int) 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What a finished run left in its folder, None where it has not finished or cannot be read."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.keys() >= set(KEPT) else None
+    record = read_object(folder / RECORD)
+    return record if record is not None and record.keys() >= set(KEPT) else None
 
 
 def fields_of(table: Path) -> list[str] | None:
     """The fields that the sweep of a `sweep.json` is over, None where there is none that can be read."""
-    try:
-        fields = json.loads(table.read_text(encoding="utf-8"))["over"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    fields = (read_object(table) or {}).get("over")
     return fields if isinstance(fields, list) else None
 
 

@@ -109,7 +109,7 @@ class PromptTrainer(Trainer):
         validation_table: Table | None = None,
         record: dict[str, Any],
         callbacks: list[TrainerCallback],
-        evaluated: Callable[[int, int], None] = lambda rows, total: None,
+        evaluated: Callable[[int, int], None] | None = None,
         members: Sequence[Member] = (),
     ) -> None:
         if args.world_size > 1:
@@ -281,7 +281,8 @@ class PromptTrainer(Trainer):
         total = self.evaluation.passes * len(self.eval_table or ()) + len(self.validation_table or ())
 
         def progress(rows: int) -> None:
-            self._evaluated(rows, total)
+            if self._evaluated is not None:
+                self._evaluated(rows, total)
 
         metrics: dict[str, Any] = {}
         if self.validation_table is not None:
