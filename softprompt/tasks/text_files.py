@@ -223,8 +223,12 @@ def _records(text: str, path: Path, separator: str) -> tuple[list[tuple[int, lis
             f"{path} is not a readable .csv table: the quotation mark that opens in line {number} is never "
             'closed: was the file cut short? Give the whole file, or write "" for a mark inside a text'
         )
-    inside = range(found[0][0], found[-1][0]) if found else range(0)
-    return found, [line for line in blank if line in inside]
+    return found, _between(blank, [number for number, _ in found])
+
+
+def _between(blank: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """The blank lines that are between the lines of rows."""
+    return [number for number in blank if rows and rows[0] < number < rows[-1]]
 
 
 @contextmanager
@@ -279,7 +283,7 @@ def parse_jsonl(text: str, path: Path) -> Rows:
         TaskError: a line is no JSON object.
     """
     lines = text.split("\n")
-    rows, blank = list[Any](), list[int]()
+    rows, numbers, blank = list[Any](), list[int](), list[int]()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             blank.append(number)
@@ -295,10 +299,5 @@ def parse_jsonl(text: str, path: Path) -> Rows:
         if not isinstance(row, dict):
             raise TaskError(f"{path}: line {number} is not a JSON object: write one object a line")
         rows.append(row)
-    first, end = _span(lines)
-    return Rows(None, rows, [number for number in blank if first < number < end])
-
-
-def _span(lines: Sequence[str]) -> tuple[int, int]:
-    full = [number for number, line in enumerate(lines, start=1) if line.strip()]
-    return (full[0], full[-1]) if full else (0, 0)
+        numbers.append(number)
+    return Rows(None, rows, _between(blank, numbers))
