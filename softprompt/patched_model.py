@@ -23,13 +23,13 @@ from softprompt.eligibility import (
     refuse_joined_texts,
 )
 from softprompt.engine import Plan, families, model_records, sharding
-from softprompt.engine.answers import trimmed
 from softprompt.engine.caches import NAMES
+from softprompt.engine.encoder_decoder import check_decoder_inputs, prompted_texts
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
+from softprompt.engine.logits_layout import trimmed
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.runner import UnsupportedModelError
-from softprompt.engine.seq2seq import check_answers, prompted_texts
 from softprompt.engine.seq2seq_plan import run_seq2seq
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
@@ -418,7 +418,7 @@ class PatchedSeq2SeqLM(PatchedModel, PeftModelForSeq2SeqLM):
             base,
             plan,
             batch,
-            check_answers(batch.shape[0], prompt_width(base), prompts=decoder_prompts, **decoder),
+            check_decoder_inputs(batch.shape[0], prompt_width(base), prompts=decoder_prompts, **decoder),
             embedding=self.word_embeddings,
             masked=arguments.get("attention_mask") is not None,
             use_cache=arguments.get("use_cache"),

@@ -15,13 +15,13 @@ from peft import PeftModel, PeftModelForSeq2SeqLM
 from torch import nn
 
 from softprompt.eligibility import foreign_method
-from softprompt.engine.answers import LOGITS
 from softprompt.engine.forward import (
     ON_UNSUPPORTED,
     POSITIONS,
     check_option,
     check_switch,
 )
+from softprompt.engine.logits_layout import LOGITS
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.nesting import base_of

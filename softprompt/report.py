@@ -15,9 +15,9 @@ from softprompt.engine import Plan, families, sharding
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
-from softprompt.engine.prefill import describe, prefill_for
 from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle
 from softprompt.engine.token_scores import scores_tokens
+from softprompt.generation.prefill import describe, prefill_for
 from softprompt.nesting import base_of
 from softprompt.ops.registry import AUTO, PREFERRED, availability, choose_backend, triton_availability
 from softprompt.ops.shared_prompt_attention.api import usual_backend

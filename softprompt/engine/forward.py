@@ -12,7 +12,7 @@ from softprompt.engine import families, sharding
 from softprompt.engine.batch import check_batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError, obstacle_to, runner_of
-from softprompt.engine.stock import stock_forward
+from softprompt.engine.self_check import reference_forward
 from softprompt.layout import raise_out_of_range
 from softprompt.ops.registry import AUTO, BACKENDS
 from softprompt.warn import warn
@@ -106,7 +106,7 @@ def forward(
         warn(obstacle)
         raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(model))
         extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-        output = stock_forward(model, batch, **extra)
+        output = reference_forward(model, batch, **extra)
         if not hasattr(output, "loss") or not hasattr(output, "logits"):
             raise TypeError(
                 f"softprompt.forward takes a causal language model, got {type(model).__name__}, whose "

@@ -23,7 +23,7 @@ from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import HiddenRows, packed_rows
 from softprompt.engine.padded import padded_rows
-from softprompt.engine.stock import stock_forward
+from softprompt.engine.self_check import reference_forward
 from softprompt.engine.watch import Watch
 
 # Largest allowed error of the self-check relative to the stock forward: (loss, prompt gradient). Softmax,
@@ -154,7 +154,7 @@ def make_plan(model: CausalLM) -> Plan:
                 rotary_switch=families.rotary_switch(model),
                 row_limit=families.row_limit(model) if plan.route == "packed" else None,
             )
-    except StockFailedError as error:
+    except ReferenceFailedError as error:
         return Plan("stock", str(error))
 
 
@@ -203,7 +203,7 @@ def missing_part(model: CausalLM) -> str | None:
     return None
 
 
-class StockFailedError(RuntimeError):
+class ReferenceFailedError(RuntimeError):
     """The stock forward itself cannot serve as a reference."""
 
 
@@ -270,7 +270,7 @@ def _difference_by_pads(model: CausalLM, batch: Batch) -> str | None:
 
     def logits_of(embeds: Tensor) -> Tensor:
         texts = replace(batch, input_ids=None, inputs_embeds=embeds, labels=None)
-        logits: Tensor = stock_forward(model, texts).logits[:, batch.prompt_lengths[0] :]
+        logits: Tensor = reference_forward(model, texts).logits[:, batch.prompt_lengths[0] :]
         return logits[real.to(logits.device)]
 
     embeds = model.get_input_embeddings()(batch.input_ids)
@@ -315,17 +315,17 @@ def probe_batch(model: CausalLM) -> Batch:
 def _stock_step(model: CausalLM, batch: Batch) -> tuple[Any, tuple[Tensor, Tensor]]:
     """Output, loss and prompt gradient of the padded batch on the model's own forward, as PEFT runs it."""
     try:
-        output = stock_forward(model, batch)
+        output = reference_forward(model, batch)
         loss = output.loss
         if not loss.requires_grad:
             raise RuntimeError("the loss has no gradient, as layers with rounded activations give none")
         (grad,) = torch.autograd.grad(loss, batch.prompts[0])
     except Exception as error:
-        raise StockFailedError(
+        raise ReferenceFailedError(
             f"the model's own forward fails on soft prompts: {type(error).__name__}: {error}"
         ) from error
     if not (torch.isfinite(loss) and torch.isfinite(grad).all()):
-        raise StockFailedError("the model's own loss or prompt gradient is not finite")
+        raise ReferenceFailedError("the model's own loss or prompt gradient is not finite")
     return output, (loss.detach(), grad)
 
 
@@ -337,7 +337,7 @@ def _follows_autocast(model: CausalLM, batch: Batch) -> bool:
     dtype = torch.get_autocast_dtype(device_type)
     try:
         with torch.no_grad(), torch.autocast(device_type, dtype=dtype):
-            logits = stock_forward(model, replace(batch, labels=None)).logits
+            logits = reference_forward(model, replace(batch, labels=None)).logits
     except Exception:  # then nobody will run it under autocast
         return True
     return bool(logits.dtype == dtype)

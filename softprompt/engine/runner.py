@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from softprompt.engine import sharding
-from softprompt.engine.answers import text_rows
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.graphs import Step, StepGraphs, room_of
 from softprompt.engine.lazy import LazyLogits, logits_of
+from softprompt.engine.logits_layout import text_rows
 from softprompt.engine.losses import LossWeights, label_losses, own_logits, weighted_sum
 from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
 from softprompt.engine.plan import Plan, plan_for

@@ -26,7 +26,7 @@ from softprompt.engine.losses import own_logits
 from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
-from softprompt.engine.stock import stock_forward
+from softprompt.engine.self_check import reference_forward
 from softprompt.layout import PackedLayout, branch_out, build_layout, raise_out_of_range
 from softprompt.ops.registry import AUTO, BACKENDS
 from softprompt.warn import warn
@@ -289,7 +289,7 @@ def _alone(model: CausalLM, batch: Batch, candidate: list[int], *, feed_last: bo
     tokens = torch.tensor(candidate, dtype=torch.int64, device=batch.attention_mask.device)
     whole = _with_candidates(batch, tokens if feed_last else tokens[:-1])
     whole = _rows_of(whole, torch.arange(len(batch.attention_mask), device=tokens.device))
-    logits = stock_forward(model, whole).logits
+    logits = reference_forward(model, whole).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     last = batch.prompt_lengths[0] + (batch.attention_mask != 0).sum(1) - 1
     columns = last[:, None] + torch.arange(len(candidate), device=last.device)

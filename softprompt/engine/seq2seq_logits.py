@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt.engine.encoder_decoder import DecodedRows
 from softprompt.engine.families import CausalLM
 from softprompt.engine.overrides import returning
-from softprompt.engine.seq2seq import DecodedRows
 
 
 def own_logits(model: CausalLM, hidden: Tensor, encoded: Any, output_class: type) -> Tensor:

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 
 from softprompt.engine import families, model_records, pads, sharding
 from softprompt.engine.batch import Batch
+from softprompt.engine.encoder_decoder import (
+    DecodedRows,
+    DecoderInputs,
+    decoded_rows,
+    shifted,
+    trains_decoder,
+)
 from softprompt.engine.families import CausalLM
 from softprompt.engine.fingerprint import fingerprint
 from softprompt.engine.lazy import logits_of, with_gradient
@@ -17,7 +24,7 @@ from softprompt.engine.losses import losses_of_logits, weighted_sum
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.plan import (
     Plan,
-    StockFailedError,
+    ReferenceFailedError,
     errors,
     evaluating,
     missing_part,
@@ -26,7 +33,6 @@ from softprompt.engine.plan import (
 )
 from softprompt.engine.precision import whole_batch_obstacle
 from softprompt.engine.runner import warn_of_no_labels
-from softprompt.engine.seq2seq import Answers, DecodedRows, decoded_rows, shifted, trains_decoder
 from softprompt.engine.seq2seq_logits import head_bias, logits_source, own_logits
 from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_entropy
 from softprompt.ops.registry import AUTO
@@ -108,7 +114,7 @@ def make_seq2seq_plan(model: CausalLM) -> Seq2SeqPlan:
                 kept_because=kept_because,
             )
             return _first_that_holds(model, start, batch, answers, stock.logits.detach(), expected)
-    except StockFailedError as error:
+    except ReferenceFailedError as error:
         return Seq2SeqPlan("stock", str(error))
 
 
@@ -131,7 +137,7 @@ def early_end_obstacle(model: CausalLM, plan: Seq2SeqPlan) -> str | None:
     return "weights of the decoder are trained" if trains_decoder(model) else None
 
 
-def _difference_by_pads(model: CausalLM, batch: Batch, answers: Answers) -> str | None:
+def _difference_by_pads(model: CausalLM, batch: Batch, answers: DecoderInputs) -> str | None:
     """Why the columns that the probe's rows do not use have to stay, as a sentence, or None."""
     texts = model.get_input_embeddings()(batch.input_ids)
     ids = shifted(model, cast(Tensor, answers.labels))
@@ -147,7 +153,7 @@ def _difference_by_pads(model: CausalLM, batch: Batch, answers: Answers) -> str 
         output = stock_seq2seq(
             model,
             replace(batch, input_ids=None, inputs_embeds=first),
-            Answers(),
+            DecoderInputs(),
             decoder_inputs_embeds=second,
         )
         logits: Tensor = output.logits[:, scored]
@@ -157,7 +163,7 @@ def _difference_by_pads(model: CausalLM, batch: Batch, answers: Answers) -> str 
     return pads.difference(model, both, ~used, logits_of)
 
 
-def _probe(model: CausalLM) -> tuple[Batch, Answers]:
+def _probe(model: CausalLM) -> tuple[Batch, DecoderInputs]:
     """Two rows with a hole, pads of their own and one that they share; some labels do not count, nor does a
     last column of them.
     """
@@ -166,23 +172,23 @@ def _probe(model: CausalLM) -> tuple[Batch, Answers]:
     labels = cast(Tensor, batch.input_ids).flip(1)[:, :4].clone()
     labels[0, 1] = labels[1, 2:] = -100
     labels = nn.functional.pad(labels, (0, 1), value=-100)
-    return replace(batch, attention_mask=mask, labels=None), Answers(labels)
+    return replace(batch, attention_mask=mask, labels=None), DecoderInputs(labels)
 
 
-def _stock_step(model: CausalLM, batch: Batch, answers: Answers) -> tuple[Any, tuple[Tensor, Tensor]]:
+def _stock_step(model: CausalLM, batch: Batch, answers: DecoderInputs) -> tuple[Any, tuple[Tensor, Tensor]]:
     try:
         output = stock_seq2seq(model, batch, answers)
         (grad,) = torch.autograd.grad(output.loss, batch.prompts[0])
     except Exception as error:
-        raise StockFailedError(
+        raise ReferenceFailedError(
             f"the model's own forward fails on soft prompts: {type(error).__name__}: {error}"
         ) from error
     if not (torch.isfinite(output.loss) and torch.isfinite(grad).all()):
-        raise StockFailedError("the model's own loss or prompt gradient is not finite")
+        raise ReferenceFailedError("the model's own loss or prompt gradient is not finite")
     return output, (output.loss.detach(), grad)
 
 
-def stock_seq2seq(model: CausalLM, batch: Batch, answers: Answers, **kwargs: Any) -> Any:
+def stock_seq2seq(model: CausalLM, batch: Batch, answers: DecoderInputs, **kwargs: Any) -> Any:
     """The padded forward as PEFT runs it, with one prompt for all rows."""
     embeds = batch.inputs_embeds
     if embeds is None:
@@ -199,7 +205,7 @@ def stock_seq2seq(model: CausalLM, batch: Batch, answers: Answers, **kwargs: Any
     )
 
 
-def _counts_items(model: CausalLM, batch: Batch, answers: Answers, loss: Tensor) -> bool:
+def _counts_items(model: CausalLM, batch: Batch, answers: DecoderInputs, loss: Tensor) -> bool:
     """Whether the model's loss knows `num_items_in_batch`: some classes take it and leave it."""
     try:
         divided = stock_seq2seq(model, batch, answers, num_items_in_batch=torch.tensor(1)).loss.detach()
@@ -212,7 +218,7 @@ def _first_that_holds(
     model: CausalLM,
     start: Seq2SeqPlan,
     batch: Batch,
-    answers: Answers,
+    answers: DecoderInputs,
     logits: Tensor,
     expected: tuple[Tensor, Tensor],
 ) -> Seq2SeqPlan:
@@ -274,7 +280,7 @@ def run_decoder(
     model: CausalLM,
     plan: Seq2SeqPlan,
     batch: Batch,
-    answers: Answers,
+    answers: DecoderInputs,
     *,
     embedding: nn.Module | None = None,
     masked: bool = True,
@@ -329,7 +335,7 @@ def run_seq2seq(
     model: CausalLM,
     plan: Seq2SeqPlan,
     batch: Batch,
-    answers: Answers,
+    answers: DecoderInputs,
     *,
     embedding: nn.Module,
     masked: bool,

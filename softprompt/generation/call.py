@@ -18,8 +18,8 @@ from softprompt.eligibility import adapter_obstacle
 from softprompt.engine import Plan, families, sharding
 from softprompt.engine.caches import NAMES
 from softprompt.engine.families import CausalLM
-from softprompt.engine.prefill import prefill_for
 from softprompt.engine.runner import UnsupportedModelError
+from softprompt.generation.prefill import prefill_for
 from softprompt.nesting import base_of
 from softprompt.prompt_encoders import adapters_of_rows
 

@@ -15,7 +15,11 @@ from softprompt.engine.batch import Batch, check_batch
 from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
-from softprompt.engine.prefill import (
+from softprompt.engine.runner import UnsupportedModelError
+from softprompt.generation.call import GenerateCall
+from softprompt.generation.known import KnownPrompt, known_prompt
+from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask
+from softprompt.generation.prefill import (
     Start,
     counts_places,
     fill,
@@ -24,10 +28,6 @@ from softprompt.engine.prefill import (
     start_packed,
     start_shared,
 )
-from softprompt.engine.runner import UnsupportedModelError
-from softprompt.generation.call import GenerateCall
-from softprompt.generation.known import KnownPrompt, known_prompt
-from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask
 from softprompt.generation.steps import Columns, run
 from softprompt.layout import raise_out_of_range
 

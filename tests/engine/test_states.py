@@ -7,8 +7,8 @@ from tiny_models import build
 from transformers import DynamicCache
 
 from softprompt.engine import plan_for
-from softprompt.engine.prefill import Prefill, describe, fill, filled_cache, prefill_for
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
+from softprompt.generation.prefill import Prefill, describe, fill, filled_cache, prefill_for
 
 
 def random_states(layers, tokens, heads=2):

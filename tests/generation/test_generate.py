@@ -27,8 +27,8 @@ from transformers.generation import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from softprompt.engine import plan_for
-from softprompt.engine.prefill import filled_cache, prefill_for
 from softprompt.engine.states import prompt_states
+from softprompt.generation.prefill import filled_cache, prefill_for
 from softprompt.tiny import model_path
 
 METHODS = {

@@ -87,7 +87,7 @@ _MAKERS = {
     "RecordingError",
     "UnsupportedAttentionError",
     "UnsupportedModelError",
-    "StockFailedError",
+    "ReferenceFailedError",
     "_refuse",
 }
 _NAMES = {"reason", "head_reason", "obstacle"}

@@ -27,8 +27,8 @@ from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import check_length, embed_rows, packed_layout, run_body
 from softprompt.engine.packing import Packing
 from softprompt.engine.plan import Plan, evaluating, probe_batch, tolerance
+from softprompt.engine.self_check import reference_forward
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
-from softprompt.engine.stock import stock_forward
 from softprompt.ops.registry import AUTO
 
 # Their bias or mask counts places in the cache, so pads behind the prompt would count too.
@@ -217,7 +217,7 @@ def _choose(model: CausalLM, plan: Plan) -> Prefill:
     ways = ("packed", "shared") if runs_the_op(plan.seam) else ("shared",)
     with evaluating(model), torch.no_grad():
         batch = replace(probe_batch(model), labels=None)
-        expected = stock_forward(model, batch).logits[:, -1]
+        expected = reference_forward(model, batch).logits[:, -1]
         for way in ways:
             try:
                 got = _first_step(model, plan, batch, way)

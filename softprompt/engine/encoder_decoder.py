@@ -28,7 +28,7 @@ from softprompt.ops.registry import AUTO
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class DecoderInputs:
     """What the decoder reads and is scored on. Labels alone are shifted to the decoder's ids."""
 
     labels: Tensor | None = None  # [B, T]
@@ -54,7 +54,7 @@ class DecodedRows:
     output_class: type  # of the decoder
 
 
-def check_answers(
+def check_decoder_inputs(
     num_rows: int,
     hidden_size: int,
     *,
@@ -63,8 +63,8 @@ def check_answers(
     decoder_inputs_embeds: Tensor | None,
     decoder_attention_mask: Tensor | None,
     prompts: tuple[Tensor, ...] | None = None,
-) -> Answers:
-    """Turns the decoder's arguments of a forward into Answers.
+) -> DecoderInputs:
+    """Turns the decoder's arguments of a forward into DecoderInputs.
 
     Raises:
         ValueError: says what was given and what is expected.
@@ -96,13 +96,13 @@ def check_answers(
         raise ValueError(
             "an encoder-decoder needs labels, decoder_input_ids or decoder_inputs_embeds; got none of them"
         )
-    return Answers(labels, decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, prompts)
+    return DecoderInputs(labels, decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, prompts)
 
 
 def decoded_rows(
     model: CausalLM,
     batch: Batch,
-    answers: Answers,
+    answers: DecoderInputs,
     embedding: nn.Module,
     *,
     trims: bool,
@@ -189,7 +189,7 @@ def decoded_rows(
     )
 
 
-def _may_end_early(model: CausalLM, answers: Answers) -> bool:
+def _may_end_early(model: CausalLM, answers: DecoderInputs) -> bool:
     """Whether the decoder may leave out the columns at the end that no label needs.
 
     It is causal, so they change nothing; but where a mask hides all that a column sees, it sees all columns.
@@ -257,7 +257,7 @@ def shifted(model: CausalLM, labels: Tensor, *, as_bart: bool = False) -> Tensor
     return ids.masked_fill(ids == IGNORE_INDEX, config.pad_token_id)
 
 
-def _counts(batch: Batch, answers: Answers, num_embeddings: int, vocab_size: int) -> Tensor:
+def _counts(batch: Batch, answers: DecoderInputs, num_embeddings: int, vocab_size: int) -> Tensor:
     """[6]: labels; columns up to the last that a row uses, and up to the last label; ids, labels and decoder
     ids out of range.
     """
@@ -346,7 +346,7 @@ def prompts_of_rows(prompts: tuple[Tensor, ...], batch: Batch, like: Tensor) -> 
 
 
 def _decoder_inputs(
-    model: CausalLM, batch: Batch, answers: Answers, embedding: nn.Module
+    model: CausalLM, batch: Batch, answers: DecoderInputs, embedding: nn.Module
 ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
     """Labels of all the decoder's columns, and its arguments."""
     labels, ids, embeds = answers.labels, answers.input_ids, answers.inputs_embeds

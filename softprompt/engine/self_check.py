@@ -10,7 +10,7 @@ from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
 
 
-def stock_forward(model: CausalLM, batch: Batch, **kwargs: Any) -> Any:
+def reference_forward(model: CausalLM, batch: Batch, **kwargs: Any) -> Any:
     """The padded forward as PEFT runs it: every row with its own copy of the prompt, all positions through
     the head.
     """
