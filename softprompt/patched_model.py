@@ -24,13 +24,17 @@ from softprompt.eligibility import (
 )
 from softprompt.engine import Plan, families, model_records, sharding
 from softprompt.engine.caches import NAMES
-from softprompt.engine.encoder_decoder import check_decoder_inputs, prompted_texts
+from softprompt.engine.encoder_decoder import (
+    CallOptions,
+    check_decoder_inputs,
+    prompted_texts,
+    run_encoder_decoder,
+)
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.logits_layout import trimmed
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.runner import UnsupportedModelError
-from softprompt.engine.seq2seq_plan import run_seq2seq
 from softprompt.engine.token_scores import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.generation.stock import step_inputs, tells_its_length
@@ -413,18 +417,15 @@ class PatchedSeq2SeqLM(PatchedModel, PeftModelForSeq2SeqLM):
         """Loss, logits and the encoder's hidden states."""
         base, state = base_of(self), self._softprompt
         batch, decoder_prompts = seq2seq_batch_of(self, names, arguments)
-        decoder: dict[str, Any] = {name: arguments.get(name) for name in _DECODER}
-        loss, logits, encoded, trimmed_columns = run_seq2seq(
-            base,
-            plan,
-            batch,
-            check_decoder_inputs(batch.shape[0], prompt_width(base), prompts=decoder_prompts, **decoder),
+        inputs = check_decoder_inputs(arguments, batch.shape[0], prompt_width(base), decoder_prompts)
+        options = CallOptions(
             embedding=self.word_embeddings,
             masked=arguments.get("attention_mask") is not None,
             use_cache=arguments.get("use_cache"),
             num_items=arguments.get("num_items_in_batch"),
             backend=state.options.backend,
         )
+        loss, logits, encoded, trimmed_columns = run_encoder_decoder(base, plan, batch, inputs, options)
         if trimmed_columns and base.training:
             state.say_dropout(base, _LEFT_OUT)
         return plan.output_class(loss=loss, logits=logits, encoder_last_hidden_state=encoded)

@@ -13,9 +13,9 @@ from torch import nn
 from softprompt.eligibility import adapter_obstacle
 from softprompt.engine import Plan, families, sharding
 from softprompt.engine.attention import runs_the_op
+from softprompt.engine.encoder_decoder import early_end_obstacle
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packing import attention_backend
-from softprompt.engine.seq2seq_plan import Seq2SeqPlan, early_end_obstacle
 from softprompt.engine.token_scores import scores_tokens
 from softprompt.generation.prefill import describe, prefill_for
 from softprompt.nesting import base_of
@@ -148,7 +148,7 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
     positions = state.options.positions if state is not None else "padded"
     obstacle = families.embedding_obstacle(base.get_input_embeddings())
     layout = ("positions", f"{positions} ({plan.positions} in the padded layout)")
-    if isinstance(plan, Seq2SeqPlan):
+    if plan.encoder_decoder:
         pads = "dropped at the end" if plan.trims else f"kept: {plan.kept_because}"
         layout = ("columns that are pads in all rows", pads)
     rows = [
@@ -164,7 +164,7 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
     ]
     if scores_tokens(base):
         rows.append(("TRL's fused head", "called with the label rows of the packed row; not recorded"))
-    if isinstance(plan, Seq2SeqPlan):
+    if plan.encoder_decoder:
         rows += _left_out(base, plan)
     if plan.route == "packed" and state is not None:
         rows += _recording(state)
@@ -179,7 +179,7 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
     return tuple(rows)
 
 
-def _left_out(base: CausalLM, plan: Seq2SeqPlan) -> list[tuple[str, str]]:
+def _left_out(base: CausalLM, plan: Plan) -> list[tuple[str, str]]:
     """What an encoder-decoder does not compute of its columns."""
     kept = early_end_obstacle(base, plan)
     early = "left out of the decoder where a call gives labels alone; their logits are made when looked at"
@@ -260,7 +260,7 @@ def _advice(base: CausalLM, plan: Plan, route: str, device_type: str) -> tuple[s
         )
     if not plan.fused_head:
         rows.append("a head that is a plain nn.Linear without hooks: its loss then comes from one fused op")
-    if not isinstance(plan, Seq2SeqPlan) and families.uses_gradient_checkpointing(families.body_of(base)):
+    if not plan.encoder_decoder and families.uses_gradient_checkpointing(families.body_of(base)):
         rows.append(
             "no gradient checkpointing: the packed step needs little memory, and recomputing costs a third"
         )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from softprompt.engine import Plan, families, plan_for, sharding
 from softprompt.engine.families import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError
-from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.generation.known import KnownPrompt
 from softprompt.nesting import base_of
 from softprompt.warn import warn
@@ -109,7 +108,7 @@ def plan_of(model: Any) -> Plan:
     """The plan of a PEFT model's language model, patched or not."""
     base, sharded, state = base_of(model), sharding.is_fsdp(model), state_of(model)
     if isinstance(model, PeftModelForSeq2SeqLM):
-        return seq2seq_plan_for(base, sharded=sharded)
+        return plan_for(base, encoder_decoder=True, sharded=sharded)
     if state is None:
         return plan_for(base, sharded=sharded)
     return state.runner_of(base).plan(sharded=sharded)

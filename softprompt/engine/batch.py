@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,23 @@ class Batch:
         """[ΣP, H] on `device`."""
         prompts = [prompt.to(device) for prompt in self.prompts]
         return prompts[0] if len(prompts) == 1 else torch.cat(prompts)
+
+
+def prompts_of_rows(prompts: tuple[Tensor, ...], batch: Batch, like: Tensor) -> Tensor:
+    """[B, P, H] the prompt of each row, zeros behind those that are shorter than the longest.
+
+    Args:
+        prompts: K of [P_k, H], as many as the batch has.
+        batch: says which row has which.
+        like: gives dtype and device.
+    """
+    longest = max(prompt.shape[0] for prompt in prompts)
+    stacked = torch.stack(
+        [functional.pad(prompt.to(like.device), (0, 0, 0, longest - prompt.shape[0])) for prompt in prompts]
+    )
+    if batch.prompt_of_row is None:
+        return stacked.expand(batch.shape[0], -1, -1).to(like.dtype)
+    return stacked[batch.prompt_of_row.long()].to(like.dtype)
 
 
 def check_batch(

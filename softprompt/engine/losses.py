@@ -20,6 +20,7 @@ from softprompt.layout import IGNORE_INDEX, PackedLayout
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
 from softprompt.ops.registry import AUTO
+from softprompt.warn import warn
 
 
 # ------------------------------------------------------------------------------------------------- logits
@@ -181,4 +182,12 @@ def weighted_sum(
         reduction="mean",
         ignore_index=IGNORE_INDEX,
         backend=backend,
+    )
+
+
+def warn_of_no_labels() -> None:
+    """Warns that a batch without labels has no loss."""
+    warn(
+        "every label of this batch is -100; the loss is 0 and so is its gradient "
+        "(a mean over no labels would be NaN and destroy the prompt)"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.engine import families
-from softprompt.engine.batch import Batch
+from softprompt.engine.batch import Batch, prompts_of_rows
 from softprompt.engine.families import CausalLM
 from softprompt.engine.packed import HiddenRows, check_length
 from softprompt.layout import IGNORE_INDEX, raise_out_of_range
@@ -93,16 +93,8 @@ def _counts(batch: Batch, vocab_size: int) -> Tensor:
 def _prepend(embedding: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, row_length = batch.shape
     length = batch.prompt_lengths[0]
-    if batch.inputs_embeds is not None:
-        embeds = batch.inputs_embeds
-    else:
-        embeds = embedding(batch.input_ids)
-    prompts = torch.stack([prompt.to(embeds.device) for prompt in batch.prompts])
-    if batch.prompt_of_row is None:
-        prompts = prompts.expand(num_rows, -1, -1)
-    else:
-        prompts = prompts[batch.prompt_of_row.long()]
-    embeds = torch.cat([prompts.to(embeds.dtype), embeds], 1)
+    embeds = embedding(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
+    embeds = torch.cat([prompts_of_rows(batch.prompts, batch, embeds), embeds], 1)
     ones = torch.ones(num_rows, length, device=batch.attention_mask.device)
     mask = torch.cat([ones, batch.attention_mask.float()], 1)
     labels = torch.full((num_rows, length + row_length), IGNORE_INDEX, device=embeds.device)

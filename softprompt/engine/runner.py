@@ -16,7 +16,13 @@ from softprompt.engine.families import CausalLM
 from softprompt.engine.graphs import Step, StepGraphs, room_of
 from softprompt.engine.lazy import LazyLogits, logits_of
 from softprompt.engine.logits_layout import text_rows
-from softprompt.engine.losses import LossWeights, label_losses, own_logits, weighted_sum
+from softprompt.engine.losses import (
+    LossWeights,
+    label_losses,
+    own_logits,
+    warn_of_no_labels,
+    weighted_sum,
+)
 from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.recorders import first_line
@@ -182,7 +188,7 @@ class ModelRunner:
         return packed_layout(
             self.model,
             batch,
-            positions="compact" if options.compact else plan.positions,
+            positions=plan.layout_positions(options.compact),
             position_limit=plan.position_limit,
             backend=options.backend,
             **room,
@@ -263,11 +269,3 @@ def obstacle_to(plan: Plan, *, compact: bool, longest: int = 0, rows: int = 0) -
             f"prompts and texts of this batch may take {rows}"
         )
     return None
-
-
-def warn_of_no_labels() -> None:
-    """Warns that a batch without labels has no loss."""
-    warn(
-        "every label of this batch is -100; the loss is 0 and so is its gradient "
-        "(a mean over no labels would be NaN and destroy the prompt)"
-    )

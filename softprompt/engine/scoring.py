@@ -220,7 +220,7 @@ def _layout_of(
     backend: str,
 ) -> PackedLayout:
     whole = _with_candidates(batch, fed)
-    positions = "compact" if compact else plan.positions
+    positions = plan.layout_positions(compact)
     layout = build_layout(
         whole.attention_mask,
         whole.prompt_lengths,

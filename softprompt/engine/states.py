@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ class LayerStates:
     def num_tokens(self) -> int:
         """Tokens of each row."""
         return int(self.keys[0].shape[2])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerStates:
+        """The states of which each tensor is `change` of one of these."""
+        return LayerStates(tuple(map(change, self.keys)), tuple(map(change, self.values)))
 
 
 @torch.no_grad()
@@ -49,13 +53,13 @@ def prompt_states(model: CausalLM, prompt: Tensor) -> LayerStates:  # prompt: [P
     )
 
 
-def joined(states: Sequence[LayerStates]) -> LayerStates:
-    """Several prompts in a row, as at the beginning of a packed row: [1, Hkv, ΣP, D]."""
+def joined(states: Sequence[LayerStates], dim: int = 2) -> LayerStates:
+    """Several prompts in a row, as at the beginning of a packed row: [1, Hkv, ΣP, D]; or as rows (dim 0)."""
     if len(states) == 1:
         return states[0]
     return LayerStates(
-        tuple(torch.cat(keys, 2) for keys in zip(*(one.keys for one in states), strict=True)),
-        tuple(torch.cat(values, 2) for values in zip(*(one.values for one in states), strict=True)),
+        tuple(torch.cat(keys, dim) for keys in zip(*(one.keys for one in states), strict=True)),
+        tuple(torch.cat(values, dim) for values in zip(*(one.values for one in states), strict=True)),
     )
 
 

@@ -1,6 +1,6 @@
 """What `generate` starts from: the states of prompts and texts, in the slots of its cache.
 
-Two ways, chosen for a model by numbers (`prefill_for`):
+Two ways, chosen for a model by the self-check (`prefill_for`):
 
 - `packed`: the texts of a batch are computed as one packed row behind the known states of their prompts,
   so that neither prompts nor pads are computed. Their last column is left to the first decoding step.
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from softprompt.engine import families, model_records
+from softprompt.engine import families, model_records, self_check
 from softprompt.engine.attention import runs_the_op
 from softprompt.engine.batch import Batch
 from softprompt.engine.caches import cache_argument
+from softprompt.engine.execution_plan import Plan, Positions
 from softprompt.engine.families import CausalLM
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import check_length, embed_rows, packed_layout, run_body
 from softprompt.engine.packing import Packing
-from softprompt.engine.plan import Plan, evaluating, probe_batch, tolerance
-from softprompt.engine.self_check import reference_forward
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
 from softprompt.ops.registry import AUTO
 
@@ -52,7 +51,7 @@ def start_packed(
     batch: Batch,
     prompts: Sequence[LayerStates],
     *,
-    compact: bool,
+    positions: Positions,
     backend: str = AUTO,
 ) -> Start:
     """The states of prompts and texts but for the last column, computed as one packed row.
@@ -60,9 +59,9 @@ def start_packed(
     Args:
         model: the causal LM.
         plan: of the model.
-        batch: prompts and texts; with `compact` the pads stand on the left.
+        batch: prompts and texts; for "compact" the pads stand on the left.
         prompts: the states of the batch's prompts.
-        compact: pads do not count; they come to stand before the prompt.
+        positions: see `Plan.layout_positions`. Where pads do not exist they come to stand before the prompt.
         backend: of the ops.
     """
     all_but_last = batch.attention_mask.clone()
@@ -70,7 +69,7 @@ def start_packed(
     layout = packed_layout(
         model,
         replace(batch, attention_mask=all_but_last, labels=None),
-        positions="compact" if compact else plan.positions,
+        positions=positions,
         position_limit=plan.position_limit,
         backend=backend,
     )
@@ -85,42 +84,30 @@ def start_packed(
         known = texts.collected()
     numbers = torch.arange(1, layout.num_rows + 1, device=layout.query_position.device)
     source = layout.scatter_rows(numbers[:, None])[..., 0][:, :-1]  # [B, S], 0 for pads
-    if compact:
+    if positions == "compact":
         source = source.gather(1, torch.argsort((source > 0).int(), dim=1, stable=True))
     index = (source - 1).clamp_min(0)
-    states = LayerStates(
-        tuple(key[0, :, index].transpose(0, 1) for key in known.keys),
-        tuple(value[0, :, index].transpose(0, 1) for value in known.values),
-    )
+    states = known.map(lambda part: part[0, :, index].transpose(0, 1))
     mask = torch.cat([source > 0, batch.attention_mask[:, -1:] != 0], 1).long()
-    return Start(states, mask, None if compact or plan.positions == "mask" else _slots(batch))
+    return Start(states, mask, _slots(batch) if positions == "slots" else None)
 
 
-def start_shared(plan: Plan, batch: Batch, prompts: Sequence[LayerStates], *, compact: bool) -> Start:
+def start_shared(plan: Plan, batch: Batch, prompts: Sequence[LayerStates], *, positions: Positions) -> Start:
     """The states of the prompts alone, see `start_packed`."""
-    check_length(batch, "compact" if compact else plan.positions, plan.position_limit)
+    check_length(batch, positions, plan.position_limit)
     longest = max(batch.prompt_lengths)
-    if len(prompts) == 1:
-        states = prompts[0]
-    else:
-        padded = [_padded(one, longest) for one in prompts]
+
+    def padded(one: LayerStates) -> LayerStates:
+        return one.map(lambda part: nn.functional.pad(part, (0, 0, longest - one.num_tokens, 0)))
+
+    states = prompts[0]
+    if len(prompts) > 1:
         rows = _prompt_of_row(batch)
-        states = LayerStates(
-            tuple(torch.cat(keys)[rows] for keys in zip(*(one.keys for one in padded), strict=True)),
-            tuple(torch.cat(values)[rows] for values in zip(*(one.values for one in padded), strict=True)),
-        )
+        states = joined([padded(one) for one in prompts], 0).map(lambda part: part[rows])
     slots = torch.arange(longest, device=batch.attention_mask.device)
     in_prompt = slots >= (longest - _prompt_lengths(batch))[:, None]
     mask = torch.cat([in_prompt, batch.attention_mask != 0], 1).long()
-    return Start(states, mask, None if compact or plan.positions == "mask" else _slots(batch))
-
-
-def _padded(states: LayerStates, length: int) -> LayerStates:
-    missing = (0, 0, length - states.num_tokens, 0)
-    return LayerStates(
-        tuple(nn.functional.pad(key, missing) for key in states.keys),
-        tuple(nn.functional.pad(value, missing) for value in states.values),
-    )
+    return Start(states, mask, _slots(batch) if positions == "slots" else None)
 
 
 def _prompt_of_row(batch: Batch) -> Tensor:
@@ -211,35 +198,31 @@ def describe(prefill: Prefill) -> str:
 def _choose(model: CausalLM, plan: Plan) -> Prefill:
     if plan.route != "packed":
         return Prefill(None, plan.reason)
-    reasons = []
+    ways, reasons = ["packed", "shared"], []
     if not runs_the_op(plan.seam):
+        ways.remove("packed")
         reasons.append("its attention does not run on the packed row's own")
-    ways = ("packed", "shared") if runs_the_op(plan.seam) else ("shared",)
-    with evaluating(model), torch.no_grad():
-        batch = replace(probe_batch(model), labels=None)
-        expected = reference_forward(model, batch).logits[:, -1]
-        for way in ways:
-            try:
-                got = _first_step(model, plan, batch, way)
-            except Exception as error:  # the reason is kept, and a slower way takes over
-                reasons.append(f"{way}: {type(error).__name__}: {error}")
-                continue
-            distance = float((got.double() - expected.double()).norm() / expected.double().norm())
-            if distance <= tolerance(model):
-                return Prefill(way, "; ".join(reasons))
-            reasons.append(f"{way}: logits off by {distance:.1e}")
-    return Prefill(
-        None, "a prompt that is computed beforehand gives other logits than the model: " + "; ".join(reasons)
-    )
+    with self_check.evaluating(model), torch.no_grad():
+        batch = replace(self_check.probe_batch(model), labels=None)
+        verdict = self_check.first_that_holds(
+            {way: way for way in ways},
+            lambda way: {self_check.LOGITS: _first_step(model, plan, batch, way)},
+            {self_check.LOGITS: self_check.reference_forward(model, batch).logits[:, -1]},
+            self_check.tolerances(model),
+        )
+    reason = "; ".join([*reasons, *verdict.rejected])
+    if verdict.chosen is None:
+        reason = "a prompt that is computed beforehand gives other logits than the model: " + reason
+    return Prefill(verdict.chosen, reason)
 
 
 def _first_step(model: CausalLM, plan: Plan, batch: Batch, way: str) -> Tensor:
     """[B, V] logits behind the last column."""
     prompts = [prompt_states(model, batch.prompts[0])]
     if way == "packed":
-        start = start_packed(model, plan, batch, prompts, compact=False)
+        start = start_packed(model, plan, batch, prompts, positions=plan.positions)
     else:
-        start = start_shared(plan, batch, prompts, compact=False)
+        start = start_shared(plan, batch, prompts, positions=plan.positions)
     num_new = start.mask.shape[1] - start.states.num_tokens
     extra = {}
     if start.position_ids is not None and families.takes_position_ids(families.body_of(model)):

@@ -90,11 +90,12 @@ def _begin(
     if call.compact:
         batch, ids = _pads_to_the_left(batch, ids)
     states = [known[name].states for name in prompts]
+    positions = plan.layout_positions(call.compact)
     if prefill_for(model, plan).way == "packed" and call.config.prefill_chunk_size is None:
-        start = start_packed(model, plan, batch, states, compact=call.compact, backend=call.backend)
+        start = start_packed(model, plan, batch, states, positions=positions, backend=call.backend)
     else:
         _check_compact(model, batch, call.compact)
-        start = start_shared(plan, batch, states, compact=call.compact)
+        start = start_shared(plan, batch, states, positions=positions)
     mask = start.mask.to(call.device)
     names = [name for name in call.adapters(batch.shape[0]) for _ in range(call.expand)]
     cache = _cache_of(model, call, start, len(names))
@@ -183,7 +184,7 @@ def _continue(
     ids, cache = check_goes_on(call, past, numbers), call.cache
     mask = whole_mask(call.attention_mask.to(call.device), ids, past, int(cache.get_seq_length()))
     position_ids = None
-    if not call.compact and plan.positions != "mask":
+    if plan.layout_positions(call.compact) == "slots":
         missing = (past.mask != 0).int().argmax(1)  # of the longest prompt, in rows with a shorter one
         places = torch.arange(mask.shape[1], device=mask.device)
         position_ids = (places - missing[:, None]).clamp_min(0)

@@ -52,7 +52,7 @@ def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache
         room=_room(plan, columns),
         given=0 if columns.input_ids is None else columns.input_ids.shape[1],
         chunked=call.config.prefill_chunk_size is not None,
-        from_mask=plan.positions == "mask" and not call.compact,
+        from_mask=plan.layout_positions(call.compact) == "mask",
     )
     no_ids = columns.input_ids is None
     process = functools.partial(

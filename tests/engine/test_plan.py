@@ -61,9 +61,9 @@ class Counter:
         self.made = 0
         original = plan_module.make_plan
 
-        def counted(model):
+        def counted(model, **options):
             self.made += 1
-            return original(model)
+            return original(model, **options)
 
         monkeypatch.setattr(plan_module, "make_plan", counted)
 

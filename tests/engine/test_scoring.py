@@ -1,5 +1,6 @@
 """Candidates scored in one packed row against one candidate behind one text at a time."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from parity import make_batch
 from tiny_models import POSITIONS, VOCABULARY, build
 
 import softprompt
-from softprompt.engine import plan_for
+from softprompt.engine import model_records, plan_for
 
 CANDIDATES = [[5], [7, 9], [7, 9, 11, 2], [3, 2], [8, 8, 8, 8]]
 
@@ -70,11 +71,8 @@ def test_the_dense_mask_of_a_model_knows_branches():
     plan = plan_for(model)
     prompt, batch = prompt_for(model), make_batch((7, 3), "left", None)
     expected = softprompt.score(model, prompt, CANDIDATES, **batch)
-    from softprompt.engine import model_records
-    from softprompt.engine import plan as plans
-
     for seam in ("mask", "dense"):
-        changed = plans.replace(plan, seam=seam)
+        changed = dataclasses.replace(plan, seam=seam)
         model_records.put(model, "plan", model_records.last(model, "plan")[0], changed)
         torch.testing.assert_close(softprompt.score(model, prompt, CANDIDATES, **batch), expected)
 

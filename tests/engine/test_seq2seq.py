@@ -22,8 +22,8 @@ from seq2seq_models import (
 from tiny_models import VOCABULARY, pair
 
 import softprompt
+from softprompt.engine import plan_for
 from softprompt.engine.lazy import LazyLogits
-from softprompt.engine.seq2seq_plan import seq2seq_plan_for
 from softprompt.generation.call import CHUNKS_BEHIND_A_CACHE
 
 
@@ -43,7 +43,7 @@ def test_every_family_takes_the_route_and_gives_the_numbers_of_peft(name):
     bound = {"t5gemma": 1e-6, "led": 1e-5}.get(name, 1e-12)  # t5gemma's rotary tables are fp32
     for side in ("right", "left"):
         assert_same_answers(fast, stock, seq2seq_batch(side), bound)
-    plan = seq2seq_plan_for(fast.get_base_model())
+    plan = plan_for(fast.get_base_model(), encoder_decoder=True)
     assert plan.route == "padded"
     assert plan.fused_head
     assert plan.rejected == ()
@@ -163,7 +163,7 @@ def test_the_arguments_of_the_decoder_and_of_the_encoder_are_served(models, call
 def test_the_denominator_of_a_loss_that_knows_it_is_kept():
     stock, fast = pair(prompted("t5gemma"))
     softprompt.patch(fast, on_unsupported="error")
-    assert seq2seq_plan_for(fast.get_base_model()).counts_items
+    assert plan_for(fast.get_base_model(), encoder_decoder=True).counts_items
     assert_same_answers(fast, stock, seq2seq_batch() | {"num_items_in_batch": torch.tensor(40)}, 1e-6)
 
 
@@ -252,7 +252,7 @@ def test_a_head_that_is_no_plain_weight_is_called_for_the_label_rows(kind):
         base.lm_head.bias = bias
     stock, fast = pair(model)
     softprompt.patch(fast, on_unsupported="error")
-    assert not seq2seq_plan_for(fast.get_base_model()).fused_head
+    assert not plan_for(fast.get_base_model(), encoder_decoder=True).fused_head
     assert_same_answers(fast, stock, seq2seq_batch())
 
 

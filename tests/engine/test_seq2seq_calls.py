@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import softprompt
 from softprompt import ensemble, multitask
-from softprompt.engine import seq2seq_plan
+from softprompt.engine import plan_for
 from softprompt.engine.lazy import LazyLogits
 
 BATCH = seq2seq_batch()
@@ -336,6 +336,6 @@ def test_a_compiler_gets_the_forward_of_peft_only_where_the_graph_may_not_break(
 
 
 def test_weights_that_were_sharded_together_are_left_to_peft():
-    plan = seq2seq_plan.seq2seq_plan_for(build("t5"), sharded=True)
+    plan = plan_for(build("t5"), encoder_decoder=True, sharded=True)
     assert plan.route == "stock"
     assert "sharded by fully_shard" in plan.reason

@@ -8,7 +8,7 @@ from seq2seq_models import assert_same_answers, prompted, seq2seq_batch
 from tiny_models import pair
 
 import softprompt
-from softprompt.engine.seq2seq_plan import seq2seq_plan_for
+from softprompt.engine import plan_for
 
 
 def neftune(module, args, output):
@@ -49,5 +49,5 @@ def test_layers_that_look_at_all_tokens_keep_the_columns_of_pads(part, threshold
     replace_linears(getattr(model.get_base_model(), part), lambda linear: Linear8bitLt(linear, threshold))
     stock, fast = pair(model)
     softprompt.patch(fast, on_unsupported="error")
-    assert seq2seq_plan_for(fast.get_base_model()).trims == (threshold == 0)
+    assert plan_for(fast.get_base_model(), encoder_decoder=True).trims == (threshold == 0)
     assert_same_answers(fast, stock, seq2seq_batch(width=20), 1e-5)

@@ -385,7 +385,7 @@ def rows():
     )
     yield Row(ONE_GRAPH, one_graph)
     yield Row("no faster route gives the numbers of the model's own forward: ", patched(own_loss))
-    yield Row("{}: loss off by {}, prompt gradient by {}", patched(own_loss))
+    yield Row("{}: {} off by {}{}", patched(own_loss), reads="{}: loss off by {}, prompt gradient by {}")
     yield Row(
         "output_router_logits adds a loss over all tokens, pads and repeated prompts included",
         patched(router_logits),

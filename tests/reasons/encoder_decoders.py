@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import softprompt
 from reasons.rows import Row
-from softprompt.engine.seq2seq_plan import REASON
+from softprompt.engine.plan import BOTH_WAYS
 
 BATCH = seq2seq_batch()
 
@@ -89,7 +89,7 @@ def without_decoder_embeds(base):
 
 
 def rows():
-    yield Row(REASON, patched(), "explain")
+    yield Row(BOTH_WAYS, patched(), "explain")
     yield Row(
         "pads at the end change what the encoder makes of the columns before ({}={})",
         patched(name="led", dtype=torch.float32),
@@ -111,11 +111,12 @@ def rows():
         patched(name="t5gemma"),
         "explain",
     )
-    for sentence in (
-        "{}: loss off by {}, prompt gradient by {}, logits by {}",
-        "the fused head gave other numbers than the model's own: ",
+    for sentence, reads in (
+        ("{}: {} off by {}{}", "{}: loss off by {}, prompt gradient by {}, logits by {}"),
+        ("the fused head gave other numbers than the model's own: ", ""),
     ):
-        yield Row(sentence, patched(changed_behind_the_head), "explain", f"of T5: {sentence}")
+        name = f"of T5: {reads or sentence}"
+        yield Row(sentence, patched(changed_behind_the_head), "explain", name, reads)
     for sentence, change in (
         ("the model's own loss or prompt gradient is not finite", not_finite),
         ("the model's own forward fails on soft prompts: {}: {}", fails_on_prompts),

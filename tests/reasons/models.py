@@ -237,7 +237,7 @@ def rows():
     yield row(
         "a prompt that is computed beforehand gives other logits than the model: ", patched(other_cache)
     )
-    yield row("{}: logits off by {}", patched(other_cache))
+    yield Row("{}: {} off by {}{}", patched(other_cache), "explain", reads="{}: logits off by {}")
     yield row('the model is patched with placement="{}", which only forward serves', behind_bos)
 
 

@@ -79,7 +79,6 @@ def test_a_reason_of_other_machines_is_given_by_its_function(sentence, monkeypat
 # --------------------------------------------------------------------------------------------- completeness
 _MAKERS = {
     "Plan",
-    "Seq2SeqPlan",
     "Prefill",
     "_Answers",
     "Availability",

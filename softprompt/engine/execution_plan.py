@@ -1,0 +1,80 @@
+"""The execution plan of a model: its route, and the facts that running it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from softprompt.engine.batch import Batch
+from softprompt.engine.families import CausalLM
+from softprompt.engine.packed import HiddenRows, packed_rows
+from softprompt.engine.padded import padded_rows
+
+# What positions count (see `pack_layout`): columns of the padded batch, its tokens that are no pads, or
+# tokens where pads do not exist.
+Positions = Literal["slots", "mask", "compact"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The route of one model, and why."""
+
+    route: str  # "packed", "padded" or "stock"
+    reason: str  # one sentence
+    seam: str | None = None  # packed: how the attention gets in
+    positions: Positions = "slots"  # packed: what the model counts under left padding
+    fused_head: bool = False  # linear_cross_entropy reads the head's weight
+    head_reason: str | None = None  # why not
+    position_limit: int | None = None
+    loss_error: float | None = None  # of the self-check, relative to the reference forward
+    grad_error: float | None = None
+    rejected: tuple[str, ...] = ()  # candidates that came before, and what was wrong with each
+    output_class: type = CausalLMOutputWithPast  # of the model's own forward
+    logits_dtype: torch.dtype = torch.float32  # of the model's own forward, without autocast
+    autocast_logits: bool = True  # under autocast the logits have its dtype
+    vocab_size: int = 0  # width of its logits
+    rotary_switch: int | None = None  # see `families.rotary_switch`
+    row_limit: int | None = None  # see `families.row_limit`
+    encoder_decoder: bool = False  # what follows is of encoder-decoders
+    logit_scale: float | None = None  # of the decoder's hidden states in front of the head
+    counts_items: bool = False  # the model's loss is divided by num_items_in_batch
+    kept_because: str | None = None  # why columns that no row uses are kept; None: they are dropped
+
+    @property
+    def choice(self) -> tuple[Any, ...]:
+        """What ranks have to agree on; the errors of their self-checks may differ in the last digits."""
+        return self.route, self.seam, self.positions, self.fused_head
+
+    @property
+    def trims(self) -> bool:
+        """Whether columns that no row uses are dropped."""
+        return self.encoder_decoder and self.kept_because is None
+
+    def layout_positions(self, compact: bool) -> Positions:
+        """The positions of a packed layout: the model's own, or those of rows whose pads do not exist."""
+        return "compact" if compact else self.positions
+
+    def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> HiddenRows:
+        """The hidden rows of a batch on this route.
+
+        Args:
+            model: the decoder-only model that the plan was made for.
+            batch: prompts, texts and labels.
+            compact: ignore pads in positions and windows (packed route only).
+            options: for `packed_rows` or `padded_rows`.
+        """
+        if self.route == "padded":
+            return padded_rows(model, batch, position_limit=self.position_limit, **options)
+        if self.seam is None:
+            raise ValueError(f"this model has no fast route: {self.reason}")
+        return packed_rows(
+            model,
+            batch,
+            seam=self.seam,
+            positions=self.layout_positions(compact),
+            position_limit=self.position_limit,
+            **options,
+        )
