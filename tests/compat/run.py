@@ -1,4 +1,4 @@
-"""The tests of models and commands against the oldest supported and the newest packages (`make compat`).
+"""The tests of models and commands against the oldest supported and the newest packages.
 
     python tests/compat/run.py [ENVIRONMENT ...] [--record FILE]
 

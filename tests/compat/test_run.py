@@ -1,4 +1,4 @@
-"""What the environments of `make compat` ask pip for."""
+"""What the environments of run.py ask pip for."""
 
 import importlib.util
 import tomllib

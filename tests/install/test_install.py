@@ -1,6 +1,6 @@
 """Fresh virtual environments: whatever is missing, the package installs and says what it can do.
 
-Run by `make installs`, since they take minutes; the isolated build fetches setuptools. The environments see
+Run by .ci/run, since they take minutes; the isolated build fetches setuptools. The environments see
 torch and the other dependencies of this one through a .pth file, but install the package themselves.
 """
 

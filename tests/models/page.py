@@ -1,7 +1,10 @@
-"""Renders docs/models.md from the records of the tests (`make models`): `page.py RECORD PAGE`."""
+"""Runs the tests of all architectures and writes docs/models.md from their records (`make docs`)."""
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from plain PEFT in the worst of six batches: pads on the left and on the right, 
 tokens and on the first token. The models are tiny, with random weights, in fp32; errors are relative to the
 norm of what is expected. "compact" compares `positions="compact"` on padded batches with each row alone.
 
-Written by `make models` from the records of `tests/models`: {versions}.
+Written by `make docs` from the records of `tests/models`: {versions}.
 
 | architecture | class | route | attention | largest error | compact |
 |---|---|---|---|---|---|
@@ -39,6 +42,11 @@ def _row(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    record, target = map(Path, sys.argv[1:])
-    found = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "models.jsonl"
+        environment = {**os.environ, "SOFTPROMPT_RECORD_MODELS": str(record)}
+        tests = [sys.executable, "-m", "pytest", "-q", "-n", "2", str(Path(__file__).parent)]
+        subprocess.run(tests, check=True, env=environment)
+        found = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    target = Path(__file__).parents[2] / "docs" / "models.md"
     target.write_text(page(found), encoding="utf-8")

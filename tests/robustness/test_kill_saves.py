@@ -1,6 +1,6 @@
 """A run that is killed with SIGKILL in a save goes on from its last whole checkpoint as if nothing had been.
 
-Some kills; `make kills` makes the committed record.
+Some kills; kill_saves.py makes the committed record.
 """
 
 import json
