@@ -1,4 +1,4 @@
-"""What `python -m benchmarks gpu` does, at toy sizes on the CPU, so that a GPU pass does not fail on a typo."""
+"""What a GPU pass does, at toy sizes on the CPU, so that a GPU pass does not fail on a typo."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from benchmarks.kernels.cases import KERNEL_CASES
 from benchmarks.report import BEGIN, END
 from benchmarks.variants import GPU_VARIANTS
 
-# Every op at one size; the other sizes differ in numbers only, and `python -m benchmarks gpu --rehearse` runs them all.
+# Every op at one size; the others differ in numbers only, and `python -m benchmarks gpu --rehearse` runs all.
 KERNELS = [
     "attention-article-both",
     "attention-math-forward",
