@@ -1,5 +1,5 @@
-"""Runs the tests of the native ops under the compiler's address and undefined-behaviour sanitizers: those of the
-CPU, and the CUDA sources on emulated blocks. From the root: `python tests/native/sanitize.py`.
+"""Runs the tests of the native ops under the compiler's address and undefined-behaviour sanitizers: those of
+the CPU, and the CUDA sources on emulated blocks. From the root: `python tests/native/sanitize.py`.
 """
 
 import os
