@@ -272,8 +272,8 @@ def logits_source(model: CausalLM, rows: DecodedRows) -> tuple[Tensor, Callable[
 
 
 def _own_logits(model: CausalLM, rows: DecodedRows, hidden: Tensor) -> Tensor:
-    """[B, T, V] the model's own logits of [B, T, H] as its decoder gives them: its forward, in which encoder
-    and decoder answer.
+    """[B, T, V] the model's own logits of [B, T, H] as its decoder gives them: its forward, in which
+    neither encoder nor decoder runs.
     """
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     with returning(model.get_decoder(), rows.output_class(last_hidden_state=hidden)):

@@ -78,8 +78,8 @@ def start_packed(
         texts = TextStates(known)
         embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
         with IN_USE:
-            stock = families.config_of(model)._attn_implementation
-        packing = Packing(layout, stock, backend, states=texts)
+            implementation = families.config_of(model)._attn_implementation
+        packing = Packing(layout, implementation, backend, states=texts)
         run_body(families.body_of(model), str(plan.seam), packing, embeds[:, layout.prompt_tokens :])
         known = texts.collected()
     numbers = torch.arange(1, layout.num_rows + 1, device=layout.query_position.device)
