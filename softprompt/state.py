@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softprompt.engine import Plan, families, plan_for, sharding
 from softprompt.engine.families import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError
-from softprompt.generation.known import KnownPrompt
+from softprompt.generation.prompt_cache import CachedPrompt
 from softprompt.nesting import base_of
 from softprompt.warn import warn
 
@@ -49,7 +49,7 @@ class PatchState:
     stock_class: type
     runner: ModelRunner | None = None
     tokens: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # see `tokens_of`
-    prompts: dict[str, KnownPrompt] = field(default_factory=dict)  # adapter -> for generate
+    prompts: dict[str, CachedPrompt] = field(default_factory=dict)  # adapter -> for generate
     refusal: str | None = None  # why the class was left alone
     fallbacks: dict[str, int] = field(default_factory=dict)  # reason -> number of calls
     said: set[str] = field(default_factory=set)  # notes that were given once

@@ -24,8 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.engine import families, hooks
-from softprompt.engine.attributes import is_foreign
-from softprompt.engine.families import CausalLM
+from softprompt.engine.families import CausalLM, is_foreign
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packing import CALLS, Packing, UnsupportedAttentionError, attend, current
 from softprompt.engine.structure import structure_of

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.engine import precision
-from softprompt.engine.attributes import is_foreign
 from softprompt.engine.structure import structure_of
 
 
@@ -43,6 +43,10 @@ class CausalLM(nn.Module if TYPE_CHECKING else Protocol):  # type: ignore[misc]
         """Continues texts."""
 
 
+_LIBRARIES = {
+    *("torch", "torchao", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "softprompt"),
+    *sys.stdlib_module_names,
+}
 # Position ids that come from the attention mask (pads do not count) instead of from arange.
 _POSITIONS_FROM_MASK = ("bloom", "opt")
 # Position tables that are not an nn.Embedding: (model type, config field with their length).
@@ -115,6 +119,19 @@ def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
 
 def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def is_library(file: str) -> bool:
+    """Whether a Python module of this name belongs to the libraries, whose code is known."""
+    return file.split(".")[0] in _LIBRARIES
+
+
+def is_foreign(function: Any) -> bool:
+    """Whether a function is none of the libraries', such as a wrapper around one of theirs."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    own = getattr(function, "__globals__", {}).get("__name__") or getattr(function, "__module__", None)
+    return not is_library(str(own or "torch"))  # builtin functions of torch name no module
 
 
 def own_loss(model: CausalLM) -> str | None:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompt.engine import families
+from softprompt.engine import families, sharding
 from softprompt.engine.batch import Batch
 from softprompt.engine.families import CausalLM
+from softprompt.engine.guard import HOOKED, guard_of, process_obstacle
 from softprompt.engine.lazy import in_this_mode
 from softprompt.engine.losses import GroupWeights, LossWeights
 from softprompt.engine.overrides import IN_USE
@@ -28,7 +29,6 @@ from softprompt.engine.packed import HiddenRows, rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorded import RecordedStep, StepBatch, record_step
 from softprompt.engine.recorders import RECORDERS, RecordingError, first_line
-from softprompt.engine.watch import HOOKED, Watch, process_obstacle, shared_device_obstacle
 from softprompt.layout import PackedLayout, round_up
 from softprompt.warn import warn
 
@@ -96,8 +96,8 @@ class StepGraphs:
         self._enabled = cuda_graphs
         self._compile = compile
         self._compiled: Callable[..., Any] | None = None
-        self.watch: Watch | None = None  # of the model, where its steps may be recorded
-        self._lasting: str | None = None  # obstacle of the model as it is now
+        self._state: Hashable = None  # of the model and its weights, for which the graphs were recorded
+        self._lasting: str | None = None  # obstacle of the model in this state
         self._modes: dict[Hashable, tuple[int, str | None]] = {}  # mode of the model -> number, obstacle
         self._graphs: OrderedDict[Hashable, RecordedStep] = OrderedDict()
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
@@ -166,25 +166,24 @@ class StepGraphs:
             return None, f"CUDA graphs need a CUDA device, the batch is on {device.type}"
         if batch.input_ids is None:
             return None, "the batch comes as inputs_embeds"
-        sight = None if self.watch is None else self.watch.last_look()
-        if sight is None or not sight.same:
+        guard = guard_of(model)
+        result = guard.last_result()
+        state = (result.model, result.weights, device)
+        if state != self._state:
             self.clear()
-            self.watch, self._lasting = None, _lasting_obstacle(model, device)
-            if self._lasting is None:
-                self.watch = Watch(model)
-                sight = self.watch.last_look()
-        if self.watch is None or sight is None:
+            self._state, self._lasting = state, _lasting_obstacle(model, device)
+        if self._lasting is not None:
             return None, self._lasting
-        if self.watch.unseen is not None:
-            return None, f"{self.watch.unseen}, whose changes cannot be seen"
-        if sight.hooked:
+        if guard.unseen is not None:
+            return None, f"{guard.unseen}, whose changes cannot be seen"
+        if result.hooked:
             return None, HOOKED
         obstacle = process_obstacle()
         if obstacle is not None:
             return None, obstacle
         if torch.is_anomaly_enabled():
             return None, "anomaly detection is on"
-        mode = (self.watch.mode(), plan, _numerics(device.type))
+        mode = (guard.mode(), plan, _numerics(device.type))
         if mode not in self._modes:
             self._modes[mode] = (len(self._modes), _passing_obstacle(model, plan, device.type))
         return self._modes[mode]
@@ -338,7 +337,7 @@ def _numerics(device_type: str) -> tuple[Hashable, ...]:
 
 def _lasting_obstacle(model: CausalLM, device: torch.device) -> str | None:
     """What lasts as long as the weights stay where they are."""
-    obstacle = shared_device_obstacle(model)
+    obstacle = sharding.shared_device_obstacle(model)
     if obstacle is not None:
         return obstacle
     weight = _compute_weight(model)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from softprompt.engine import model_records
 from softprompt.engine.packing import Packing, UnsupportedAttentionError, alibi_slopes, attend
-from softprompt.engine.structure import Structure, structure_of
+from softprompt.engine.structure import structure_of
 
 Forward = Callable[..., Any]
 
@@ -189,8 +190,7 @@ def obstacle(body: nn.Module, model_type: str) -> str | None:
     """Why the modules of a body cannot be answered, or None."""
     if model_type not in FAMILIES:
         return f"the attention modules of {model_type} are not known"
-    structure, modules = structure_of(body)
-    return _answers(body, model_type, structure, modules).obstacle
+    return _answers(body, model_type, structure_of(body)[1]).obstacle
 
 
 def answered(body: nn.Module, model_type: str) -> list[tuple[nn.Module, type, type]]:
@@ -199,34 +199,23 @@ def answered(body: nn.Module, model_type: str) -> list[tuple[nn.Module, type, ty
     Raises:
         UnsupportedAttentionError: a layer has another attention than the one that is known.
     """
-    structure, modules = structure_of(body)
-    answers = _answers(body, model_type, structure, modules)
+    modules = structure_of(body)[1]
+    answers = _answers(body, model_type, modules)
     if answers.obstacle is not None:
         raise UnsupportedAttentionError(answers.obstacle)
     return [(modules[place], stock, answering) for place, stock, answering in answers.classes]
 
 
-def _answers(body: nn.Module, model_type: str, structure: Structure, modules: list[nn.Module]) -> _Answers:
-    key = ("answers", model_type)
-    known: _Answers | None = structure.notes.get(key)
-    helpers = FAMILIES[model_type].helpers
-    replaced = [name for module in modules for name in helpers if name in module.__dict__]
+def _answers(body: nn.Module, model_type: str, modules: list[nn.Module]) -> _Answers:
+    family = FAMILIES[model_type]
+    replaced = [name for module in modules for name in ("forward", *family.helpers) if name in vars(module)]
+    for name in replaced:
+        if name in family.helpers:
+            return _Answers((), f"{name} was replaced on the instance")
     if replaced:
-        return _Answers((), f"{replaced[0]} was replaced on the instance")
-    if known is None or not _still_holds(known, modules):
-        known = structure.notes[key] = _find_answers(body, FAMILIES[model_type], modules)
-    return known
-
-
-def _still_holds(known: _Answers, modules: list[nn.Module]) -> bool:
-    """Whether classes, forwards and the settings that were looked at are as before."""
-    if known.obstacle is not None:
-        return False
-    for place, stock, answering in known.classes:
-        module = modules[place]
-        if type(module) not in (stock, answering) or "forward" in module.__dict__:
-            return False
-    return True
+        return _find_answers(body, family, modules)
+    classes = tuple(_STOCK.get(kind, kind) for kind in map(type, modules))
+    return model_records.kept(body, "answers", classes, lambda: _find_answers(body, family, modules))
 
 
 def _find_answers(body: nn.Module, family: Family, modules: list[nn.Module]) -> _Answers:

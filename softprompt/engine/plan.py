@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from softprompt.engine.encoder_decoder import (
 )
 from softprompt.engine.execution_plan import Plan, Positions
 from softprompt.engine.families import CausalLM
-from softprompt.engine.fingerprint import fingerprint, settings
+from softprompt.engine.guard import plan_key
 from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.self_check import GRADIENT, LOGITS, LOSS, Verdict
-from softprompt.engine.watch import Watch
 
 __all__ = ["Plan", "make_plan", "plan_for"]
 
@@ -39,9 +38,7 @@ BOTH_WAYS = (
 )
 
 
-def plan_for(
-    model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = False, watch: Watch | None = None
-) -> Plan:
+def plan_for(model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = False) -> Plan:
     """The plan of a model: made on first use, and again after its attention, modules, kinds of weights,
     dtype, head or hooks have changed.
 
@@ -51,42 +48,17 @@ def plan_for(
         model: the language model.
         encoder_decoder: run it as an encoder-decoder; as a decoder-only model it has no fast route.
         sharded: whether FSDP2 has sharded it together with something around it.
-        watch: of this model, where there is one: it sees sooner that nothing has changed.
     """
     with IN_USE:
-        if watch is None or encoder_decoder or sharded or sharding.in_group():
-            return _plan_by_fingerprint(model, encoder_decoder, sharded)
-        sight = watch.look()
-        unchanged = sight.same and not sight.hooked
-        known: _Known | None = watch.notes.get("plan")
-        if unchanged and known is not None and known.settings == settings(model, known.embedding):
-            return known.plan
-        plan = _plan_by_fingerprint(model, encoder_decoder, sharded)
-        watch.notes.pop("plan", None)
-        if unchanged:
-            embedding = model.get_input_embeddings()
-            watch.notes["plan"] = _Known(plan, embedding, settings(model, embedding))
-        return plan
-
-
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """A plan, and what has to stay as it is beside modules, hooks, parameters and buffers."""
-
-    plan: Plan
-    embedding: Any
-    settings: tuple[Any, ...]
-
-
-def _plan_by_fingerprint(model: CausalLM, encoder_decoder: bool, sharded: bool) -> Plan:
-    whole = not (sharded or sharding.by_fsdp(model))
-    if encoder_decoder and not whole:
-        return _SHARDED
-    name, key = "encoder-decoder plan" if encoder_decoder else "plan", fingerprint(model)
-    if not whole:
-        known = model_records.last(model, name)
-        return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
-    return model_records.kept(model, name, key, lambda: make_plan(model, encoder_decoder=encoder_decoder))
+        whole = not (sharded or sharding.by_fsdp(model))
+        if encoder_decoder and not whole:
+            return _SHARDED
+        name, key = "encoder-decoder plan" if encoder_decoder else "plan", plan_key(model)
+        if not whole:
+            known = model_records.last(model, name)
+            return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
+        make = functools.partial(make_plan, model, encoder_decoder=encoder_decoder)
+        return model_records.kept(model, name, key, make)
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)

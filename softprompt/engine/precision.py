@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from softprompt.engine.structure import Structure, structure_of
 
 # The dtypes that the ops read.
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,16 +35,6 @@ def coarsest_dtype(model: nn.Module) -> torch.dtype:
         if any(granularity is not None for granularity in _granularities(module)):
             dtypes.add(torch.bfloat16)  # its 8 bits, as those of a layer that rounds its input
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def make_of(model: nn.Module) -> tuple[Structure, frozenset[type]]:
-    """What changes where modules are exchanged, or weights by a quantiser that leaves their modules."""
-    structure, modules = structure_of(model)
-    if "weights" not in structure.notes:
-        structure.notes["weights"] = [m._parameters for m in modules if "weight" in m._parameters]
-    # Asked at every step, so without a loop in Python.
-    weights = map(dict.get, structure.notes["weights"], itertools.repeat("weight"))
-    return structure, frozenset(map(type, weights))
 
 
 def whole_batch_obstacle(root: nn.Module | None) -> str | None:

@@ -91,7 +91,7 @@ class ModelRunner:
         Args:
             sharded: whether FSDP2 has sharded it together with something around it.
         """
-        return plan_for(self.model, sharded=sharded, watch=self.graphs.watch)
+        return plan_for(self.model, sharded=sharded)
 
     # ------------------------------------------------------------------------------------------ what it gives
     def run(

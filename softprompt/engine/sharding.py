@@ -164,6 +164,20 @@ def _is_flattened(model: nn.Module, weight: Any) -> bool:
     return cut or getattr(weight, "_fsdp_flattened", False)
 
 
+def shared_device_obstacle(model: nn.Module) -> str | None:
+    """Why the weights of a model do not simply lie on one device, or None."""
+    devices, kinds = set(), set()
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        devices.add(str(tensor.device))
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            kinds.add(type(tensor).__name__)
+    if kinds:
+        return f"weights are of type {', '.join(sorted(kinds))}"
+    if len(devices) > 1:
+        return f"weights lie on several devices ({', '.join(sorted(devices))})"
+    return None
+
+
 def inside(model: Any, run: Callable[[], Answer]) -> Answer:
     """What `run` returns, inside of a call of the model, where FSDP2 has gathered the model's own weights."""
     if not is_fsdp(model):

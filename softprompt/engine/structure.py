@@ -48,7 +48,6 @@ class Structure:
             for name in vars(module)
             if any(part in name for part in _RANDOM)
         ]
-        self.notes: dict[Any, Any] = {}  # what others found out about this structure; no modules in it
 
     def modules(self) -> list[nn.Module] | None:
         """The modules, or None where one was exchanged, added or removed, or has another configuration."""

@@ -6,7 +6,7 @@ user's ids, so lengths, processors and streamers are about those alone.
 """
 
 from softprompt.generation.call import GenerateCall, read_call, refuse_what_goes_wrong, stock_reason
-from softprompt.generation.known import KnownPrompt
+from softprompt.generation.prompt_cache import CachedPrompt
 from softprompt.generation.serve import generate
 
-__all__ = ["GenerateCall", "KnownPrompt", "generate", "read_call", "refuse_what_goes_wrong", "stock_reason"]
+__all__ = ["CachedPrompt", "GenerateCall", "generate", "read_call", "refuse_what_goes_wrong", "stock_reason"]

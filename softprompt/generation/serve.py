@@ -17,7 +17,6 @@ from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.generation.call import GenerateCall
-from softprompt.generation.known import KnownPrompt, known_prompt
 from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask
 from softprompt.generation.prefill import (
     Start,
@@ -28,6 +27,7 @@ from softprompt.generation.prefill import (
     start_packed,
     start_shared,
 )
+from softprompt.generation.prompt_cache import CachedPrompt, cached_prompt
 from softprompt.generation.steps import Columns, run
 from softprompt.layout import raise_out_of_range
 
@@ -38,7 +38,7 @@ def generate(
     plan: Plan,
     call: GenerateCall,
     prompts: Mapping[str, Tensor],  # adapter -> [P, H]
-    known: dict[str, KnownPrompt],
+    cached: dict[str, CachedPrompt],
 ) -> Any:
     """The model's own `generate` behind the prompts of the call's rows.
 
@@ -47,20 +47,20 @@ def generate(
         plan: of the model.
         call: what was asked for; `stock_reason` had nothing against it.
         prompts: of the adapters that the call names.
-        known: prompts that were computed before, by adapter; is brought up to date.
+        cached: prompts that were computed before, by adapter; is brought up to date.
 
     Raises:
         IndexError: an id outside the vocabulary.
         ValueError: arguments that do not fit together; says what was given and what is expected.
     """
     raise_out_of_range(call.input_ids, None, families.vocab_size(model))
-    for name, prompt in prompts.items():
-        known[name] = known_prompt(model, known.get(name), prompt)
     past = past_of(call.cache)
     with without_leftovers(model):
+        for name, prompt in prompts.items():
+            cached[name] = cached_prompt(model, cached.get(name), prompt)
         if past is None:
-            return _begin(model, plan, call, prompts, known)
-        return _continue(model, plan, call, past, known)
+            return _begin(model, plan, call, prompts, cached)
+        return _continue(model, plan, call, past, cached)
 
 
 def _begin(
@@ -68,7 +68,7 @@ def _begin(
     plan: Plan,
     call: GenerateCall,
     prompts: Mapping[str, Tensor],
-    known: Mapping[str, KnownPrompt],
+    cached: Mapping[str, CachedPrompt],
 ) -> Any:
     device = next(model.get_input_embeddings().parameters()).device
     batch = check_batch(
@@ -89,7 +89,7 @@ def _begin(
         )
     if call.compact:
         batch, ids = _pads_to_the_left(batch, ids)
-    states = [known[name].states for name in prompts]
+    states = [cached[name].states for name in prompts]
     positions = plan.layout_positions(call.compact)
     if prefill_for(model, plan).way == "packed" and call.config.prefill_chunk_size is None:
         start = start_packed(model, plan, batch, states, positions=positions, backend=call.backend)
@@ -101,7 +101,7 @@ def _begin(
     cache = _cache_of(model, call, start, len(names))
     past = Past(
         tuple(names),
-        tuple(known[name].number for name in names),
+        tuple(cached[name].number for name in names),
         given_mask.repeat_interleave(call.expand, 0),
         mask.repeat_interleave(call.expand, 0),
         max(batch.prompt_lengths),
@@ -177,10 +177,10 @@ def _continue(
     plan: Plan,
     call: GenerateCall,
     past: Past,
-    known: Mapping[str, KnownPrompt],
+    cached: Mapping[str, CachedPrompt],
 ) -> Any:
     """A further turn: the cache holds the prompt and the turns before."""
-    numbers = {name: prompt.number for name, prompt in known.items()}
+    numbers = {name: prompt.number for name, prompt in cached.items()}
     ids, cache = check_goes_on(call, past, numbers), call.cache
     mask = whole_mask(call.attention_mask.to(call.device), ids, past, int(cache.get_seq_length()))
     position_ids = None

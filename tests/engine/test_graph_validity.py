@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import softprompt
 from softprompt.engine import recorders
+from softprompt.engine.guard import guard_of
 from softprompt.engine.losses import weighted_sum
 from softprompt.engine.recorders import RerunRecorder
 from softprompt.engine.runner import runner_of
@@ -244,10 +245,13 @@ def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(ta
         base.lm_head.weight.data = base.lm_head.weight + 1
     expected = loss_of(copy.deepcopy(base), prompt, 3, recorded=False)
     assert_close(loss_of(base, prompt, 3).detach(), expected.detach(), EXACT, "loss")
-    watch = runner_of(base).graphs.watch
-    assert watch.last_look() == (True, False)
+    guard = guard_of(base)
+    before = guard.last_result()
+    assert guard.last_result() == before
     base.lm_head.weight.data = base.lm_head.weight.data.clone()
-    assert watch.last_look() == (False, False)
+    after = guard.last_result()
+    assert (after.model, after.hooked) == (before.model, False)
+    assert after.weights != before.weights
 
 
 def assert_follows(base, prompt, change):

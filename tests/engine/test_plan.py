@@ -11,10 +11,9 @@ from tiny_models import ARCHITECTURES, PADDED, build, pair, prompted
 from torch import nn
 
 import softprompt
+from softprompt.engine import guard, plan_for
 from softprompt.engine import plan as plan_module
-from softprompt.engine import plan_for
 from softprompt.engine.plan import make_plan
-from softprompt.engine.watch import Watch
 
 SEAMS = {
     "gptj": "mask",
@@ -137,16 +136,14 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_plan_is_kept_until_the_model_changes(monkeypatch, change, watched):
+def test_a_plan_is_kept_until_the_model_changes(monkeypatch, change):
     counter = Counter(monkeypatch)
     model = build("llama")
-    watch = Watch(model) if watched else None
-    assert plan_for(model, watch=watch) is plan_for(model, watch=watch)
+    assert plan_for(model) is plan_for(model)
     assert counter.made == 1
     change(model)
-    assert plan_for(model, watch=watch) is plan_for(model, watch=watch)
+    assert plan_for(model) is plan_for(model)
     assert counter.made == 2
 
 
@@ -160,12 +157,14 @@ def test_a_scale_of_the_logits_that_is_changed_on_the_model_alone_counts():
     assert_same_step(fast, stock, make_batch())
 
 
-def test_a_watched_model_that_stays_as_it_is_is_not_looked_at_again(monkeypatch):
+def test_what_the_plan_of_a_model_depends_on_is_found_out_again_only_behind_a_change(monkeypatch):
     model = build("bloom")
-    watch = Watch(model)
-    plan = plan_for(model, watch=watch)
-    monkeypatch.setattr(plan_module, "fingerprint", None)
-    assert plan_for(model, watch=watch) is plan
+    plan = plan_for(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "_lasting", None)
+        assert plan_for(model) is plan
+    model.transformer.h[0].self_attention.inv_norm_factor = 2.0
+    assert plan_for(model) is plan
 
 
 def test_plans_do_not_keep_models_alive():

@@ -17,7 +17,7 @@ from tiny_models import build, pair
 from torch.overrides import TorchFunctionMode
 
 import softprompt
-from softprompt.generation.known import Source
+from softprompt.engine.guard import guard_of
 
 
 # ---------------------------------------------------------------------------------------------- what it keeps
@@ -247,13 +247,13 @@ def test_a_prompt_is_kept_where_nothing_counts_for_it():
 
 def test_what_a_kept_prompt_was_computed_from_may_go():
     body = build("llama").model
-    source = Source(body)
-    assert source.is_still(body)
+    snapshot = guard_of(body).snapshot()
+    assert snapshot.same(guard_of(body).snapshot())
     gone = [weakref.ref(body.layers[1]), weakref.ref(body.layers[1].mlp.up_proj.weight)]
     body.layers = body.layers[:1]
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
-    assert not source.is_still(body)
+    assert not snapshot.same(guard_of(body).snapshot())
 
 
 def test_prompts_that_were_computed_in_inference_mode_serve_calls_outside_of_it():
