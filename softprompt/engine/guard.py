@@ -232,7 +232,7 @@ class Guard:
         self._values, self._contents = map(_Values, now)
         self._model_number = next(_NUMBERS)
         states = [vars(reference()) for reference in self._reads.modules]
-        self._has_forward = any("forward" in state for state in states)
+        self._has_forward = any("forward" in state for state in states[1:])
         self._settings = [
             (place, name)
             for place, state in enumerate(states)

@@ -85,7 +85,7 @@ class _Group(NamedTuple):
     sizes: list[int] | None  # of their dictionaries; None: of a model, on which others leave what they like
     read: Callable[[dict[str, Any]], tuple[Any, ...]]  # tables first, then attributes
     num_tables: int
-    count: int  # of both
+    width: int  # of both together
 
 
 class Reads:
@@ -167,7 +167,7 @@ class Reads:
     def _shallow(self) -> list[Any] | None:
         """The values, with containers as they are."""
         values: list[Any] = []
-        for members, sizes, read, num_tables, count in self._groups:
+        for members, sizes, read, num_tables, width in self._groups:
             modules = [reference() for reference in members]
             try:
                 states = list(map(STATE, modules))
@@ -177,11 +177,11 @@ class Reads:
             if sizes is not None and list(map(len, states)) != sizes:
                 return None
             values += set(map(type, modules))
-            width = max(count, 2)
+            stride = max(width, 2)
             for number in range(num_tables):
-                values += itertools.chain.from_iterable(map(dict.values, flat[number::width]))
-            for number in range(num_tables, count):
-                values += flat[number::width]
+                values += itertools.chain.from_iterable(map(dict.values, flat[number::stride]))
+            for number in range(num_tables, width):
+                values += flat[number::stride]
         for source in self._sources:
             values += source()
         return values
