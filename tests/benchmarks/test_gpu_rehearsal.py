@@ -26,7 +26,7 @@ EXPECTED = re.compile(
     r"is not installed$|^not built$|^ALiBi needs|does not support backward on CPU|has no chunked|"
     r"^InterpreterError: "
 )
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(rehearsal.has_gpu(), reason="there is a GPU")]
+pytestmark = [pytest.mark.slow(seconds=240), pytest.mark.skipif(rehearsal.has_gpu(), reason="there is a GPU")]
 
 
 @pytest.fixture(scope="module")

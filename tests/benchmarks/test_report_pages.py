@@ -189,6 +189,7 @@ def test_the_short_table_has_a_line_a_case_and_names_failed_checks():
     assert sum(line.startswith("head-") for line in full) == 4
 
 
+@pytest.mark.slow
 def test_the_report_shows_no_time_of_a_wrong_variant(measured, pages, tmp_path):
     write_record(measured, tmp_path / "results")
     report(tmp_path / "results", *pages)

@@ -97,6 +97,7 @@ def test_a_wrong_variant_gets_neither_time_nor_memory(measured):
     assert all("CHECK FAILED" in line and " ms" not in line for line in told)
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_in_bf16_is_not_timed(rehearsing):
     variants = (REFERENCE, OURS[0], _spoiled("two-percent", 1.02), _spoiled("nan", float("nan")))
     (case,) = run([CASES["math"]], variants=variants, rounds=1, tiny=True, say=lambda line: None)["cases"]
@@ -129,6 +130,7 @@ def test_the_prompts_of_an_ensemble_get_the_gradients_of_peft_s_runs():
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -144,6 +146,7 @@ def test_a_variant_that_fails_is_named_and_the_others_run(rehearsing, error, rea
     assert _variants(case)["softprompt eager"]["time"] is not None
 
 
+@pytest.mark.slow
 def test_without_peft_the_others_are_checked_all_the_same(rehearsing, monkeypatch):
     def too_large_for_peft(variant, *arguments):
         if variant is REFERENCE:
@@ -161,6 +164,7 @@ def test_without_peft_the_others_are_checked_all_the_same(rehearsing, monkeypatc
     assert found["nan"]["time"] is None
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_while_it_is_timed_leaves_the_others_their_times(rehearsing):
     calls = []
 
@@ -179,6 +183,7 @@ def test_a_variant_that_fails_while_it_is_timed_leaves_the_others_their_times(re
     assert len(_variants(case)["softprompt eager"]["time"]["seconds"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("eager_peak", "through"),
     [(10**8, "peft"), (4 * 10**8, "softprompt eager"), (6 * 10**8, "medians, timed alone")],

@@ -65,6 +65,7 @@ def test_the_settings_of_the_length_record_learn_as_the_page_says():
             assert (lowest[init, length] > 0.9) is (length >= enough)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_record_can_be_made_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "softprompt.tasks.sweep_plot.draw_sweep", lambda rows, fields, path, title: path.write_bytes(b"")

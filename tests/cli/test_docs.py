@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from marks import slow_unless
 
 from softprompt.cli import COMMANDS, build_parser, main
 from softprompt.tiny import eval_table
@@ -118,7 +119,11 @@ def trained_folder(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("without_figure", "without_inspection_figure")
-@pytest.mark.parametrize("page", READERS, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    slow_unless(lambda page: page.name not in ("ensemble.md", "train.md", "initialise.md"), READERS),
+    ids=lambda page: page.name,
+)
 def test_the_commands_of_a_page_run_as_typed(run, trained_folder, model_folder, tmp_path, monkeypatch, page):
     tables, begins_trained = READERS[page]
     for name, columns in tables.items():
@@ -138,7 +143,7 @@ def test_the_commands_of_a_page_run_as_typed(run, trained_folder, model_folder, 
         assert (code, error if code else "") == (0, ""), call
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=45)
 def test_the_quickstart_runs_as_typed(tmp_path):
     page = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     python, shell = (

@@ -169,6 +169,7 @@ def test_without_words_for_each_the_prompts_differ_all_the_same(train, tmp_path)
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_the_place_of_an_ensemble_leaves_none_of_it_and_back(train, tmp_path):
     out = tmp_path / "out"
     assert train("--ensemble", 2, epochs=1)[0] == 0

@@ -38,6 +38,7 @@ def train(run, table, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_padding_does_not_matter_unless_pads_count(train, llama_folder, tmp_path, read_json):
     prompts = {}
     for positions in ((), ("--positions", "padded")):

@@ -79,6 +79,7 @@ def test_training_stops_and_keeps_the_prompt_with_the_lowest_loss(train, tmp_pat
     assert (metrics["train_rows"], metrics["eval_rows"]) == (12, 4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_an_uninterrupted_one_does(train, tmp_path, read_json):
     assert train(*STOPPING, epochs=40)[0] == 0
     whole = read_json(tmp_path / "out" / "metrics.json")

@@ -145,6 +145,7 @@ def test_a_crash_while_a_checkpoint_is_written_leaves_none_under_its_name(train,
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_to_resume_from(table, model_folder, tmp_path):
     output = tmp_path / "out"
     command = [

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from marks import slow_unless
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("without_figure", "without_sweep_figure")
@@ -62,7 +63,7 @@ def runs_in(folder):
     return [(row, folder / "runs" / row["run"]) for row in frame.to_dict("records")]
 
 
-@pytest.mark.parametrize("positions", ["compact", "padded"])
+@pytest.mark.parametrize("positions", slow_unless(["compact"], ["compact", "padded"]))
 def test_every_run_of_a_batch_is_a_run_of_train(
     run, sweep, usual, trained_together, tmp_path, read_json, positions
 ):
@@ -87,6 +88,7 @@ def test_every_run_of_a_batch_is_a_run_of_train(
         assert np.array_equal(np.load(folder / "initial_prompt.npy"), np.load(alone / "initial_prompt.npy"))
 
 
+@pytest.mark.slow
 def test_initialisers_optimizers_and_steps_are_those_of_train(run, sweep, usual, trained_together, tmp_path):
     over = ("--over", "init", "random", "vocab", "labels", "--over", "optimizer", "adamw", "adafactor")
     assert sweep(*over, "--over", "steps", 2, 4, "--seeds", 1)[0] == 0
@@ -106,9 +108,9 @@ PADDED, COMPACT = ("--positions", "padded"), ("--positions", "compact")
     "more, together",
     [
         ((*PADDED, "--together", 3), [3, 1]),
-        ((*PADDED, "--no-patch"), [1, 1, 1, 1]),
-        ((*PADDED, "--padding", "longest"), [2, 2]),
-        ((*COMPACT, "--padding", "longest"), [4]),
+        pytest.param((*PADDED, "--no-patch"), [1, 1, 1, 1], marks=pytest.mark.slow),
+        pytest.param((*PADDED, "--padding", "longest"), [2, 2], marks=pytest.mark.slow),
+        pytest.param((*COMPACT, "--padding", "longest"), [4], marks=pytest.mark.slow),
     ],
 )
 def test_runs_that_do_not_fit_together_give_the_same_table(sweep, trained_together, tmp_path, more, together):
@@ -143,6 +145,7 @@ def test_a_finished_run_is_not_done_again(sweep, trained_together, tmp_path):
     assert trained_together == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on_and_ends_as_one_that_was_not(
     sweep, trained_together, tmp_path, monkeypatch, read_json
 ):

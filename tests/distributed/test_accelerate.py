@@ -4,7 +4,7 @@ import accelerate_checks
 import pytest
 import ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=30)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import other_checks
 import pytest
 import ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=60)
 
 MODULES = {"data parallel": ddp_checks, "fsdp2": fsdp_checks, "others": other_checks}
 

@@ -10,7 +10,7 @@ from tiny_models import pair, prompted
 
 import softprompt
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=20)
 
 
 @pytest.fixture

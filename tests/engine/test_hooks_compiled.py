@@ -10,7 +10,7 @@ from softprompt.engine.batch import check_batch
 from softprompt.engine.packed import packed_layout, rows_of_layout
 from softprompt.engine.plan import make_plan
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=20)
 
 LAYERS = 10  # more than the compiler's limit of 8 recompilations of one function
 NUM_LAYERS = {

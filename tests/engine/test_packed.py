@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import slow_unless
 from parity import assert_close, assert_same_step, make_batch, prompt_of, step
 from tiny_models import PACKED, PADDED, build, pair, prompted
 
@@ -29,7 +30,11 @@ MODELS = [(name, None) for name in (*PACKED, *PADDED)] + [
 IDS = [name if implementation is None else f"{name}-{implementation}" for name, implementation in MODELS]
 
 
-@pytest.mark.parametrize("name, implementation", MODELS, ids=IDS)
+# Each way of positions, windows, biases and caps once; the others take one of these batches below.
+QUICK = ("bloom", "llama", "gpt2", "gemma2", "opt", "mistral-window", "gpt_oss", "mamba", "qwen3_next")
+
+
+@pytest.mark.parametrize("name, implementation", slow_unless(lambda case: case[0] in QUICK, MODELS), ids=IDS)
 def test_a_patched_model_gives_the_numbers_of_peft(name, implementation):
     stock, fast = pair(prompted(name, implementation=implementation))
     softprompt.patch(fast, on_unsupported="error")

@@ -316,6 +316,7 @@ def test_the_trainer_gives_the_losses_and_predictions_of_peft(generates, tmp_pat
         assert_close(torch.tensor(fast.predictions[0]), torch.tensor(stock.predictions[0]), 1e-3, "logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiler_gets_the_forward_of_peft_only_where_the_graph_may_not_break(fullgraph):
     stock, fast = pair(prompted("bart", encoder_layers=1, decoder_layers=1))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from marks import slow_unless
 from parity import assert_close, prompt_of
 from peft import LoraConfig, get_peft_model
 from seq2seq_models import (
     FAMILIES,
     KEEP_COLUMNS,
+    QUICK_FAMILIES,
     assert_same_answers,
     build,
     config_of,
@@ -46,7 +48,7 @@ def columns_of(model, batch, **kwargs):
     return columns, output
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_unless(QUICK_FAMILIES, FAMILIES))
 def test_every_family_gives_the_numbers_of_peft_for_padded_labels(name):
     stock, fast = patched(prompted(name, torch.float32 if name == "led" else torch.float64))
     bound = {"t5gemma": 1e-6, "led": 1e-5}.get(name, 1e-12)

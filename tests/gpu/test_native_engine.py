@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from marks import slow_unless
 from parity import assert_close, make_batch, prompt_of, relative_error, step
 from tiny_models import pair, prompted
 
@@ -66,8 +67,10 @@ def test_fp32_steps_are_pefts(name, device, recording):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize(
+    "name, cuda_graphs",
+    slow_unless({("llama", True)}, [(name, graphs) for name in SHAPES for graphs in (True, False)]),
+)
 def test_bf16_steps_are_as_near_to_the_truth_as_pefts(name, cuda_graphs, device, recording):
     """The truth is PEFT in fp32 on the same rounded weights."""
     stock, fast = models(name, device, torch.bfloat16, cuda_graphs=cuda_graphs)
@@ -93,7 +96,7 @@ def test_bf16_steps_are_as_near_to_the_truth_as_pefts(name, cuda_graphs, device,
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", slow_unless(["bloom"], SHAPES))
 def test_fifty_replayed_steps_follow_the_eager_curve(name, device, recording):
     _, eager = models(name, device, cuda_graphs=False)
     _, fast = models(name, device)

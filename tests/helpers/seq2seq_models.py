@@ -89,6 +89,8 @@ FAMILIES = {
     "bigbird_pegasus": ("bigbird_pegasus", _BART),
     "led": ("led", _LED),
 }
+# Relative positions and absolute ones, tied heads and scaled embeddings, experts, and the caps of Gemma.
+QUICK_FAMILIES = ("t5", "longt5", "t5gemma", "bart-scaled", "nllb-moe", "led")
 # Their encoders round lengths up, or give places to rows in order: no columns are dropped.
 KEEP_COLUMNS = ("longt5", "switch", "nllb-moe", "pegasus_x", "bigbird_pegasus", "led")
 

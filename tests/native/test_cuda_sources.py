@@ -28,7 +28,7 @@ def registers_of_blocks(report):
         yield kernel, -(-of_warp // 256) * 256 * threads // 32  # a warp gets them in units of 256
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=35)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_source_compiles_for_three_generations_without_a_warning_and_its_blocks_fit(source, tmp_path):
     if shutil.which("nvcc") is None:
@@ -55,7 +55,7 @@ def test_a_source_compiles_for_three_generations_without_a_warning_and_its_block
     assert {kernel: size for kernel, size in blocks.items() if size > REGISTERS} == {}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=110)
 def test_the_kernels_pass_the_tests_of_the_ops_on_emulated_blocks(tmp_path):
     if shutil.which("c++") is None or sys.platform != "linux":
         pytest.skip("the emulation needs a C++ compiler on Linux")

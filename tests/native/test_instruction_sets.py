@@ -44,7 +44,7 @@ def levels_here():
 SEEN: dict[str, str] = {}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=35)
 @pytest.mark.parametrize("level", levels_here())
 def test_16_bits_are_right_on_every_level_of_instructions(level):
     environment = {

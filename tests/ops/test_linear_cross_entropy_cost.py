@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import BACKENDS
 from head_problem import DEVICE, IGNORED, count_launches, loss_and_gradients, problem
+from marks import slow_unless
 from poison import poisoned_buffers
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -135,6 +136,7 @@ def test_opcheck(op, rows_given):
     torch.library.opcheck(function, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_given, dynamic", [(True, True), (False, False)])
 def test_it_compiles_without_a_graph_break(backend, rows_given, dynamic):
     hidden, weight, bias, label_rows, targets = problem(dtype=torch.float32)
@@ -279,7 +281,7 @@ def test_few_rows_are_split_until_they_fill_a_gpu(num_rows, row_length, expected
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 9])
-@pytest.mark.parametrize("vocab_size", [16, 131, 400])
+@pytest.mark.parametrize("vocab_size", slow_unless([16, 131], [16, 131, 400]))
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1}], ids=["plain", "all"])
 def test_split_rows_give_what_whole_rows_give(vocab_size, num_rows, options, monkeypatch):
     hidden, weight, bias, _, _ = problem(vocab_size, torch.float32)

@@ -344,6 +344,7 @@ def test_the_op_is_registered_correctly(backend):
     torch.library.opcheck(torch.ops.softprompt.pack_layout.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_compiles_into_one_graph(backend):
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]], device=DEVICE)

@@ -204,6 +204,7 @@ def test_the_op_is_registered_correctly(backend):
     torch.library.opcheck(torch.ops.softprompt.prepend_prompt.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_compiles_into_one_graph_with_its_gradient(backend):
     table, ids, prompts, options = make_inputs()

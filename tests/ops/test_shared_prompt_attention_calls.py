@@ -170,6 +170,7 @@ def test_the_op_gives_what_the_function_gives(backend, options):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "padded", "triton"], indirect=True)
 def test_a_compiled_call_is_one_graph_and_equals_the_eager_one(form):
     backend = "triton" if form == "triton" else "sdpa"

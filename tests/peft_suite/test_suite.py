@@ -44,7 +44,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_cases_on_prompts_are_run_with_and_without_the_patch(tmp_path):
     """Of a tree in miniature: one case passes both ways, one notices the patch, one fails both ways."""
     (tmp_path / "tests").mkdir()

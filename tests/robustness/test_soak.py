@@ -1,12 +1,16 @@
 """A short form of soak.py: after some steps in changing shapes nothing grows any more."""
 
 import pytest
+from marks import slow_unless
 from robustness.soak import soak
 
 STEPS, WARM = 56, 36
 
 
-@pytest.mark.parametrize("name", ["training", "generate", "adapters that come and go"])
+PROGRAMS = ["training", "generate", "adapters that come and go"]
+
+
+@pytest.mark.parametrize("name", slow_unless(["training"], PROGRAMS))
 def test_steps_in_changing_shapes_leave_nothing_behind(name):
     found = soak(name, STEPS, WARM)
     grown = found["grown"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow_unless
 from parity import assert_close, make_batch, prompt_of, real_columns, relative_error
 from tiny_models import pair, prompted
 from transformers import get_linear_schedule_with_warmup
@@ -58,7 +59,11 @@ def model_for(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["bloom", "llama", "gpt2", "opt", "qwen2", "gemma2", "mistral-window", "mamba", "lfm2"]
+    "name",
+    slow_unless(
+        ["bloom", "gemma2", "mamba"],
+        ["bloom", "llama", "gpt2", "opt", "qwen2", "gemma2", "mistral-window", "mamba", "lfm2"],
+    ),
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("labels", ["everywhere", "answer"])
@@ -95,6 +100,7 @@ def complaints(vocabulary, length=64, batch_size=8):
     return [{name: torch.stack([sample[name] for sample in group]) for name in group[0]} for group in groups]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPLAINTS.exists(), reason=f"{COMPLAINTS} is not here")
 def test_thirty_steps_on_twitter_complaints_equal_peft():
     vocabulary = 1024
