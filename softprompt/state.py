@@ -63,10 +63,13 @@ class PatchState:
         """
         if self.options.on_unsupported == "error":
             raise UnsupportedModelError(f"softprompt: {reason}")
-        only_here = self.options.without_stock or (None if adapter_names is None else "adapter_names")
-        if only_here is not None:
+        if self.options.without_stock is not None:
             raise UnsupportedModelError(
-                f"softprompt: {only_here} has no stock {method} to fall back to: {reason}"
+                f"softprompt: {self.options.without_stock} has no stock {method} to fall back to: {reason}"
+            )
+        if adapter_names is not None:
+            raise UnsupportedModelError(
+                f"softprompt: adapter_names has no stock {method} to fall back to: {reason}"
             )
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
         # `patch` has said why forward is PEFT's.
