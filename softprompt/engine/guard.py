@@ -311,6 +311,9 @@ def process_obstacle() -> str | None:
 # ------------------------------------------------------------------------------------------------ of the plan
 def plan_key(model: CausalLM) -> tuple[Any, ...]:
     """What the route of a model depends on, in two halves: FSDP2 changes the second one."""
+    obstacle = sharding.obstacle(model)
+    if obstacle is not None:  # which may be written on a weight, and copies of a step are not worth a guard
+        return (obstacle,), ()
     result = guard_of(model).check()
     return model_records.kept(model, "plan key", result, lambda: (_lasting(model), _passing(model)))
 
@@ -332,7 +335,6 @@ def _lasting(model: CausalLM) -> tuple[Any, ...]:
         _settings(config, (*_PLAIN, list, dict)),
         hooks.obstacle(body, model_type) if body is not None and model_type in hooks.FAMILIES else None,
         None if body is None else families.takes_position_ids(body),
-        sharding.obstacle(model),
         _functions(model),
     )
 

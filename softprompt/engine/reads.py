@@ -49,7 +49,7 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 # Of a model that generates these, and numbers, names and switches; others belong to `generate` and trainers.
-_OF_MODELS = ("config", "_loss_function", "hf_split_points")
+_OF_MODELS = ("config", "_loss_function")
 _END = object()
 Source = Callable[[], Iterable[Any]]
 
