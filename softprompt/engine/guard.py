@@ -31,7 +31,6 @@ HOOKED = "modules of the language model have hooks or a replaced forward"
 
 _DEVICE, _DTYPE = operator.attrgetter("device"), operator.attrgetter("dtype")
 _REQUIRES_GRAD, _VERSION = operator.attrgetter("requires_grad"), operator.attrgetter("_version")
-_TRAINING = operator.itemgetter("training")
 _PLAIN = (bool, int, float, str, bytes)
 _GONE = object()
 _SAMPLES = 16  # numbers of each weight
@@ -190,12 +189,11 @@ class Guard:
         return result
 
     def mode(self) -> tuple[Any, ...]:
-        """Training flags, settings of dropout, router noise and checkpointing, and switches of adapters."""
-        states = [vars(reference()) for reference in self._reads.modules]
-        flags = tuple(map(_TRAINING, states))
-        settings = tuple(states[place].get(name) for place, name in self._settings)
+        """Training flags at the last `check`, settings of dropout and the like, and switches of adapters."""
+        settings = tuple(vars(reference()).get(name) for reference, name in self._settings)
         # By their text, since some are lists and dicts that are changed in place.
-        return (flags, settings, tuple(repr(states[place].get(name)) for place, name in self._adapters))
+        adapters = tuple(repr(vars(reference()).get(name)) for reference, name in self._adapters)
+        return tuple(self._reads.training), settings, adapters
 
     def snapshot(self) -> Snapshot:
         """The model as it is now, with some values of each weight."""
@@ -231,17 +229,17 @@ class Guard:
             raise RuntimeError("the model was changed by another thread while it was looked at")
         self._values, self._contents = map(_Values, now)
         self._model_number = next(_NUMBERS)
-        states = [vars(reference()) for reference in self._reads.modules]
-        self._has_forward = any("forward" in state for state in states[1:])
+        modules = [(reference, vars(reference())) for reference in self._reads.modules]
+        self._has_forward = any("forward" in state for _, state in modules[1:])
         self._settings = [
-            (place, name)
-            for place, state in enumerate(states)
+            (reference, name)
+            for reference, state in modules
             for name, value in state.items()
             if is_setting(name, value)
         ]
         self._adapters = [
-            (place, name)
-            for place, state in enumerate(states)
+            (reference, name)
+            for reference, state in modules
             if "_active_adapter" in state
             for name in ADAPTERS
         ]

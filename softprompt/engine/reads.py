@@ -83,9 +83,9 @@ class _Group(NamedTuple):
 
     members: list[weakref.ref[nn.Module]]
     sizes: list[int] | None  # of their dictionaries; None: of a model, on which others leave what they like
-    read: Callable[[dict[str, Any]], tuple[Any, ...]]  # tables first, then attributes
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]  # tables, attributes and `training`
     num_tables: int
-    width: int  # of both together
+    width: int  # tables and attributes
 
 
 class Reads:
@@ -101,6 +101,7 @@ class Reads:
     def __init__(self, root: nn.Module) -> None:
         self.foreign: str | None = None  # a function or class that is none of the libraries'
         self.unseen: list[str] = []  # values whose changes cannot be seen
+        self.training: list[bool] = []  # flags of the modules, when `now` was asked last
         self._sources: list[Source] = []
         self._classes: dict[type, None] = {}
         self._seen: dict[int, Any] = {}
@@ -133,7 +134,7 @@ class Reads:
                 None
                 if issubclass(kind, GenerationMixin)
                 else [len(vars(modules[place])) for place in places],
-                _getter((*tables, *names)),
+                _getter((*tables, *names, "training")),
                 len(tables),
                 len(tables) + len(names),
             )
@@ -167,6 +168,7 @@ class Reads:
     def _shallow(self) -> list[Any] | None:
         """The values, with containers as they are."""
         values: list[Any] = []
+        self.training = training = []
         for members, sizes, read, num_tables, width in self._groups:
             modules = [reference() for reference in members]
             try:
@@ -177,7 +179,8 @@ class Reads:
             if sizes is not None and list(map(len, states)) != sizes:
                 return None
             values += set(map(type, modules))
-            stride = max(width, 2)
+            stride = max(width + 1, 2)
+            training += flat[width::stride]
             for number in range(num_tables):
                 values += itertools.chain.from_iterable(map(dict.values, flat[number::stride]))
             for number in range(num_tables, width):
@@ -340,14 +343,8 @@ def _flattened(values: list[Any]) -> list[Any]:
 
 def _getter(names: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """Gets the values behind some keys, as a tuple of at least two."""
-    if not names:
-        return _nothing
     first, *others = names
     return operator.itemgetter(first, *(others or (first,)))
-
-
-def _nothing(state: Any) -> tuple[None, None]:
-    return None, None
 
 
 def _content(cell: Any) -> tuple[Any, ...]:
