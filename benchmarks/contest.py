@@ -21,7 +21,7 @@ from benchmarks.memory import Before, allocated, capacity, look_before, peak_of
 from benchmarks.runner import Runner, make_runner
 from benchmarks.timing import WARM_UP_ROUNDS, Budget, interleaved, summary
 from benchmarks.variants import REFERENCE, Variant
-from softprompt.engine.recorders import first_line
+from softprompt.engine.cuda_graph import first_line
 
 _ROOM = 0.85  # of the GPU's memory that steps may fill side by side
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.cases import GENERATE, Case
 from benchmarks.runner import Runner
-from softprompt.engine.recorders import RECORDERS
+from softprompt.engine.cuda_graph import RECORDERS
 from softprompt.tasks.compare import profiled_peak_bytes
 
 _DEFAULT_POOL = (0, 0)

@@ -15,7 +15,7 @@ def rehearse() -> None:
 
     Nothing that is timed then means anything.
     """
-    from softprompt.engine.recorders import RECORDERS, RerunRecorder
+    from softprompt.engine.cuda_graph import RECORDERS, RerunRecorder
 
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     RECORDERS["cpu"] = RerunRecorder()
@@ -24,7 +24,7 @@ def rehearse() -> None:
 
 def stop_rehearsing() -> None:
     """Takes `rehearse` back."""
-    from softprompt.engine.recorders import RECORDERS
+    from softprompt.engine.cuda_graph import RECORDERS
 
     RECORDERS.pop("cpu", None)
     _STATE["rehearsing"] = False

@@ -56,15 +56,20 @@ def _patch(**options: bool) -> Callable[[PreTrainedModel, PromptTuningConfig], A
     return build
 
 
+def _graphs_of(model: Any) -> Any:
+    runner = state_of(model).runner
+    return None if runner is None else runner.graphs
+
+
 def _doubt_of_graph(model: Any) -> str | None:
-    graphs = state_of(model).graphs
+    graphs = _graphs_of(model)
     if graphs is None or not graphs.statistics.replayed:
         return f"the step was not recorded: {graphs.obstacle if graphs is not None else 'no step was run'}"
     return None
 
 
 def _doubt_of_compiled_graph(model: Any) -> str | None:
-    graphs = state_of(model).graphs
+    graphs = _graphs_of(model)
     if graphs is not None and graphs.compile_obstacle:
         return f"the decoder was not compiled: {graphs.compile_obstacle}"
     return _doubt_of_graph(model)

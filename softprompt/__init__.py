@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt import ensemble, multitask
+    from softprompt.engine.candidates import score
     from softprompt.engine.forward import forward
     from softprompt.engine.runner import UnsupportedModelError
-    from softprompt.engine.scoring import score
     from softprompt.patching import patch, patched, unpatch
     from softprompt.prompts import export, init
     from softprompt.prompts.inspection import inspect_prompt
@@ -40,7 +40,7 @@ _HOMES = {
     "inspect_prompt": "softprompt.prompts.inspection",
     "patch": "softprompt.patching",
     "patched": "softprompt.patching",
-    "score": "softprompt.engine.scoring",
+    "score": "softprompt.engine.candidates",
     "unpatch": "softprompt.patching",
 }
 _MODULES = ("ensemble", "multitask")

@@ -9,12 +9,12 @@ from peft import PeftModelForSeq2SeqLM
 from torch import Tensor
 
 from softprompt import prompt_encoders
-from softprompt.engine import Plan, families, sharding
+from softprompt.engine import Plan, model_spec, sharding
 from softprompt.engine.batch import check_texts
 from softprompt.engine.caches import NAMES
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.runner import obstacle_to
-from softprompt.engine.token_scores import ASKED, scores_tokens
+from softprompt.engine.trl_head import ASKED, scores_tokens
 from softprompt.layout import raise_out_of_range
 from softprompt.nesting import base_of, nesting_obstacle
 
@@ -93,7 +93,7 @@ def check_peft_input(
         attention_mask=attention_mask,
         labels=labels,
     )
-    raise_out_of_range(ids, labels, families.vocab_size(base))
+    raise_out_of_range(ids, labels, model_spec.vocab_size(base))
 
 
 def refuse_joined_texts(arguments: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ def reason_for_peft(model: Any, plan: Plan, names: list[str], arguments: dict[st
     use_cache, labelled = arguments.get("use_cache"), arguments.get("labels") is not None
     if use_cache:
         return "use_cache=True was asked for, and the fast route keeps none"
-    loss = families.own_loss(base) if labelled else None
+    loss = model_spec.own_loss(base) if labelled else None
     if loss is not None:
         return f"the model has a loss function of its own ({loss}), which is given whole rows of logits"
     if use_cache is None and getattr(base.config, "use_cache", True) and not labelled and not model.training:

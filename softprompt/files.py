@@ -15,7 +15,7 @@ _NO_LOCKS = "cannot be locked, as some network file systems have no locks: name 
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a new name in the same folder; what is written there takes the place of `path` at the end.
 
     It is on the disk before it gets the name. An exception leaves `path` as it was, and nothing beside it.
@@ -35,7 +35,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text in UTF-8, completely or not at all."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from softprompt.eligibility import reason_for_peft
-from softprompt.engine import families, sharding
+from softprompt.engine import model_spec, sharding
 from softprompt.engine.batch import check_tensor
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.layout import raise_out_of_range
@@ -183,6 +183,6 @@ def losses(
         found = runner.group_losses(plan, placed(model, plan, given), state.options, groups)
     except IndexError:
         # Names the column that the user gave it in.
-        raise_out_of_range(given.input_ids, given.labels, families.vocab_size(base))
+        raise_out_of_range(given.input_ids, given.labels, model_spec.vocab_size(base))
         raise
     return AdapterLosses(found.total, dict(zip(adapters, found.each, strict=False)))

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from softprompt.engine import sharding
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 
 
 def base_of(model: nn.Module) -> CausalLM:

@@ -22,7 +22,7 @@ from softprompt.eligibility import (
     reason_for_peft,
     refuse_joined_texts,
 )
-from softprompt.engine import Plan, families, model_records, sharding
+from softprompt.engine import Plan, model_records, model_spec, sharding
 from softprompt.engine.caches import NAMES
 from softprompt.engine.encoder_decoder import (
     CallOptions,
@@ -35,7 +35,7 @@ from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.logits_layout import trimmed
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.runner import UnsupportedModelError
-from softprompt.engine.token_scores import ASKED
+from softprompt.engine.trl_head import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.generation.stock import step_inputs, tells_its_length
 from softprompt.layout import raise_out_of_range
@@ -303,7 +303,7 @@ class PatchedCausalLM(PatchedModel, PeftModelForCausalLM):
             loss, logits = runner.run(plan, rows, state.options, num_items=num_items, columns=batch.shape[1])
         except IndexError:
             # Names the column that the user gave it in.
-            raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(base))
+            raise_out_of_range(batch.input_ids, batch.labels, model_spec.vocab_size(base))
             raise
         return plan.output_class(loss=loss, logits=logits)
 

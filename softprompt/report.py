@@ -11,12 +11,12 @@ from peft import PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
 from torch import nn
 
 from softprompt.eligibility import adapter_obstacle
-from softprompt.engine import Plan, families, sharding
-from softprompt.engine.attention import runs_the_op
+from softprompt.engine import Plan, model_spec, sharding
+from softprompt.engine.attention import attention_backend
+from softprompt.engine.attention_overrides import runs_the_op
 from softprompt.engine.encoder_decoder import early_end_obstacle
-from softprompt.engine.families import CausalLM
-from softprompt.engine.packing import attention_backend
-from softprompt.engine.token_scores import scores_tokens
+from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.trl_head import scores_tokens
 from softprompt.generation.prefill import describe, prefill_for
 from softprompt.nesting import base_of
 from softprompt.ops.registry import AUTO, PREFERRED, availability, choose_backend, triton_availability
@@ -146,7 +146,7 @@ def _prompts(model: CausalLM, state: PatchState | None) -> tuple[tuple[str, str]
 
 def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tuple[str, str], ...]:
     positions = state.options.positions if state is not None else "padded"
-    obstacle = families.embedding_obstacle(base.get_input_embeddings())
+    obstacle = model_spec.embedding_obstacle(base.get_input_embeddings())
     layout = ("positions", f"{positions} ({plan.positions} in the padded layout)")
     if plan.encoder_decoder:
         pads = "dropped at the end" if plan.trims else f"kept: {plan.kept_because}"
@@ -184,7 +184,7 @@ def _left_out(base: CausalLM, plan: Plan) -> list[tuple[str, str]]:
     kept = early_end_obstacle(base, plan)
     early = "left out of the decoder where a call gives labels alone; their logits are made when looked at"
     rows = [("columns behind the last label", early if kept is None else f"kept: {kept}")]
-    if plan.trims and families.dropout_of(base):
+    if plan.trims and model_spec.dropout_of(base):
         rows.append(("dropout", "columns that are left out draw no masks (same expectation, other numbers)"))
     return rows
 
@@ -260,11 +260,11 @@ def _advice(base: CausalLM, plan: Plan, route: str, device_type: str) -> tuple[s
         )
     if not plan.fused_head:
         rows.append("a head that is a plain nn.Linear without hooks: its loss then comes from one fused op")
-    if not plan.encoder_decoder and families.uses_gradient_checkpointing(families.body_of(base)):
+    if not plan.encoder_decoder and model_spec.uses_gradient_checkpointing(model_spec.body_of(base)):
         rows.append(
             "no gradient checkpointing: the packed step needs little memory, and recomputing costs a third"
         )
-    dropout = families.dropout_of(base)
+    dropout = model_spec.dropout_of(base)
     if dropout:
         rows.append(f"dropout off in the frozen model ({', '.join(dropout)}): model.eval() or p = 0")
     if device_type == "cuda" and not triton_availability("cuda").usable:

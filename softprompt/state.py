@@ -11,8 +11,8 @@ from typing import Any
 from peft import PeftModelForSeq2SeqLM
 from torch import Tensor, nn
 
-from softprompt.engine import Plan, families, plan_for, sharding
-from softprompt.engine.families import CausalLM
+from softprompt.engine import Plan, model_spec, plan_for, sharding
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError
 from softprompt.generation.prompt_cache import CachedPrompt
 from softprompt.nesting import base_of
@@ -87,7 +87,7 @@ class PatchState:
         if "dropout" in self.said:
             return
         self.said.add("dropout")  # also where there is none: it is looked for once
-        active = families.dropout_of(base)
+        active = model_spec.dropout_of(base)
         if active:
             warn(
                 f"the frozen model has dropout ({', '.join(active)}) and is in training mode: {why} "

@@ -32,10 +32,10 @@ def tape(monkeypatch):
     """Lets steps on the CPU be recorded, by something that behaves like a CUDA graph."""
     from tape import TapeRecorder
 
-    from softprompt.engine import recorders
+    from softprompt.engine import cuda_graph
 
     recorder = TapeRecorder()
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", recorder)
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", recorder)
     return recorder
 
 

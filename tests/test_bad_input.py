@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, build, prompt_config, prompted
 from torch import nn
 
 import softprompt
-from softprompt.engine import families
+from softprompt.engine import model_spec
 
 BATCH = make_batch(side="left", labels="everywhere")
 # the table read, a dense mask, the embedding called, padded, padded with the embedding called
@@ -30,7 +30,7 @@ def models():
 def body_not_called(model):
     """Fails where the decoder is launched inside the block."""
     calls = []
-    handle = families.body_of(model.get_base_model()).register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = model_spec.body_of(model.get_base_model()).register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         yield
     finally:

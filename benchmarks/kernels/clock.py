@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from softprompt.engine.recorders import RecordingError, capture
+from softprompt.engine.cuda_graph import RecordingError, capture
 
 _GRAPH_SECONDS = 1e-3  # of a call that is recorded, at most
 _SAMPLE_SECONDS = 2e-3  # of one sample, at least

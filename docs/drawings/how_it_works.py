@@ -39,7 +39,7 @@ WAY = (
         "prompt_encoders.py",
         ("prompts [P, H], from PEFT's encoders;", "texts, mask and labels [B, L], checked"),
     ),
-    Step("runner", "ModelRunner.run", "engine/runner.py", ("the plan; a recorded step, or this one:",)),
+    Step("runner", "ModelRunner.run", "engine/runner.py", ("a recorded step, or this one:",)),
     Step(
         "layout",
         "packed_layout",
@@ -69,7 +69,7 @@ WAY = (
     Step(
         "output",
         "loss, lazy logits",
-        "engine/lazy.py",
+        "engine/lazy_logits.py",
         ("logits [B, P + L, V] are computed", "when something looks at them"),
     ),
 )
@@ -105,7 +105,7 @@ BESIDE = (
         Step(
             "graph",
             "StepGraphs.step",
-            "engine/graphs.py",
+            "engine/step_graph.py",
             ("on a GPU: decode, losses and gradient", "captured once, replayed afterwards"),
             0,
             "#eefaf0",
@@ -116,7 +116,7 @@ BESIDE = (
         Step(
             "attention",
             "packed_attention",
-            "engine/attention.py",
+            "engine/attention_overrides.py",
             (
                 "put in for one call, by AttentionInterface",
                 "or module by module;",

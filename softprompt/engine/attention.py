@@ -1,246 +1,136 @@
-"""How the packed row's attention gets into a model, for one call, without touching its class.
-
-The ways ("seams"), from the fastest to the most general; `plan.py` takes the first whose numbers are right:
-
-- `interface`: the model dispatches its attention through transformers' `AttentionInterface`, and its masks
-  through `AttentionMaskInterface`: both are answered by this module, and no mask is ever built.
-- `bloom`, `falcon`, `mpt`, `gpt_neo`: these dispatch nothing; their attention modules are answered one by
-  one (`hooks.py`), and no mask is built either.
-- `mask`: the model's own attention with a dense [T, T] mask, made of transformers' own mask function.
-- `dense`: the same mask, handed over as a 4D `attention_mask`.
+"""One packed batch on its way through the attention layers of a model, and the attention that they all end
+in.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
 
-from softprompt.engine import families, hooks
-from softprompt.engine.families import CausalLM, is_foreign
-from softprompt.engine.overrides import IN_USE
-from softprompt.engine.packing import CALLS, Packing, UnsupportedAttentionError, attend, current
-from softprompt.engine.structure import structure_of
-from softprompt.ops.shared_prompt_attention.reference import visible
+from softprompt.layout import PackedLayout
+from softprompt.ops.registry import AUTO
+from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 
-__all__ = [
-    "SEAMS",
-    "Packing",
-    "UnsupportedAttentionError",
-    "describe_seam",
-    "packed_attention",
-    "runs_the_op",
-    "seams_for",
-]
-
-SEAMS = ("interface", *hooks.FAMILIES, "mask", "dense")
-# Attention whose mask is a buffer indexed by the place in the row; too short a probe would not show it.
-_MASKS_BY_PLACE = ("gpt_neo",)
-_INTERFACE, _MASK_SDPA, _MASK_EAGER = "softprompt", "softprompt_sdpa", "softprompt_eager"
+if TYPE_CHECKING:
+    from softprompt.engine.states import TextStates
 
 
-# ----------------------------------------------------------------------------------------- seam: interface
-@torch.compiler.disable
-def _layout_mask(*args: Any, mask_function: Any, local_size: int | None = None, **kwargs: Any) -> Tensor:
-    """Answers transformers' request for a mask with an empty tensor [0, window], 0 for none.
+class UnsupportedAttentionError(RuntimeError):
+    """A model asks of the packed attention something that it does not do."""
 
-    The window is the tensor's shape, since attributes are lost where checkpointing or a compiler copies it.
+
+@dataclass(frozen=True, eq=False)
+class AttentionContext:
+    """One packed batch, and how its attention is to be computed."""
+
+    layout: PackedLayout
+    stock: str  # the attention implementation that the user chose
+    backend: str = AUTO
+    examine: bool = False  # look at the mask functions of the model, not only at their size
+    states: TextStates | None = None  # of a row whose prompts are known: only its texts are computed
+
+
+# The packed calls that this process is inside of, the innermost last; `attention.IN_USE` lets one thread in
+# at a time. Not a context variable: autograd recomputes checkpointed layers in threads of its own.
+CALLS: list[AttentionContext] = []
+
+
+def current() -> AttentionContext:
+    """The packing of the innermost packed call.
+
+    Raises:
+        UnsupportedAttentionError: there is none.
     """
-    packing = current()
-    device = packing.layout.query_position.device
-    if packing.examine:
-        _check_rule(mask_function, local_size, device)
-    return torch.empty(0, local_size or 0, device=device)
+    if not CALLS:
+        raise UnsupportedAttentionError("the packed attention only works inside a patched forward")
+    return CALLS[-1]
 
 
-def _check_rule(mask_function: Callable[..., Tensor], local_size: int | None, device: torch.device) -> None:
-    """Raises unless the model's mask is causal, with a sliding window of `local_size` where that is given."""
-    edge = local_size or 4
-    # On the model's device: a mask function may compare them with what the model keeps there.
-    slots = torch.tensor(
-        sorted({0, 1, 2, edge - 1, edge, edge + 1, 2 * edge, 2 * edge + 1, 3 * edge}), device=device
-    )
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    query, key = slots[:, None], slots[None, :]
-    expected = key <= query
-    if local_size is not None:
-        expected = expected & (query - key < local_size)
-    if not torch.equal(
-        torch.as_tensor(mask_function(zero, zero, query, key), device=device).expand_as(expected), expected
-    ):
-        raise UnsupportedAttentionError(
-            f"the model's mask is neither causal nor a sliding window of {local_size}"
-        )
-
-
+# A compiled decoder is cut here: what follows differs from batch to batch, and back ends keep on the layout
+# what all layers of a step share. So a compiler sees neither a layout nor its tensors.
 @torch.compiler.disable
-def _packed_attention(
-    module: nn.Module,
+def attend(
     query: Tensor,  # [1, Hq, T, D]
     key: Tensor,  # [1, Hkv, T, D]
     value: Tensor,  # [1, Hkv, T, Dv]
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    packing = current()
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[0] != 0:
-        raise UnsupportedAttentionError(f"{type(module).__name__} was not handed the mask that was made")
-    if position_bias is not None:
-        raise UnsupportedAttentionError(f"{type(module).__name__} adds a position bias")
-    out = attend(
-        query,
-        key,
-        value,
-        scale=scaling,
-        window=attention_mask.shape[1] or None,
-        # transformers' own sdpa ignores the softcap; equal to what the user chose is what is wanted here.
-        softcap=None if packing.stock == "sdpa" else softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-    )
-    return out, None
-
-
-# ---------------------------------------------------------------------------------------------- seam: mask
-@torch.compiler.disable
-def _dense_mask(
-    *args: Any,
-    mask_function: Any,
-    config: Any,
-    dtype: torch.dtype = torch.float32,
-    **kwargs: Any,
+    slopes: Callable[[AttentionContext], Tensor] | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """Transformers' own rule for this layer kind, on the slots of the packed tokens, and the packed row's
-    own.
+    """The attention of the current packed row.
+
+    Args:
+        query: [1, Hq, T, D].
+        key: [1, Hkv, T, D].
+        value: [1, Hkv, T, Dv].
+        scale: see `shared_prompt_attention`; so are softcap, sinks and dropout_p.
+        window: sliding window, in slots.
+        softcap: of the scores.
+        slopes: gives the ALiBi slopes [Hq].
+        sinks: [Hq].
+        dropout_p: of the probabilities.
+
+    Returns:
+        [1, T, Hq, Dv].
     """
-    layout = current().layout
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=layout.query_position.device)
-    slots = layout.query_position.long()
-    allowed = mask_function(zero, zero, slots[:, None], slots[None, :]) & visible(layout.attention, None)
-    if config._attn_implementation == _MASK_EAGER:
-        return _additive(allowed, dtype)[None, None]
-    return allowed[None, None]
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
+    packing = current()
+    num_texts = query.shape[2]
+    if packing.states is not None:
+        query, key, value = packing.states.join(query, key, value)
+    out = shared_prompt_attention(
+        # Not by an index, whose gradient is a tensor of zeros with a copy in it.
+        query.squeeze(0),
+        key.squeeze(0),
+        value.squeeze(0),
+        packing.layout.attention,
+        scale=scale,
+        sliding_window=window,
+        softcap=softcap,
+        alibi_slopes=None if slopes is None else slopes(packing),
+        sinks=sinks,
+        dropout_p=dropout_p,
+        backend=attention_backend(packing.backend, query.device) if dropout_p == 0 else "sdpa",
     )
+    if packing.states is not None:
+        out = out[:, out.shape[1] - num_texts :]
+    return out.transpose(0, 1)[None]
 
 
-def _own_eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The `eager_attention_forward` of the file that the module comes from."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+def attention_backend(backend: str, device: torch.device) -> str:
+    """The attention's back end where all ops were asked to use `backend`: it is compiled for the CPU only."""
+    return AUTO if backend == "native" and device.type != "cpu" else backend
 
 
-AttentionInterface.register(_INTERFACE, _packed_attention)
-AttentionMaskInterface.register(_INTERFACE, _layout_mask)
-AttentionInterface.register(_MASK_SDPA, sdpa_attention_forward)
-AttentionMaskInterface.register(_MASK_SDPA, _dense_mask)
-AttentionInterface.register(_MASK_EAGER, _own_eager_attention)
-AttentionMaskInterface.register(_MASK_EAGER, _dense_mask)
+@functools.cache
+def alibi_slopes(
+    model_type: str, num_heads: int, device: torch.device, factor: float = 1.0
+) -> Tensor:  # [Hq] fp32
+    """The slopes that a model's own code makes on this device, times `factor`.
 
+    Made once and kept: they are never made while a stream is recorded, since the self-check came before that,
+    and all layers of a step share the bias that belongs to one tensor of slopes.
 
-# ---------------------------------------------------------------------------------------------- the call
-def packing_obstacle(model: CausalLM) -> str | None:
-    """Why rows of this model cannot share one packed row, or None."""
-    model_type = families.config_of(model).model_type
-    if model_type in _MASKS_BY_PLACE:
-        unanswered = hooks.obstacle(families.body_of(model), model_type)
-        if unanswered is not None:
-            return (
-                f"{model_type} masks tokens by their place in the row, which packing changes, "
-                f"and {unanswered}"
-            )
-    return families.packing_obstacle(model)
-
-
-def seams_for(model: CausalLM) -> tuple[str, ...]:
-    """The seams worth trying on this model, best first."""
-    config = families.config_of(model)
-    own = has_own_attention(families.body_of(model))
-    if config.model_type not in hooks.FAMILIES:
-        return ("dense",) if own else ("interface", "mask", "dense")
-    if config.model_type == "falcon" and not config.alibi:
-        return ("dense",) if own else ("falcon", "dense")
-    # With a dense mask the others would count places in the row, in their biases or their masks.
-    return (str(config.model_type),)
-
-
-def has_own_attention(body: nn.Module) -> bool:
-    """Whether an attention function of a decoder is neither transformers' nor PyTorch's.
-
-    It may do more than compute attention, or another one from some time on: it is called, with a dense mask.
+    Args:
+        model_type: "bloom", "falcon" (which rounds its slopes to bf16) or "mpt".
+        num_heads: Hq.
+        device: where the model's own code would make them.
+        factor: what the model multiplies its bias with.
     """
-    names = {getattr(config, "_attn_implementation", None) for config in families.attention_configs(body)}
-    functions = [ALL_ATTENTION_FUNCTIONS.get(name) for name in names if name is not None]
-    if "eager" in names:
-        files = dict.fromkeys(type(module).__module__ for module in structure_of(body)[1])
-        functions += [getattr(sys.modules.get(name), "eager_attention_forward", None) for name in files]
-    if "sdpa" in names:
-        functions.append(nn.functional.scaled_dot_product_attention)
-    return any(function is not None and is_foreign(function) for function in functions)
-
-
-def runs_the_op(seam: str | None) -> bool:
-    """Whether the attention of a seam is `shared_prompt_attention`."""
-    return seam == "interface" or seam in hooks.FAMILIES
-
-
-def describe_seam(seam: str) -> str:
-    """Half a sentence for people."""
-    if seam in hooks.FAMILIES:
-        return f"the attention modules of {seam} are answered one by one"
-    return {
-        "interface": "its attention runs through transformers' attention interface",
-        "mask": "its own attention runs with a dense mask made of its own mask function",
-        "dense": "its own attention runs with a dense mask",
-    }[seam]
-
-
-@contextlib.contextmanager
-def packed_attention(body: nn.Module, seam: str, packing: Packing) -> Iterator[Tensor | None]:
-    """Makes `body` run on the packed row inside the block; yields the attention mask to call it with.
-
-    Whatever it sets is put back at the end, also after an exception. One thread at a time is inside.
-    """
-    with IN_USE:
-        yield from _packed_attention_alone(body, seam, packing)
-
-
-def _packed_attention_alone(body: nn.Module, seam: str, packing: Packing) -> Iterator[Tensor | None]:
-    answered = hooks.answered(body, seam) if seam in hooks.FAMILIES else []
-    restore = [(config, config._attn_implementation_internal) for config in families.attention_configs(body)]
-    # A packed call inside of a packed call of the same body finds them answered, and leaves them so.
-    answered = [(module, stock, new) for module, stock, new in answered if type(module) is stock]
-    mask = None
-    if seam == "dense":
-        allowed = visible(packing.layout.attention, None)[None, None]
-        mask = allowed if packing.stock == "sdpa" else _additive(allowed, next(body.parameters()).dtype)
-    name = {"mask": _MASK_SDPA if packing.stock == "sdpa" else _MASK_EAGER}.get(seam, _INTERFACE)
-    CALLS.append(packing)
-    try:
-        if seam != "dense":
-            for config, _ in restore:
-                config._attn_implementation_internal = name
-        for module, _, new in answered:
-            object.__setattr__(module, "__class__", new)
-        yield mask
-    finally:
-        for module, stock, _ in answered:
-            object.__setattr__(module, "__class__", stock)
-        for config, implementation in restore:
-            config._attn_implementation_internal = implementation
-        CALLS.pop()
+    code = sys.modules[f"transformers.models.{model_type}.modeling_{model_type}"]
+    with torch.inference_mode(False), torch.no_grad():
+        if model_type == "mpt":
+            slopes = -code.build_mpt_alibi_tensor(num_heads, 2, device=device)[:, 0, 0]
+        else:
+            mask = torch.ones(1, 2, device=device)
+            slopes = code.build_alibi_tensor(mask, num_heads, torch.float32)[:, 0, 1]
+        return (slopes.float() * factor).contiguous()

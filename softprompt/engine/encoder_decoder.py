@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.engine.batch import Batch, check_tensor, holds_integers, prompts_of_rows
 from softprompt.engine.execution_plan import Plan
-from softprompt.engine.families import CausalLM
-from softprompt.engine.lazy import logits_of, with_gradient
+from softprompt.engine.lazy_logits import logits_of, with_gradient
 from softprompt.engine.losses import losses_of_logits, warn_of_no_labels, weighted_sum
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE, returning
 from softprompt.engine.packed import raise_too_long
 from softprompt.layout import IGNORE_INDEX, raise_out_of_range
@@ -236,7 +236,7 @@ def loss_of_decoded(model: CausalLM, plan: Plan, rows: DecodedRows, options: Cal
         rows.label_rows,
         rows.label_targets,
         bias=_head_bias(model),
-        softcap=families.head_facts(model).softcap,
+        softcap=model_spec.head_facts(model).softcap,
         logit_scale=plan.logit_scale,
         num_items=num_items,
         backend=options.backend,
@@ -372,7 +372,7 @@ def shifted(model: CausalLM, labels: Tensor, *, as_bart: bool = False) -> Tensor
 def prompted_texts(embedding: nn.Module, batch: Batch, backend: str) -> tuple[Tensor, Tensor]:
     """[B, P + L, H] and its mask. Shorter prompts than the longest leave pads at the end of their rows."""
     one_length = len(set(batch.prompt_lengths)) == 1
-    if batch.input_ids is not None and one_length and families.embedding_obstacle(embedding) is None:
+    if batch.input_ids is not None and one_length and model_spec.embedding_obstacle(embedding) is None:
         table: Any = embedding.weight
         prepended = prepend_prompt(
             table,
@@ -432,7 +432,7 @@ def _first_columns(embedding: nn.Module, batch: Batch, columns: int) -> Batch:
     them (NEFTune).
     """
     ids, embeds = batch.input_ids, batch.inputs_embeds
-    if ids is not None and families.embedding_obstacle(embedding) is not None:
+    if ids is not None and model_spec.embedding_obstacle(embedding) is not None:
         ids, embeds = None, embedding(ids)
     ids = None if ids is None else ids[:, :columns]
     embeds = None if embeds is None else embeds[:, :columns]

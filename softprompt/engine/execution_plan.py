@@ -9,8 +9,8 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
-from softprompt.engine.packed import HiddenRows, packed_rows
+from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.packed import DecoderOutput, packed_rows
 from softprompt.engine.padded import padded_rows
 
 # What positions count (see `pack_layout`): columns of the padded batch, its tokens that are no pads, or
@@ -57,7 +57,7 @@ class Plan:
         """The positions of a packed layout: the model's own, or those of rows whose pads do not exist."""
         return "compact" if compact else self.positions
 
-    def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> HiddenRows:
+    def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> DecoderOutput:
         """The hidden rows of a batch on this route.
 
         Args:

@@ -8,9 +8,9 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softprompt.engine import families, sharding
+from softprompt.engine import model_spec, sharding
 from softprompt.engine.batch import check_batch
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError, obstacle_to, runner_of
 from softprompt.engine.self_check import reference_forward
 from softprompt.layout import raise_out_of_range
@@ -104,7 +104,7 @@ def forward(
         if on_unsupported == "error" or without_stock:
             raise UnsupportedModelError(obstacle)
         warn(obstacle)
-        raise_out_of_range(batch.input_ids, batch.labels, families.vocab_size(model))
+        raise_out_of_range(batch.input_ids, batch.labels, model_spec.vocab_size(model))
         extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
         output = reference_forward(model, batch, **extra)
         if not hasattr(output, "loss") or not hasattr(output, "logits"):
@@ -150,5 +150,5 @@ def prompt_width(model: CausalLM) -> int:
     width = getattr(embedding, "embedding_dim", None)
     if width is None:
         weight = getattr(embedding, "weight", None)
-        width = weight.shape[1] if isinstance(weight, Tensor) else families.config_of(model).hidden_size
+        width = weight.shape[1] if isinstance(weight, Tensor) else model_spec.config_of(model).hidden_size
     return int(width)

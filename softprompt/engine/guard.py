@@ -22,8 +22,8 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from softprompt.engine import families, hooks, model_records, sharding
-from softprompt.engine.families import CausalLM
+from softprompt.engine import attention_modules, model_records, model_spec, sharding
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.reads import ADAPTERS, ATOMS, OF_CALLS, Reads, attention_functions, is_setting
 from softprompt.engine.structure import structure_of
 
@@ -317,9 +317,9 @@ def plan_key(model: CausalLM) -> tuple[Any, ...]:
 
 
 def _lasting(model: CausalLM) -> tuple[Any, ...]:
-    config = families.config_of(model)
+    config = model_spec.config_of(model)
     try:
-        body = families.body_of(model)
+        body = model_spec.body_of(model)
     except AttributeError:  # then there is no route, and no positions
         body = None
     model_type = getattr(config, "model_type", None)
@@ -331,8 +331,10 @@ def _lasting(model: CausalLM) -> tuple[Any, ...]:
         # Such as the scale of the logits and the length of the positions.
         _settings(model, _PLAIN),
         _settings(config, (*_PLAIN, list, dict)),
-        hooks.obstacle(body, model_type) if body is not None and model_type in hooks.FAMILIES else None,
-        None if body is None else families.takes_position_ids(body),
+        attention_modules.obstacle(body, model_type)
+        if body is not None and model_type in attention_modules.FAMILIES
+        else None,
+        None if body is None else model_spec.takes_position_ids(body),
         _functions(model),
     )
 
@@ -354,8 +356,8 @@ def _passing(model: CausalLM) -> tuple[Any, ...]:
         structure,
         # Quantisers exchange weights and leave their modules.
         frozenset(type(module._parameters.get("weight")) for module in modules),
-        families.embedding_obstacle(embedding) if isinstance(embedding, nn.Module) else None,
-        families.head_obstacle(model) if hasattr(model, "get_output_embeddings") else None,
+        model_spec.embedding_obstacle(embedding) if isinstance(embedding, nn.Module) else None,
+        model_spec.head_obstacle(model) if hasattr(model, "get_output_embeddings") else None,
         sharding.has_parts(model),
     )
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.engine.packed import HiddenRows
+from softprompt.engine.packed import DecoderOutput
 
 LOGITS = ("full", "text", "labels")
 IGNORE_INDEX = -100
 
 
-def text_rows(rows: HiddenRows, hidden: Tensor, which: str, columns: int) -> Tensor:
+def text_rows(rows: DecoderOutput, hidden: Tensor, which: str, columns: int) -> Tensor:
     """Rows like `hidden` for the columns of the texts.
 
     What was not computed (a pad) is answered by the last row before it that was: every label finds the row

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompt.engine import families, sharding
+from softprompt.engine import model_spec, sharding
 from softprompt.engine.batch import integers_on
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import returning
-from softprompt.engine.packed import HiddenRows
+from softprompt.engine.packed import DecoderOutput
 from softprompt.layout import IGNORE_INDEX, PackedLayout
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
@@ -72,11 +72,11 @@ def decoder_returns(model: CausalLM, hidden: Tensor, output_class: type) -> Abst
     Raises:
         RuntimeError: the block did not call the decoder, so that its results come from elsewhere.
     """
-    return returning(families.body_of(model), output_class(last_hidden_state=hidden))
+    return returning(model_spec.body_of(model), output_class(last_hidden_state=hidden))
 
 
 # ------------------------------------------------------------------------------------------------- losses
-def label_losses(model: CausalLM, rows: HiddenRows, *, fused: bool, backend: str = AUTO) -> Tensor:
+def label_losses(model: CausalLM, rows: DecoderOutput, *, fused: bool, backend: str = AUTO) -> Tensor:
     """The loss of each label, as transformers' `ForCausalLMLoss` has it, from the label rows alone.
 
     Args:
@@ -91,7 +91,7 @@ def label_losses(model: CausalLM, rows: HiddenRows, *, fused: bool, backend: str
     if not fused:
         logits = own_logits(model, rows.hidden[rows.label_rows][None], rows.output_class)[0]
         return losses_of_logits(logits, rows.label_targets)
-    head, facts = model.get_output_embeddings(), families.head_facts(model)
+    head, facts = model.get_output_embeddings(), model_spec.head_facts(model)
     with sharding.whole(head):
         losses: Tensor = linear_cross_entropy(
             rows.hidden,
@@ -124,7 +124,7 @@ class LossWeights:
     num_items: int | float | Tensor | None = None  # transformers' `num_items_in_batch`; None: the mean
     group_of_prompt: Sequence[int] | None = None  # [K] the group of each prompt; None: one for all
 
-    def of_labels(self, rows: HiddenRows | PackedLayout) -> GroupWeights | None:
+    def of_labels(self, rows: DecoderOutput | PackedLayout) -> GroupWeights | None:
         """The weights of the labels of a batch, None where `num_items` alone says them."""
         if self.group_of_prompt is None:
             return None

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families, sharding
-from softprompt.engine.attention import Packing, packed_attention
+from softprompt.engine import model_spec, sharding
+from softprompt.engine.attention_overrides import AttentionContext, packed_attention
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE
 from softprompt.layout import PackedLayout, build_layout
 from softprompt.ops.embed_prompt import embed_prompt
@@ -20,7 +20,7 @@ from softprompt.ops.registry import AUTO
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenRows:
+class DecoderOutput:
     """What the decoder made of a batch, before any logit."""
 
     hidden: Tensor  # [T, H] normed hidden states
@@ -57,7 +57,7 @@ def packed_rows(
     label_bucket: int = 1,
     examine: bool = False,
     backend: str = AUTO,
-) -> HiddenRows:
+) -> DecoderOutput:
     """Runs the decoder once over the packed batch.
 
     Args:
@@ -117,7 +117,7 @@ def packed_layout(
         labels=batch.wanted if batch.labels is None else batch.labels,
         input_ids=batch.input_ids,
         prompt_of_row=batch.prompt_of_row,
-        vocab_size=families.vocab_size(model),
+        vocab_size=model_spec.vocab_size(model),
         positions=positions,
         backend=backend,
         **room,
@@ -139,7 +139,7 @@ def rows_of_layout(
     examine: bool = False,
     backend: str = AUTO,
     call_body: Callable[..., Any] | None = None,
-) -> HiddenRows:
+) -> DecoderOutput:
     """Runs the decoder once over a batch that has its layout. Reads nothing back from the device.
 
     Args:
@@ -151,12 +151,12 @@ def rows_of_layout(
         backend: of the ops.
         call_body: the decoder as something else calls it (`torch.compile`); None: as it is.
     """
-    body = families.body_of(model)
+    body = model_spec.body_of(model)
     embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
     with IN_USE:
-        stock = families.config_of(model)._attn_implementation
-    packing = Packing(layout, stock, backend, examine)
-    if families.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
+        stock = model_spec.config_of(model)._attn_implementation
+    packing = AttentionContext(layout, stock, backend, examine)
+    if model_spec.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []
         hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)
         return _rows(hidden, layout, output_class[0])
@@ -179,9 +179,9 @@ def raise_too_long(longest: int, position_limit: int) -> None:
     )
 
 
-def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> HiddenRows:
+def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> DecoderOutput:
     num_rows, row_length = layout.batch_shape
-    return HiddenRows(
+    return DecoderOutput(
         hidden.squeeze(0),
         layout.label_rows,
         layout.label_targets,
@@ -194,7 +194,7 @@ def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> HiddenRow
 
 def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> Tensor:
     """[1, T, H] in the embedding's dtype."""
-    if batch.input_ids is not None and families.embedding_obstacle(embedding) is None:
+    if batch.input_ids is not None and model_spec.embedding_obstacle(embedding) is None:
         prompts = batch.joined_prompts(embedding.weight.device)
         return embed_prompt(embedding.weight, batch.input_ids, layout.token_index, prompts, backend=backend)
     index = layout.token_index[layout.prompt_tokens :].long()
@@ -214,12 +214,12 @@ def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str)
 def run_body(
     body: nn.Module,
     seam: str,
-    packing: Packing,
+    packing: AttentionContext,
     embeds: Tensor,
     call_body: Callable[..., Any] | None = None,
 ) -> Any:
     arguments: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False, "return_dict": True}
-    if families.takes_position_ids(body):
+    if model_spec.takes_position_ids(body):
         position_ids = packing.layout.position_ids
         arguments["position_ids"] = position_ids[position_ids.shape[0] - embeds.shape[1] :].long()[None]
     with packed_attention(body, seam, packing) as mask:
@@ -239,7 +239,12 @@ class _RecomputingBody(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, embeds: Tensor, body: nn.Module, seam: str, packing: Packing, output_class: list[type]
+        ctx: Any,
+        embeds: Tensor,
+        body: nn.Module,
+        seam: str,
+        packing: AttentionContext,
+        output_class: list[type],
     ) -> Tensor:
         ctx.inner = embeds.detach().requires_grad_(embeds.requires_grad)
         with torch.enable_grad():

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.engine.batch import Batch, prompts_of_rows
-from softprompt.engine.families import CausalLM
-from softprompt.engine.packed import HiddenRows, check_length
+from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.packed import DecoderOutput, check_length
 from softprompt.layout import IGNORE_INDEX, raise_out_of_range
 from softprompt.ops.prepend_prompt import prepend_prompt
 from softprompt.ops.registry import AUTO
@@ -22,7 +22,7 @@ def padded_rows(
     *,
     position_limit: int | None,
     backend: str = AUTO,
-) -> HiddenRows:
+) -> DecoderOutput:
     """Runs the decoder over `[prompt | text]` rows, with the positions and the mask that PEFT gives them.
 
     Args:
@@ -38,13 +38,13 @@ def padded_rows(
     check_length(batch, "slots", position_limit)
     if len(set(batch.prompt_lengths)) > 1:
         raise ValueError(
-            f"{families.config_of(model).model_type} takes the padded route, where all prompts of a batch "
+            f"{model_spec.config_of(model).model_type} takes the padded route, where all prompts of a batch "
             f"must have one length; got {list(batch.prompt_lengths)}"
         )
-    embedding, vocabulary = model.get_input_embeddings(), families.vocab_size(model)
+    embedding, vocabulary = model.get_input_embeddings(), model_spec.vocab_size(model)
     num_rows, row_length = batch.shape
     length = batch.prompt_lengths[0]
-    readable = batch.input_ids is not None and families.embedding_obstacle(embedding) is None
+    readable = batch.input_ids is not None and model_spec.embedding_obstacle(embedding) is None
     if readable and batch.input_ids is not None:
         prepended = prepend_prompt(
             embedding.weight,
@@ -69,12 +69,14 @@ def padded_rows(
     targets[:, :-1] = labels[:, 1:]
     targets = targets.view(-1)
     rows = torch.nonzero_static(targets != IGNORE_INDEX, size=num_labels)[:, 0]
-    output = families.body_of(model)(
+    output = model_spec.body_of(model)(
         inputs_embeds=embeds, attention_mask=mask, use_cache=False, return_dict=True
     )
     shape = (num_rows, length + row_length)
     hidden = output.last_hidden_state.reshape(shape[0] * shape[1], -1)
-    return HiddenRows(hidden, rows, targets[rows], num_labels, None, shape, type(output), batch.prompt_of_row)
+    return DecoderOutput(
+        hidden, rows, targets[rows], num_labels, None, shape, type(output), batch.prompt_of_row
+    )
 
 
 def _counts(batch: Batch, vocab_size: int) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 
 PLACEMENTS = ("prefix", "after_bos")
 
@@ -21,7 +21,7 @@ def bos_token_id(model: CausalLM) -> int:
     Raises:
         ValueError: the configuration names none.
     """
-    token = getattr(families.config_of(model), "bos_token_id", None)
+    token = getattr(model_spec.config_of(model), "bos_token_id", None)
     if not isinstance(token, int):
         raise ValueError(
             'placement="after_bos" needs a model whose configuration has a bos_token_id, '

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import attention, families, model_records, precision, self_check, sharding
-from softprompt.engine.attention import describe_seam, seams_for
+from softprompt.engine import attention_overrides, model_records, model_spec, precision, self_check, sharding
+from softprompt.engine.attention_overrides import describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.encoder_decoder import (
     CallOptions,
@@ -20,9 +20,9 @@ from softprompt.engine.encoder_decoder import (
     loss_of_decoded,
 )
 from softprompt.engine.execution_plan import Plan, Positions
-from softprompt.engine.families import CausalLM
 from softprompt.engine.guard import plan_key
 from softprompt.engine.losses import label_losses, weighted_sum
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.self_check import GRADIENT, LOGITS, LOSS, Verdict
 
@@ -95,7 +95,7 @@ def _structural_obstacle(model: CausalLM, encoder_decoder: bool) -> str | None:
         return obstacle
     if not getattr(model.config, "is_encoder_decoder", False):
         try:
-            families.body_of(model)
+            model_spec.body_of(model)
         except AttributeError as error:
             return str(error)
     if model.get_output_embeddings() is None:
@@ -112,7 +112,7 @@ def _structural_obstacle(model: CausalLM, encoder_decoder: bool) -> str | None:
     if getattr(model.config, "output_router_logits", False):
         return "output_router_logits adds a loss over all tokens, pads and repeated prompts included"
     embedding = model.get_input_embeddings()
-    if getattr(embedding, "max_norm", None) is not None and families.is_tied(model):
+    if getattr(embedding, "max_norm", None) is not None and model_spec.is_tied(model):
         return (
             "the embedding renormalises the rows of its table that it reads (max_norm), and the head shares "
             "the table, so pads change the logits"
@@ -145,9 +145,12 @@ def _settled(verdict: Verdict[Plan], otherwise: Plan, head_obstacle: str | None)
 def _decoder_plan(model: CausalLM) -> Plan:
     batch = self_check.probe_batch(model)
     output, expected = self_check.reference_step(model, batch)
-    head_obstacle, packing_obstacle = families.head_obstacle(model), attention.packing_obstacle(model)
+    head_obstacle, packing_obstacle = (
+        model_spec.head_obstacle(model),
+        attention_overrides.packing_obstacle(model),
+    )
     heads = (True, False) if head_obstacle is None else (False,)
-    padded = Plan("padded", "", position_limit=families.position_limit(model, families.body_of(model)))
+    padded = Plan("padded", "", position_limit=model_spec.position_limit(model, model_spec.body_of(model)))
 
     def first_of(routes: Iterable[Plan]) -> Verdict[Plan]:
         plans = [replace(plan, fused_head=fused) for plan in routes for fused in heads]
@@ -169,7 +172,7 @@ def _decoder_plan(model: CausalLM) -> Plan:
     plan = _settled(verdict, padded, head_obstacle)
     if plan.route == "packed":
         why = describe_seam(str(plan.seam))
-        plan = replace(plan, reason=f"attention-only decoder; {why}", row_limit=families.row_limit(model))
+        plan = replace(plan, reason=f"attention-only decoder; {why}", row_limit=model_spec.row_limit(model))
     elif plan.route == "padded":
         why = packing_obstacle or "no packed variant passed the self-check"
         plan = replace(plan, reason=f"rows stay padded, since {why}")
@@ -179,14 +182,14 @@ def _decoder_plan(model: CausalLM) -> Plan:
         logits_dtype=output.logits.dtype,
         autocast_logits=_follows_autocast(model, batch),
         vocab_size=output.logits.shape[-1],
-        rotary_switch=families.rotary_switch(model),
+        rotary_switch=model_spec.rotary_switch(model),
     )
 
 
 def _packed_candidates(model: CausalLM, padded: Plan) -> Iterator[Plan]:
     """Likely positions first, in each the fastest attention first."""
     order: tuple[Positions, ...] = ("slots", "mask")
-    for positions in order[::-1] if families.positions_from_mask(families.config_of(model)) else order:
+    for positions in order[::-1] if model_spec.positions_from_mask(model_spec.config_of(model)) else order:
         for seam in seams_for(model):
             yield replace(padded, route="packed", seam=seam, positions=positions)
 
@@ -206,7 +209,7 @@ def _step(model: CausalLM, plan: Plan, batch: Batch) -> dict[str, Tensor]:
 
 def _follows_autocast(model: CausalLM, batch: Batch) -> bool:
     """Whether logits come in autocast's dtype. A linear layer does that; other heads may cast them."""
-    if families.head_obstacle(model) is None:
+    if model_spec.head_obstacle(model) is None:
         return True
     device_type = batch.attention_mask.device.type
     dtype = torch.get_autocast_dtype(device_type)
@@ -225,16 +228,16 @@ def _encoder_decoder_plan(model: CausalLM) -> Plan:
     own_head = Plan(
         "padded",
         BOTH_WAYS,
-        position_limit=families.position_limit(model, model.get_encoder()),
+        position_limit=model_spec.position_limit(model, model.get_encoder()),
         output_class=type(output),
         logits_dtype=output.logits.dtype,
         vocab_size=output.logits.shape[-1],
-        rotary_switch=families.rotary_switch(model),
+        rotary_switch=model_spec.rotary_switch(model),
         encoder_decoder=True,
         kept_because=_trimming_obstacle(model) or self_check.padding_obstacle(model, batch, inputs),
         counts_items=_counts_items(model, batch, inputs, expected[LOSS]),
     )
-    head_obstacle = families.head_weight_obstacle(model)
+    head_obstacle = model_spec.head_weight_obstacle(model)
     candidates = {}
     for scale in _likely_scales(model) if head_obstacle is None else ():
         fused = replace(own_head, fused_head=True, logit_scale=scale)
@@ -280,7 +283,7 @@ def _likely_scales(model: CausalLM) -> tuple[float | None, ...]:
     """Scales of the logits to be tried: T5 and its relatives have one where the head is the embedding."""
     width = getattr(model, "model_dim", None)
     if width is None:
-        return (families.head_facts(model).logit_scale,)
+        return (model_spec.head_facts(model).logit_scale,)
     tied = getattr(model.config, "tie_word_embeddings", True) and model.config.model_type not in _UNSCALED
     scaled = getattr(model.config, "scale_decoder_outputs", tied)
     candidates = (float(width) ** -0.5, None)

@@ -24,8 +24,8 @@ from transformers import GenerationMixin, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompt.engine.families import is_library
 from softprompt.engine.leftovers import LEFT
+from softprompt.engine.model_spec import is_library
 
 STATE = operator.attrgetter("__dict__")
 # What PEFT's layers (a frozen LoRA in the base) read when they are called, beside their weights.

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from softprompt.engine import sharding
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
-from softprompt.engine.graphs import Step, StepGraphs, room_of
-from softprompt.engine.lazy import LazyLogits, logits_of
+from softprompt.engine.cuda_graph import first_line
+from softprompt.engine.lazy_logits import LazyLogits, logits_of
 from softprompt.engine.logits_layout import text_rows
 from softprompt.engine.losses import (
     LossWeights,
@@ -23,10 +22,11 @@ from softprompt.engine.losses import (
     warn_of_no_labels,
     weighted_sum,
 )
-from softprompt.engine.packed import HiddenRows, packed_layout, rows_of_layout
+from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.packed import DecoderOutput, packed_layout, rows_of_layout
 from softprompt.engine.plan import Plan, plan_for
-from softprompt.engine.recorders import first_line
-from softprompt.engine.token_scores import token_scores
+from softprompt.engine.step_graph import Step, StepGraphs, room_of
+from softprompt.engine.trl_head import token_scores
 from softprompt.layout import PackedLayout
 from softprompt.ops.linear_cross_entropy import check_num_items
 from softprompt.ops.registry import AUTO
@@ -196,12 +196,12 @@ class ModelRunner:
 
     def _decode(
         self, plan: Plan, batch: Batch, layout: PackedLayout | None, options: RunOptions
-    ) -> HiddenRows:
+    ) -> DecoderOutput:
         """The decoder's hidden states, from its compiled form where that is wanted."""
         if layout is None:
             return plan.run(self.model, batch, compact=options.compact, backend=options.backend)
 
-        def decode(call_body: Callable[..., Any] | None) -> HiddenRows:
+        def decode(call_body: Callable[..., Any] | None) -> DecoderOutput:
             seam, backend = str(plan.seam), options.backend
             return rows_of_layout(self.model, batch, layout, seam=seam, backend=backend, call_body=call_body)
 
@@ -217,7 +217,7 @@ class ModelRunner:
             warn(reason)
             return rows
 
-    def _lazy_logits(self, plan: Plan, rows: HiddenRows, which: str, columns: int) -> LazyLogits:
+    def _lazy_logits(self, plan: Plan, rows: DecoderOutput, which: str, columns: int) -> LazyLogits:
         model = self.model
 
         def values_of(hidden: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import families, precision, sharding
+from softprompt.engine import model_spec, precision, sharding
 from softprompt.engine.batch import Batch, prompts_of_rows
 from softprompt.engine.encoder_decoder import DecoderInputs, shifted
-from softprompt.engine.families import CausalLM
 from softprompt.engine.leftovers import without_leftovers
+from softprompt.engine.model_spec import CausalLM
 from softprompt.layout import IGNORE_INDEX
 
 LOSS, GRADIENT, LOGITS = "loss", "prompt gradient", "logits"  # what is compared
@@ -167,7 +167,7 @@ def probe_batch(model: CausalLM) -> Batch:
     embeddings.
     """
     embedding = model.get_input_embeddings()
-    vocabulary = families.vocab_size(model)
+    vocabulary = model_spec.vocab_size(model)
     device = sharding.device_of(embedding if hasattr(embedding, "weight") else model)
     numbers = torch.arange(3, 19, device=device)
     ids = (numbers * numbers * 31 + numbers * 7) % vocabulary

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.engine.caches import cache_argument
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ def prompt_states(model: CausalLM, prompt: Tensor) -> LayerStates:  # prompt: [P
     # Quantised tables and hooks decide about the dtype of what they return.
     dtype = embedding(torch.zeros(1, 1, dtype=torch.int64, device=device)).dtype
     cache = DynamicCache()  # made without a configuration, it also keeps what has left a sliding window
-    body = families.body_of(model)
+    body = model_spec.body_of(model)
     body(
         inputs_embeds=prompt.detach().to(device, dtype)[None],
         attention_mask=torch.ones(1, prompt.shape[0], dtype=torch.int64, device=device),

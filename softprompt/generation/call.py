@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.generation import GenerationMode
 
 from softprompt.eligibility import adapter_obstacle
-from softprompt.engine import Plan, families, sharding
+from softprompt.engine import Plan, model_spec, sharding
 from softprompt.engine.caches import NAMES
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.generation.prefill import prefill_for
 from softprompt.nesting import base_of
@@ -205,7 +205,7 @@ def _check_together(base: CausalLM, call: GenerateCall) -> None:
             f"{transformers.__version__}), which knows the prompt's place in the cache: leave it out"
         )
     if _static(call) and not _static_works(base):
-        raise ValueError(f"{families.config_of(base).model_type} gives wrong tokens with a static cache")
+        raise ValueError(f"{model_spec.config_of(base).model_type} gives wrong tokens with a static cache")
 
 
 def _inferred_mask(base: CausalLM, texts: Tensor, config: Any) -> Tensor:
@@ -222,7 +222,7 @@ def _static(call: GenerateCall) -> bool:
 
 def _static_works(base: CausalLM) -> bool:
     """Whether the model itself decodes rightly from a static cache."""
-    config = families.config_of(base)
+    config = model_spec.config_of(base)
     return config.model_type != "gpt_neo" and not (
         config.model_type == "falcon" and getattr(config, "alibi", False)
     )
@@ -267,10 +267,10 @@ def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
     if sharding.offloads(base):
         return sharding.BROUGHT
     if base.training:
-        active = families.dropout_of(base)
+        active = model_spec.dropout_of(base)
         if active:
             return f"the model is in training mode with dropout ({', '.join(active)}); model.eval() is served"
-        if families.uses_gradient_checkpointing(families.body_of(base)):
+        if model_spec.uses_gradient_checkpointing(model_spec.body_of(base)):
             raise UnsupportedModelError(
                 "softprompt: a model with gradient checkpointing in training mode drops its cache, and the "
                 "prompt with it: call model.eval() before generate"

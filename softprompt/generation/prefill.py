@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from softprompt.engine import families, model_records, self_check
-from softprompt.engine.attention import runs_the_op
+from softprompt.engine import model_records, model_spec, self_check
+from softprompt.engine.attention import AttentionContext
+from softprompt.engine.attention_overrides import runs_the_op
 from softprompt.engine.batch import Batch
 from softprompt.engine.caches import cache_argument
 from softprompt.engine.execution_plan import Plan, Positions
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import check_length, embed_rows, packed_layout, run_body
-from softprompt.engine.packing import Packing
 from softprompt.engine.states import LayerStates, TextStates, joined, prompt_states
 from softprompt.ops.registry import AUTO
 
@@ -78,9 +78,9 @@ def start_packed(
         texts = TextStates(known)
         embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
         with IN_USE:
-            implementation = families.config_of(model)._attn_implementation
-        packing = Packing(layout, implementation, backend, states=texts)
-        run_body(families.body_of(model), str(plan.seam), packing, embeds[:, layout.prompt_tokens :])
+            implementation = model_spec.config_of(model)._attn_implementation
+        packing = AttentionContext(layout, implementation, backend, states=texts)
+        run_body(model_spec.body_of(model), str(plan.seam), packing, embeds[:, layout.prompt_tokens :])
         known = texts.collected()
     numbers = torch.arange(1, layout.num_rows + 1, device=layout.query_position.device)
     source = layout.scatter_rows(numbers[:, None])[..., 0][:, :-1]  # [B, S], 0 for pads
@@ -135,7 +135,7 @@ def filled_cache(model: CausalLM, states: LayerStates, num_rows: int) -> Dynamic
 
     Nothing is copied where one row stands for all: a growing cache never writes into what it was given.
     """
-    cache = DynamicCache(config=families.config_of(model))
+    cache = DynamicCache(config=model_spec.config_of(model))
     for layer, key, value in zip(cache.layers, states.keys, states.values, strict=True):
         key, value = _rows(key, num_rows), _rows(value, num_rows)
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -163,7 +163,7 @@ def _rows(states: Tensor, num_rows: int) -> Tensor:
 
 def counts_places(model: CausalLM) -> bool:
     """Whether pads between prompt and text change what a model computes, whatever its positions are."""
-    config = families.config_of(model)
+    config = model_spec.config_of(model)
     windows = (isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
     return config.model_type in _COUNT_PLACES or any(windows)
 
@@ -225,7 +225,7 @@ def _first_step(model: CausalLM, plan: Plan, batch: Batch, way: str) -> Tensor:
         start = start_shared(plan, batch, prompts, positions=plan.positions)
     num_new = start.mask.shape[1] - start.states.num_tokens
     extra = {}
-    if start.position_ids is not None and families.takes_position_ids(families.body_of(model)):
+    if start.position_ids is not None and model_spec.takes_position_ids(model_spec.body_of(model)):
         extra["position_ids"] = start.position_ids[:, -num_new:]
     output = model(
         input_ids=batch.input_ids[:, -num_new:] if batch.input_ids is not None else None,

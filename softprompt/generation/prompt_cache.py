@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from softprompt.engine import families
-from softprompt.engine.families import CausalLM
+from softprompt.engine import model_spec
 from softprompt.engine.guard import Snapshot, guard_of
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.states import LayerStates, prompt_states
 
 
@@ -33,7 +33,7 @@ def cached_prompt(model: CausalLM, cached: CachedPrompt | None, prompt: Tensor) 
     attributes of modules may count, the states are computed at every call, and compared.
     """
     prompt = prompt.detach()
-    decoder = guard_of(families.body_of(model)).snapshot()
+    decoder = guard_of(model_spec.body_of(model)).snapshot()
     if cached is None or cached.prompt.device != prompt.device or not torch.equal(cached.prompt, prompt):
         return CachedPrompt(prompt.clone(), decoder, _states(model, prompt))
     same = cached.decoder.same(decoder)

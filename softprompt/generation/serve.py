@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, StaticCache
 
-from softprompt.engine import Plan, families
+from softprompt.engine import Plan, model_spec
 from softprompt.engine.batch import Batch, check_batch
-from softprompt.engine.families import CausalLM
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.generation.call import GenerateCall
 from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask
@@ -53,7 +53,7 @@ def generate(
         IndexError: an id outside the vocabulary.
         ValueError: arguments that do not fit together; says what was given and what is expected.
     """
-    raise_out_of_range(call.input_ids, None, families.vocab_size(model))
+    raise_out_of_range(call.input_ids, None, model_spec.vocab_size(model))
     past = past_of(call.cache)
     with without_leftovers(model):
         for name, prompt in prompts.items():
@@ -167,7 +167,7 @@ def _cache_of(model: CausalLM, call: GenerateCall, start: Start, num_rows: int) 
         return filled_cache(model, start.states, num_rows)
     longest = start.mask.shape[1] + call.max_new_tokens(model)
     longest = max(longest, call.config.max_cache_len or 0)
-    cache = StaticCache(config=families.config_of(model), max_cache_len=longest)
+    cache = StaticCache(config=model_spec.config_of(model), max_cache_len=longest)
     fill(cache, start.states, num_rows)
     return cache
 

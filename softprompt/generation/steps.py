@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from softprompt.engine import Plan, families
+from softprompt.engine import Plan, model_spec
 from softprompt.engine.caches import CACHE
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.generation.call import GenerateCall
 
 
@@ -40,7 +40,7 @@ def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache
         arguments["input_ids"] = columns.input_ids
     if columns.inputs_embeds is not None:
         arguments["inputs_embeds"] = columns.inputs_embeds
-    if columns.position_ids is not None and families.takes_position_ids(model):
+    if columns.position_ids is not None and model_spec.takes_position_ids(model):
         arguments["position_ids"] = columns.position_ids.to(call.device)
     if call.assistant is not None:
         arguments["assistant_model"] = Assistant(call.assistant)

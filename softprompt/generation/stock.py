@@ -14,7 +14,7 @@ from peft import PeftModelForCausalLM
 from transformers import DynamicCache
 
 from softprompt.engine.caches import CACHE, OLD
-from softprompt.engine.families import CausalLM
+from softprompt.engine.model_spec import CausalLM
 from softprompt.state import state_of
 
 # transformers 5.24 renamed the cache; a PEFT that looks for the old name does not find it.

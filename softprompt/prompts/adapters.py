@@ -13,7 +13,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from softprompt.files import whole_file
+from softprompt.files import atomic_write
 from softprompt.prompt_paths import check_adapter_folder, check_file
 
 INITIAL_PROMPT = "initial_prompt.npy"
@@ -134,7 +134,7 @@ def read_npy(path: str | Path) -> Tensor:
 
 def write_npy(prompt: Tensor, path: str | Path) -> None:
     """Writes a prompt as a .npy of float32; no half-written file is ever left under the name."""
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, prompt.detach().to("cpu", torch.float32).numpy(), allow_pickle=False)
 
 

@@ -19,7 +19,7 @@ from peft import PromptTuningConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt.files import alone_by, sync, whole_file
+from softprompt.files import alone_by, atomic_write, sync
 from softprompt.nesting import base_of
 from softprompt.prompt_paths import ADAPTER_CONFIG, WEIGHTS
 from softprompt.prompts.adapters import check_prompt, prompt_parameter, write_npy
@@ -144,7 +144,7 @@ def encode(embeds: Tensor) -> str:
 
 def save_tensor(embeds: Tensor, path: str | Path) -> None:
     """Writes the tensor with `torch.save`, for vLLM's offline `LLM.generate({"prompt_embeds": tensor})`."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(_saved(embeds))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.engine.forward import prompt_width
 from softprompt.nesting import base_of
 
@@ -28,7 +28,7 @@ def width_of(model: Any) -> int:
 
 def vocab_size_of(model: Any) -> int:
     """V, the number of vectors."""
-    return families.vocab_size(base_of(model))
+    return model_spec.vocab_size(base_of(model))
 
 
 def check_ids(model: Any, ids: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.generation.stock import right_options
 from softprompt.nesting import base_of
 from softprompt.tasks.classification import IGNORED, Encoder, Example
@@ -68,7 +68,7 @@ def _batches(lengths: Sequence[int], batch_size: int, *, alike: bool) -> Iterato
 
 def _pads_never_count(model: Any) -> bool:
     """Whether the model itself leaves pads out of its positions (BLOOM, OPT)."""
-    return families.positions_from_mask(families.config_of(base_of(model)))
+    return model_spec.positions_from_mask(model_spec.config_of(base_of(model)))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from softprompt.files import whole_file
+from softprompt.files import atomic_write
 from softprompt.prompts.inspection import Inspection, norm_quantiles, token_text
 from softprompt.tasks.compare import Side, largest_difference
 
@@ -215,5 +215,5 @@ def save_figure(figure: Figure, path: str | Path, *, whole: bool = False) -> Non
     With `whole` it is as large as its texts need, however long they are.
     """
     FigureCanvasAgg(figure)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=150, bbox_inches="tight" if whole else None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.engine.scoring import score
+from softprompt.engine.candidates import score
 from softprompt.nesting import base_of
 from softprompt.prompt_encoders import prompt_of
 from softprompt.tasks.classification import Encoder

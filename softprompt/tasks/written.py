@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softprompt.files import whole_file
+from softprompt.files import atomic_write
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.text_files import FILE_TYPES
 
@@ -33,7 +33,7 @@ def write_frame(frame: Any, path: str | Path) -> None:
     path = Path(path)
     content = _encoded(frame, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 

@@ -19,10 +19,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import softprompt
-from softprompt.engine import recorders
+from softprompt.engine import cuda_graph
+from softprompt.engine.cuda_graph import RerunRecorder
 from softprompt.engine.guard import guard_of
 from softprompt.engine.losses import weighted_sum
-from softprompt.engine.recorders import RerunRecorder
 from softprompt.engine.runner import runner_of
 from softprompt.ops.pack_layout import prompt_offsets
 
@@ -51,7 +51,7 @@ def record(base, prompt, times=3, **options):
 
 def test_the_offsets_of_the_prompts_live_as_long_as_the_step(monkeypatch):
     """A CUDA graph keeps addresses, not tensors."""
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", RerunRecorder())
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", RerunRecorder())
     base, prompt = build("llama"), leaf()
     record(base, prompt)
     assert len(runner_of(base).graphs) == 1
@@ -122,7 +122,7 @@ class Elsewhere(TapeRecorder):
 
 def test_a_step_touches_the_shared_tensors_in_its_turn_alone(monkeypatch):
     elsewhere = Elsewhere()
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", elsewhere)
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", elsewhere)
     recorded, eager = recorded_and_eager("llama")
     for seed in range(6):
         batch = make_batch(seed=seed)
@@ -207,7 +207,7 @@ def test_the_backward_of_a_step_recorded_under_autocast_is_not_under_it(tape, mo
         loss.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
         return loss
 
-    monkeypatch.setattr("softprompt.engine.recorded.weighted_sum", watched_loss)
+    monkeypatch.setattr("softprompt.engine.recorded_step.weighted_sum", watched_loss)
     base, prompt = build("llama", dtype=torch.float32), leaf().detach().float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         record(base, prompt, 2)

@@ -13,9 +13,9 @@ from tiny_models import build, pair, prompt_config, prompted
 from torch import nn
 
 import softprompt
-from softprompt.engine import graphs, recorders
-from softprompt.engine.graphs import bucket_of
-from softprompt.engine.recorders import RecordingError, RerunRecorder
+from softprompt.engine import cuda_graph, step_graph
+from softprompt.engine.cuda_graph import RecordingError, RerunRecorder
+from softprompt.engine.step_graph import bucket_of
 
 FEW_LABELS = ("answer", "first")  # one bucket for all batches
 EXACT = 1e-9  # fp64, but for softmax, rotary tables and ALiBi, which are fp32 on both sides
@@ -25,8 +25,8 @@ EXACT = 1e-9  # fp64, but for softmax, rotary tables and ALiBi, which are fp32 o
 def recorder(request, tape, monkeypatch):
     if request.param == "tape":
         return tape
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", RerunRecorder())
-    return recorders.RECORDERS["cpu"]
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", RerunRecorder())
+    return cuda_graph.RECORDERS["cpu"]
 
 
 def recorded_and_eager(name, **options):
@@ -142,7 +142,7 @@ def test_one_graph_serves_all_batches_of_a_bucket(recorder):
 
 
 def test_the_graphs_used_least_recently_are_dropped(recorder, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
     model, eager = recorded_and_eager("llama")
     sizes = [make_batch((length,) * 4, seed=1) for length in (8, 24, 40)]
     first = None
@@ -365,7 +365,7 @@ class Refusing(RerunRecorder):
 @pytest.mark.parametrize("error", [RecordingError("no reason"), RuntimeError("out of memory")])
 def test_a_recording_that_fails_is_tried_once_and_the_eager_step_takes_over(error, monkeypatch):
     refusing = Refusing(error)
-    monkeypatch.setitem(recorders.RECORDERS, "cpu", refusing)
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", refusing)
     recorded, eager = recorded_and_eager("llama")
     with pytest.warns(UserWarning, match=f"not recorded: recording failed: .*{error}"):
         assert_same_losses(recorded, eager, 4)
@@ -515,7 +515,7 @@ def test_anomaly_detection_stays_eager(recorder):
 
 
 def test_without_a_recorder_nothing_is_said(monkeypatch):
-    monkeypatch.delitem(recorders.RECORDERS, "cpu", raising=False)
+    monkeypatch.delitem(cuda_graph.RECORDERS, "cpu", raising=False)
     model, _ = recorded_and_eager("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

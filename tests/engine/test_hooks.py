@@ -12,9 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softprompt
-from softprompt.engine import families, hooks
-from softprompt.engine.attention import Packing, UnsupportedAttentionError, packed_attention
-from softprompt.engine.packing import alibi_slopes
+from softprompt.engine import attention_modules, model_spec
+from softprompt.engine.attention import alibi_slopes
+from softprompt.engine.attention_overrides import (
+    AttentionContext,
+    UnsupportedAttentionError,
+    packed_attention,
+)
 from softprompt.engine.plan import make_plan
 from softprompt.engine.structure import structure_of
 from softprompt.layout import build_layout
@@ -111,9 +115,9 @@ def test_a_compact_batch_equals_its_rows_without_pads(name):
 
 
 def in_a_packed_call(model, num_tokens=4):
-    body, plan = families.body_of(model), make_plan(model)
+    body, plan = model_spec.body_of(model), make_plan(model)
     layout = build_layout(torch.ones(2, num_tokens, dtype=torch.int64), [3])
-    packing = Packing(layout, families.config_of(model)._attn_implementation)
+    packing = AttentionContext(layout, model_spec.config_of(model)._attn_implementation)
     return body, packed_attention(body, plan.seam, packing), layout.num_rows
 
 
@@ -132,7 +136,7 @@ def test_dropout_changes_every_draw_of_the_attention_but_not_its_mean(name):
     body, call, num_rows = in_a_packed_call(model)
     module = next(module for module in body.modules() if type(module).__name__ == kind)
     torch.manual_seed(0)
-    hidden = torch.randn(1, num_rows, families.config_of(model).hidden_size, dtype=torch.float64)
+    hidden = torch.randn(1, num_rows, model_spec.config_of(model).hidden_size, dtype=torch.float64)
     extra = {"bloom": {"residual": torch.zeros_like(hidden)}, "mpt": {"position_bias": None}}.get(name, {})
     alibi = {"alibi": hidden[:, :1]} if name in ("bloom", "falcon-alibi") else {}
     with call, torch.no_grad():
@@ -180,7 +184,7 @@ def test_entering_and_running_the_decoder_copies_nothing_from_the_host_and_reads
     model = build(name, dtype=torch.float32)
     body, call, num_rows = in_a_packed_call(model)
     arguments = {"inputs_embeds": torch.randn(1, num_rows, 32 if name == "bloom" else 48), "use_cache": False}
-    if families.takes_position_ids(body):
+    if model_spec.takes_position_ids(body):
         arguments["position_ids"] = torch.arange(num_rows)[None]
     mask = torch.ones(1, num_rows, dtype=torch.bool)
     with Operations() as seen, call, torch.no_grad():
@@ -210,8 +214,8 @@ def test_after_a_call_every_module_has_its_class_again_also_after_an_exception(n
 
 def test_a_packed_call_meets_the_same_classes_every_time():
     model = build("bloom")
-    body = families.body_of(model)
-    first, second = hooks.answered(body, "bloom"), hooks.answered(body, "bloom")
+    body = model_spec.body_of(model)
+    first, second = attention_modules.answered(body, "bloom"), attention_modules.answered(body, "bloom")
     assert [entry[2] for entry in first] == [entry[2] for entry in second]
     assert len({entry[2] for entry in first}) == 2  # attention and GELU
 
@@ -245,11 +249,11 @@ def derive_a_class(layer):
 @pytest.mark.parametrize("change", [exchange_an_attention, replace_a_forward, derive_a_class])
 def test_a_module_that_is_no_longer_what_was_known_is_seen_at_the_next_call(change):
     model = build("bloom")
-    body = families.body_of(model)
-    assert hooks.obstacle(body, "bloom") is None
+    body = model_spec.body_of(model)
+    assert attention_modules.obstacle(body, "bloom") is None
     change(body.h[1])
     with pytest.raises(UnsupportedAttentionError, match=r"layer 1 has 0 modules|replaced on the instance"):
-        hooks.answered(body, "bloom")
+        attention_modules.answered(body, "bloom")
 
 
 def test_a_class_that_keeps_the_stock_forward_is_answered():
@@ -276,22 +280,22 @@ def test_a_replaced_layer_and_a_hook_act_at_the_next_call():
 
 def test_what_depends_on_modules_is_looked_up_again_when_one_was_exchanged():
     model = build("gpt2-dropout")
-    body = families.body_of(model)
+    body = model_spec.body_of(model)
     structure = structure_of(body)[0]
     assert structure_of(body)[0] is structure
-    assert families.dropout_of(model) == ["Dropout(p=0.1)"]
+    assert model_spec.dropout_of(model) == ["Dropout(p=0.1)"]
     body.drop.p = 0.25
-    assert families.dropout_of(model) == ["Dropout(p=0.1)", "Dropout(p=0.25)"]
+    assert model_spec.dropout_of(model) == ["Dropout(p=0.1)", "Dropout(p=0.25)"]
     body.drop = nn.Dropout(0.5)
-    assert families.dropout_of(model) == ["Dropout(p=0.1)", "Dropout(p=0.5)"]
+    assert model_spec.dropout_of(model) == ["Dropout(p=0.1)", "Dropout(p=0.5)"]
     assert structure_of(body)[0] is not structure
     assert structure_of(body)[1] == list(body.modules())
 
 
 def test_what_is_known_of_a_model_does_not_keep_it_alive_not_even_where_its_hooks_hold_it():
-    body = families.body_of(build("bloom"))
+    body = model_spec.body_of(build("bloom"))
     body.h[0].self_attention.register_forward_hook(lambda module, args, output, held=body: None)
-    assert hooks.obstacle(body, "bloom") is None
+    assert attention_modules.obstacle(body, "bloom") is None
     alive = weakref.ref(body)
     del body
     gc.collect()
@@ -300,20 +304,20 @@ def test_what_is_known_of_a_model_does_not_keep_it_alive_not_even_where_its_hook
 
 def test_checkpointing_that_is_switched_on_is_seen():
     model = build("llama").train()
-    body = families.body_of(model)
-    assert not families.uses_gradient_checkpointing(body)
+    body = model_spec.body_of(model)
+    assert not model_spec.uses_gradient_checkpointing(body)
     model.gradient_checkpointing_enable()
-    assert families.uses_gradient_checkpointing(body)
+    assert model_spec.uses_gradient_checkpointing(body)
     model.eval()
-    assert not families.uses_gradient_checkpointing(body)
+    assert not model_spec.uses_gradient_checkpointing(body)
 
 
 def test_another_configuration_of_a_module_is_seen():
-    body = families.body_of(build("llama"))
+    body = model_spec.body_of(build("llama"))
     config = body.config
-    assert families.attention_configs(body) == [config]
+    assert model_spec.attention_configs(body) == [config]
     body.layers[0].self_attn.config = other = type(config)(**config.to_dict())
-    assert [id(c) for c in families.attention_configs(body)] == [id(config), id(other)]
+    assert [id(c) for c in model_spec.attention_configs(body)] == [id(config), id(other)]
 
 
 @pytest.mark.filterwarnings("ignore:softprompt")

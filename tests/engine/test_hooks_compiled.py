@@ -5,7 +5,7 @@ import torch
 from parity import assert_close, make_batch
 from tiny_models import WINDOW, build
 
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.engine.batch import check_batch
 from softprompt.engine.packed import packed_layout, rows_of_layout
 from softprompt.engine.plan import make_plan
@@ -53,7 +53,7 @@ def test_a_compiled_decoder_gives_the_plain_ones_numbers_and_compiles_nothing_fo
     model = build(name, torch.float32, **NUM_LAYERS.get(name, {"num_hidden_layers": LAYERS}))
     plan = make_plan(model)
     assert plan.route == "packed"
-    compiled = torch.compile(families.body_of(model), backend=backend)
+    compiled = torch.compile(model_spec.body_of(model), backend=backend)
     prompt = torch.randn(4, model.get_input_embeddings().embedding_dim, requires_grad=True)
 
     def compare(batches):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softprompt
 from softprompt import layout
-from softprompt.engine import families, graphs
+from softprompt.engine import model_spec, step_graph
 
 BATCH = make_batch(side="left", labels="everywhere")
 # On a GPU each of these makes the host wait. On the CPU Tensor.tolist runs no op, so Python is watched too.
@@ -95,7 +95,7 @@ def watched(model, monkeypatch):
 
         return recorded
 
-    body = families.body_of(model)
+    body = model_spec.body_of(model)
     launch, read = body.forward, layout.read_counts
 
     def launched(*args, **kwargs):
@@ -162,12 +162,12 @@ def test_a_replayed_step_reads_once_and_before_the_replay(tape, monkeypatch):
         model(**BATCH).loss.backward()
     with watched(model.get_base_model(), monkeypatch) as events:
         # Steps are not recorded under a mode or with a replaced forward, so the watch's own do not count.
-        monkeypatch.setattr(graphs, "process_obstacle", lambda: None)
-        del families.body_of(model.get_base_model()).__dict__["forward"]
+        monkeypatch.setattr(step_graph, "process_obstacle", lambda: None)
+        del model_spec.body_of(model.get_base_model()).__dict__["forward"]
         before = tape.replays
         model(**BATCH).loss.backward()
         assert tape.replays == before + 1
-        families.body_of(model.get_base_model()).forward = None  # for the watch to put back
+        model_spec.body_of(model.get_base_model()).forward = None  # for the watch to put back
     assert events == ["read_counts"]
 
 

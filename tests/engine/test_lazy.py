@@ -13,7 +13,7 @@ from tiny_models import pair, prompted
 from transformers import Trainer, TrainingArguments
 
 import softprompt
-from softprompt.engine.lazy import LazyLogits, with_gradient
+from softprompt.engine.lazy_logits import LazyLogits, with_gradient
 
 BATCH = make_batch(side="right", labels="everywhere", width=7)  # the longest text fills its row
 REAL = real_columns(BATCH, 4)

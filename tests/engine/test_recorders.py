@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from softprompt.engine import recorders
-from softprompt.engine.recorders import CudaGraphRecorder, RecordingError, capture
+from softprompt.engine import cuda_graph
+from softprompt.engine.cuda_graph import CudaGraphRecorder, RecordingError, capture
 
 DEVICE = torch.device("cuda", 0)
 
@@ -102,7 +102,7 @@ class Cuda:
 def cuda(monkeypatch):
     cuda = Cuda()
     fake = types.SimpleNamespace(_cuda_clearCublasWorkspaces=lambda: cuda.workspaces.clear())
-    monkeypatch.setattr(recorders, "torch", types.SimpleNamespace(cuda=cuda, _C=fake))
+    monkeypatch.setattr(cuda_graph, "torch", types.SimpleNamespace(cuda=cuda, _C=fake))
     return cuda
 
 

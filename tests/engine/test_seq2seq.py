@@ -23,7 +23,7 @@ from tiny_models import VOCABULARY, pair
 
 import softprompt
 from softprompt.engine import plan_for
-from softprompt.engine.lazy import LazyLogits
+from softprompt.engine.lazy_logits import LazyLogits
 from softprompt.generation.call import CHUNKS_BEHIND_A_CACHE
 
 

@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 import softprompt
 from softprompt import ensemble, multitask
 from softprompt.engine import plan_for
-from softprompt.engine.lazy import LazyLogits
+from softprompt.engine.lazy_logits import LazyLogits
 
 BATCH = seq2seq_batch()
 

@@ -19,7 +19,7 @@ from seq2seq_models import (
 from tiny_models import VOCABULARY, pair
 
 import softprompt
-from softprompt.engine.lazy import LazyLogits
+from softprompt.engine.lazy_logits import LazyLogits
 
 
 def padded(batch=None, columns=6):

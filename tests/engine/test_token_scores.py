@@ -6,7 +6,7 @@ from parity import assert_close, make_batch, prompt_of
 from tiny_models import pair, prompted
 
 import softprompt
-from softprompt.engine.token_scores import scores_tokens
+from softprompt.engine.trl_head import scores_tokens
 
 pytest.importorskip("trl")
 from trl.trainer.utils import add_fused_lm_head

@@ -15,8 +15,8 @@ from seq2seq_models import seq2seq_batch
 from tiny_models import pair, prompted
 
 import softprompt
-from softprompt.engine import graphs
-from softprompt.engine.scoring import score
+from softprompt.engine import step_graph
+from softprompt.engine.candidates import score
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.arguments import LossOptions
 from softprompt.ops.linear_cross_entropy.reference import linear_cross_entropy_ref
@@ -90,7 +90,7 @@ def test_a_step_reads_nothing_unwritten(name, dtype, vocabulary, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_recorded_step_reads_nothing_unwritten(name, dtype, tape, monkeypatch):
-    monkeypatch.setattr(graphs, "process_obstacle", lambda: None)  # the watch is a mode of PyTorch
+    monkeypatch.setattr(step_graph, "process_obstacle", lambda: None)  # the watch is a mode of PyTorch
     stock, fast, truth = models(prompted, name, dtype)
     softprompt.patch(fast, on_unsupported="error")
     batches = [

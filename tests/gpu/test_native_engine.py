@@ -9,7 +9,7 @@ from parity import assert_close, make_batch, prompt_of, relative_error, step
 from tiny_models import pair, prompted
 
 import softprompt
-from softprompt.engine import recorders
+from softprompt.engine import cuda_graph
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 VOCABULARY = 97
@@ -51,7 +51,7 @@ def models(name, device, dtype=torch.float32, **options):
 @pytest.fixture
 def recording(device, tape):
     """The device's own recorder, or the tape on the CPU."""
-    return recorders.RECORDERS[device]
+    return cuda_graph.RECORDERS[device]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY, build, prompt_config, with_prompt
 from torch import nn
 
 import softprompt
-from softprompt.engine import families
+from softprompt.engine import model_spec
 from softprompt.generation.stock import PEFT_KNOWS_CACHE
 from softprompt.state import state_of
 
@@ -71,7 +71,7 @@ def row_of(batch, row):
 def counted_tokens(model):
     """Yields a list that gets the number of tokens of each call of the model's decoder."""
     counts = []
-    body = families.body_of(model.get_base_model())
+    body = model_spec.body_of(model.get_base_model())
     code = inspect.unwrap(type(body).forward).__code__
 
     def watch(frame, event, argument):

@@ -11,13 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from softprompt.engine.recorders import RecordingError
+from softprompt.engine.cuda_graph import RecordingError
 
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 
 
 class TapeRecorder:
-    """See `softprompt.engine.recorders.Recorder`; `replays` counts what was played back."""
+    """See `softprompt.engine.cuda_graph.Recorder`; `replays` counts what was played back."""
 
     def __init__(self):
         self.replays = 0

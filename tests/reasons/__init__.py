@@ -15,7 +15,7 @@ from torch import nn
 from reasons import calls, encoder_decoders, generation, models, steps, weights
 from reasons.calls import ADAPTERS, CALLS
 from reasons.rows import BATCH, Row, pattern_of
-from softprompt.engine import families, graphs, hooks, precision, sharding
+from softprompt.engine import attention_modules, model_spec, precision, sharding, step_graph
 from softprompt.ops import registry
 
 __all__ = ["ADAPTERS", "BATCH", "CALLS", "DIRECT", "ELSEWHERE", "ROWS", "Row", "pattern_of"]
@@ -28,12 +28,12 @@ def without_triton(kit):
 
 # Reasons that no whole model shows on a machine without a GPU: sentence -> what gives it
 DIRECT = {
-    "the attention modules of {} are not known": lambda kit: hooks.obstacle(nn.Module(), "llama"),
-    "no module runs {}": lambda kit: hooks.obstacle(nn.Module(), "bloom"),
-    "the weights are on {}, the batch is on {}": lambda kit: graphs._lasting_obstacle(
+    "the attention modules of {} are not known": lambda kit: attention_modules.obstacle(nn.Module(), "llama"),
+    "no module runs {}": lambda kit: attention_modules.obstacle(nn.Module(), "bloom"),
+    "the weights are on {}, the batch is on {}": lambda kit: step_graph._lasting_obstacle(
         build("llama"), torch.device("meta")
     ),
-    "the model names no output embeddings": lambda kit: families.head_obstacle(
+    "the model names no output embeddings": lambda kit: model_spec.head_obstacle(
         types.SimpleNamespace(get_output_embeddings=lambda: None)
     ),
     "{} is on the meta device": lambda kit: precision.weight_obstacle("it", torch.empty(1, device="meta")),

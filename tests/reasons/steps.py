@@ -9,7 +9,7 @@ from tiny_models import prompted
 import softprompt
 from reasons.models import weight_of_a_class
 from reasons.rows import BATCH, DYNAMIC, Row
-from softprompt.engine import recorders
+from softprompt.engine import cuda_graph
 
 
 def steps(change=lambda model: None, batch=BATCH, name="llama", **overrides):
@@ -89,7 +89,7 @@ def waiting_step(kit):
 
     for name in ("get_sync_debug_mode", "set_sync_debug_mode"):
         kit.monkeypatch.setattr(torch.cuda, name, lambda *args: 0)
-    recorders._without_waits(run)
+    cuda_graph._without_waits(run)
 
 
 def rows():

@@ -13,8 +13,8 @@ from tiny_models import prompted
 
 import softprompt
 from reasons import DIRECT, ELSEWHERE, ROWS, pattern_of
-from softprompt.engine import recorders
-from softprompt.engine.recorders import RerunRecorder
+from softprompt.engine import cuda_graph
+from softprompt.engine.cuda_graph import RerunRecorder
 
 ROOT = Path(softprompt.__file__).parent
 TESTS = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ class Kit:
                     raise error
                 return run
 
-        self.monkeypatch.setitem(recorders.RECORDERS, "cpu", Recorder())
+        self.monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", Recorder())
 
 
 def rows_that(said):

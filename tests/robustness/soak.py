@@ -21,7 +21,7 @@ from tiny_models import prompt_config, prompted  # noqa: E402
 
 import softprompt  # noqa: E402
 from softprompt import state  # noqa: E402
-from softprompt.engine import model_records, recorders  # noqa: E402
+from softprompt.engine import cuda_graph, model_records  # noqa: E402
 
 CACHES = {
     "states": state._MODELS,
@@ -70,7 +70,7 @@ def training():
 
 def recorded_training():
     """Training steps that are recorded and replayed: by running them again, without a GPU."""
-    recorders.RECORDERS["cpu"] = recorders.RerunRecorder()
+    cuda_graph.RECORDERS["cpu"] = cuda_graph.RerunRecorder()
     return training()
 
 
@@ -133,7 +133,7 @@ def soak(name, steps, warm):
             step(number)
         after, end = sizes(), resident_bytes()
     finally:
-        recorders.RECORDERS.pop("cpu", None)
+        cuda_graph.RECORDERS.pop("cpu", None)
     return {
         "loop": name,
         "steps": steps,

@@ -139,7 +139,7 @@ def test_predictions_are_those_of_peft(start, tmp_path):
 
 
 def test_a_loss_alone_computes_no_logits(start, tmp_path, monkeypatch):
-    from softprompt.engine.lazy import LazyLogits
+    from softprompt.engine.lazy_logits import LazyLogits
 
     _, fast = models(start)
     monkeypatch.setattr(LazyLogits, "materialize", lambda self: pytest.fail("logits were computed"))

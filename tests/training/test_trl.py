@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import softprompt
 from softprompt import calls
 from softprompt.engine import plan_for, sharding
-from softprompt.engine.token_scores import ASKED
+from softprompt.engine.trl_head import ASKED
 from softprompt.tiny import model_path
 
 trl = pytest.importorskip("trl")

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
+from softprompt.engine.cuda_graph import Recorder, Run
 from softprompt.engine.losses import label_losses, weighted_sum
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan
-from softprompt.engine.recorders import Recorder, Run
 from softprompt.layout import PackedLayout
 
 _COPIED = (

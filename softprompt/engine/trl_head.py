@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
 from softprompt.engine.losses import decoder_returns
-from softprompt.engine.packed import HiddenRows
+from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.packed import DecoderOutput
 from softprompt.layout import IGNORE_INDEX
 
 ASKED = "fused_lm_head"
@@ -52,7 +52,7 @@ def _wrapped_by_trl(model: CausalLM, forward: Any) -> Any:
 def token_scores(
     model: CausalLM,
     batch: Batch,
-    rows: HiddenRows,
+    rows: DecoderOutput,
     *,
     compact: bool,
     arguments: dict[str, Any],

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompt.engine import families, sharding
+from softprompt.engine import model_spec, sharding
 from softprompt.engine.batch import Batch
-from softprompt.engine.families import CausalLM
+from softprompt.engine.cuda_graph import RECORDERS, RecordingError, first_line
 from softprompt.engine.guard import HOOKED, guard_of, process_obstacle
-from softprompt.engine.lazy import in_this_mode
+from softprompt.engine.lazy_logits import in_this_mode
 from softprompt.engine.losses import GroupWeights, LossWeights
+from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE
-from softprompt.engine.packed import HiddenRows, rows_of_layout
+from softprompt.engine.packed import DecoderOutput, rows_of_layout
 from softprompt.engine.plan import Plan
-from softprompt.engine.recorded import RecordedStep, StepBatch, record_step
-from softprompt.engine.recorders import RECORDERS, RecordingError, first_line
+from softprompt.engine.recorded_step import RecordedStep, StepBatch, record_step
 from softprompt.layout import PackedLayout, round_up
 from softprompt.warn import warn
 
@@ -79,7 +79,7 @@ class Step(NamedTuple):
     loss: Tensor | None  # [] differentiable; None without labels
     losses: Tensor | None  # [M] of the labels; None without, and where a replay needed none
     weights: GroupWeights | None  # of the labels, where they are not all alike
-    rows: HiddenRows
+    rows: DecoderOutput
 
 
 class StepGraphs:
@@ -134,7 +134,7 @@ class StepGraphs:
         if not self._compile or not torch.is_grad_enabled():
             return None
         if self._compiled is None:
-            self._compiled = torch.compile(families.body_of(self.model))
+            self._compiled = torch.compile(model_spec.body_of(self.model))
         return self._compiled
 
     def give_up_compiling(self, reason: str) -> None:
@@ -236,7 +236,7 @@ class StepGraphs:
             loss, hidden = recorded(given, live, in_this_mode(again, device.type))
             self.statistics.replayed += 1
         num_rows, row_length = batch.shape
-        rows = HiddenRows(
+        rows = DecoderOutput(
             hidden,
             exact.label_rows,
             exact.label_targets,
@@ -345,20 +345,20 @@ def _lasting_obstacle(model: CausalLM, device: torch.device) -> str | None:
         return f"the weights are on {weight.device}, the batch is on {device}"
     if any(parameter.requires_grad for parameter in model.parameters()):
         return "the language model has trainable weights, whose gradients a recorded step does not make"
-    if families.rotary_switch(model) is not None:
+    if model_spec.rotary_switch(model) is not None:
         return "its rotary embedding depends on the longest position, which the host has to read"
     return None
 
 
 def _passing_obstacle(model: CausalLM, plan: Plan, device_type: str) -> str | None:
     """What depends on training flags and autocast."""
-    body = families.body_of(model)
+    body = model_spec.body_of(model)
     training = any(module.training for module in model.modules())
-    dropout = families.dropout_of(model) if training else []
+    dropout = model_spec.dropout_of(model) if training else []
     if dropout:
         return f"dropout is on in the language model ({', '.join(dropout)})"
-    if families.uses_gradient_checkpointing(body):
+    if model_spec.uses_gradient_checkpointing(body):
         return "gradient checkpointing is on"
-    if families.compute_dtype(_compute_weight(model)) == torch.float16:
+    if model_spec.compute_dtype(_compute_weight(model)) == torch.float16:
         return "fp16 gradients have to be scaled before the backward, and a recorded step scales them after"
     return None

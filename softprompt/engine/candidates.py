@@ -15,7 +15,6 @@ from torch import Tensor
 
 from softprompt.engine import sharding
 from softprompt.engine.batch import Batch, check_batch
-from softprompt.engine.families import CausalLM, body_of, position_limit, vocab_size
 from softprompt.engine.forward import (
     POSITIONS,
     check_option,
@@ -23,6 +22,7 @@ from softprompt.engine.forward import (
     refuse_prompt_model,
 )
 from softprompt.engine.losses import own_logits
+from softprompt.engine.model_spec import CausalLM, body_of, position_limit, vocab_size
 from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
