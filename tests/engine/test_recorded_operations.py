@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import torch
+from marks import slow_unless
 from tiny_models import ARCHITECTURES, PADDED, build
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,7 +108,13 @@ def operations_of_a_step(name, device):
     return operations
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in (*PADDED, *READING)])
+@pytest.mark.parametrize(
+    "name",
+    slow_unless(
+        ["bloom", "llama", "gpt2", "gemma2", "gpt_oss", "falcon-alibi"],
+        [name for name in ARCHITECTURES if name not in (*PADDED, *READING)],
+    ),
+)
 def test_no_tensor_of_the_host_takes_part(name, device):
     assert operations_of_a_step(name, device).of_the_host == []
 

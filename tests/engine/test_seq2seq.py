@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+from marks import slow_unless
 from parity import assert_close, prompt_of, step
 from peft import PeftModel
 from seq2seq_models import (
     ENCODERS,
     FAMILIES,
     KEEP_COLUMNS,
+    QUICK_FAMILIES,
     assert_same_answers,
     build,
     config_of,
@@ -33,7 +35,7 @@ def models():
     return stock, softprompt.patch(fast, on_unsupported="error")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_unless(QUICK_FAMILIES, FAMILIES))
 def test_every_family_takes_the_route_and_gives_the_numbers_of_peft(name):
     if name == "umt5" and not CHUNKS_BEHIND_A_CACHE:
         pytest.skip("transformers before 5.21: the self-check leaves it to PEFT")

@@ -152,6 +152,7 @@ def op_arguments(inputs, layout):
     )
 
 
+@pytest.mark.slow
 def test_opcheck(backend):
     layout = layout_of("right, dummies")
     inputs = tensors(layout)
