@@ -19,7 +19,8 @@ from softprompt.engine.model_spec import CausalLM
 
 def base_of(model: nn.Module) -> CausalLM:
     """The language model inside of PEFT models and of `torch.compile`; another model is its own."""
-    return _chain(model)[-1]
+    base: CausalLM = _chain(model)[-1]
+    return base
 
 
 def is_nested(model: PeftModel) -> bool:

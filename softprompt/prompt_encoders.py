@@ -367,4 +367,5 @@ def tokens_of(model: Any, name: str) -> Tensor:
     if known is None or known[0] is not tokens or known[1] != tokens._version or known[2].device != device:
         with torch.inference_mode(False):
             known = copies[name] = (tokens, tokens._version, tokens.to(device))
-    return known[2]
+    copied: Tensor = known[2]
+    return copied

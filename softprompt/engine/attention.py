@@ -133,4 +133,5 @@ def alibi_slopes(
         else:
             mask = torch.ones(1, 2, device=device)
             slopes = code.build_alibi_tensor(mask, num_heads, torch.float32)[:, 0, 1]
-        return (slopes.float() * factor).contiguous()
+        scaled: Tensor = (slopes.float() * factor).contiguous()
+        return scaled

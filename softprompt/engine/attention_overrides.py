@@ -131,7 +131,8 @@ def _dense_mask(
     allowed = mask_function(zero, zero, slots[:, None], slots[None, :]) & visible(layout.attention, None)
     if config._attn_implementation == _MASK_EAGER:
         return _additive(allowed, dtype)[None, None]
-    return allowed[None, None]
+    mask: Tensor = allowed[None, None]
+    return mask
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -295,4 +295,5 @@ def _alone(model: CausalLM, batch: Batch, candidate: list[int], *, feed_last: bo
     columns = last[:, None] + torch.arange(len(candidate), device=last.device)
     rows = logits.take_along_dim(columns[:, :, None], 1)
     wanted = rows.gather(2, tokens.expand(len(last), -1)[:, :, None])[:, :, 0]
-    return (wanted - rows.logsumexp(2)).sum(1)
+    scores: Tensor = (wanted - rows.logsumexp(2)).sum(1)
+    return scores

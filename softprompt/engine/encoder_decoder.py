@@ -250,7 +250,8 @@ def _head_bias(model: CausalLM) -> Tensor | None:
     if added is None:
         return own  # type: ignore[no-any-return]
     added = added.reshape(-1)
-    return added if own is None else own + added
+    bias: Tensor | None = added if own is None else own + added
+    return bias
 
 
 def logits_source(model: CausalLM, rows: DecodedRows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

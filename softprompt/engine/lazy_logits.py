@@ -173,7 +173,8 @@ class LazyLogits(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A copy holds the values."""
-        return self.materialize().__deepcopy__(memo)
+        copied: Tensor = self.materialize().__deepcopy__(memo)
+        return copied
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shows the values."""

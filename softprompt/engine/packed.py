@@ -251,7 +251,8 @@ class _RecomputingBody(torch.autograd.Function):
             output = run_body(body, seam, packing, ctx.inner)
         ctx.hidden, ctx.again = output.last_hidden_state, (body, seam, packing)
         output_class.append(type(output))
-        return output.last_hidden_state.detach()
+        hidden: Tensor = output.last_hidden_state.detach()
+        return hidden
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

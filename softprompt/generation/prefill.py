@@ -183,7 +183,8 @@ def prefill_for(model: CausalLM, plan: Plan) -> Prefill:
         known = model_records.last(model, "prefill")
         if known is None or known[0] is not plan:  # a plan that was made again may be equal
             return model_records.put(model, "prefill", plan, _choose(model, plan))
-        return known[1]
+        prefill: Prefill = known[1]
+        return prefill
 
 
 def describe(prefill: Prefill) -> str:

@@ -54,7 +54,8 @@ def embed_prompt(
     check_same_device(
         "embed_prompt", table=table, input_ids=input_ids, token_index=token_index, prompts=prompts
     )
-    return _OP(table, input_ids, token_index, prompts, backend)
+    embeds: Tensor = _OP(table, input_ids, token_index, prompts, backend)
+    return embeds
 
 
 def reference(table: Tensor, input_ids: Tensor, token_index: Tensor, prompts: Tensor) -> Tensor:

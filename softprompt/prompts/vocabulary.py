@@ -52,7 +52,8 @@ def embed(model: Any, token_ids: Sequence[int] | Tensor) -> Tensor:
     ids = torch.as_tensor(token_ids, dtype=torch.long)
     check_ids(model, ids)
     embedding = base_of(model).get_input_embeddings()
-    return embedding(ids.to(embedding.weight.device)).detach().clone().to("cpu", torch.float32)
+    rows: Tensor = embedding(ids.to(embedding.weight.device)).detach().clone().to("cpu", torch.float32)
+    return rows
 
 
 @torch.no_grad()

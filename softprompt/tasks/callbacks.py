@@ -21,7 +21,8 @@ class Patience(EarlyStoppingCallback):  # type: ignore[misc]
 
     def is_worn(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Return whether a run in this state has stopped."""
-        return self._since_best(args, state) >= self.early_stopping_patience
+        stops: bool = self._since_best(args, state) >= self.early_stopping_patience
+        return stops
 
     def _since_best(self, args: TrainingArguments, state: TrainerState) -> int:
         metric = f"eval_{args.metric_for_best_model}"

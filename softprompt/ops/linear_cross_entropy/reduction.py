@@ -27,8 +27,8 @@ def reduce_losses(
         tensor = num_items
     elif num_items is not None:
         divisor = float(num_items or 1)
-    total, _ = _REDUCE(losses, targets, tensor, divisor, ignore_index, backend)
-    return total
+    reduced: Tensor = _REDUCE(losses, targets, tensor, divisor, ignore_index, backend)[0]
+    return reduced
 
 
 def _reduce(

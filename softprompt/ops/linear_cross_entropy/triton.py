@@ -34,7 +34,8 @@ def splits_of(num_rows: int, row_length: int) -> int:
     if num_rows == 0:
         return 1
     wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_rows))
-    return max(1, min(wanted, triton.next_power_of_2(triton.cdiv(row_length, SPLIT_BLOCK))))
+    count: int = max(1, min(wanted, triton.next_power_of_2(triton.cdiv(row_length, SPLIT_BLOCK))))
+    return count
 
 
 def rows_loss_and_gradient_(

@@ -170,7 +170,8 @@ def splits_of(text_rows: int, programs: int) -> int:
     with 32 heads of 128 would take 10 GB in 32 splits, and have programs enough without.
     """
     most = min(_MAX_SPLITS, max(1, _MAX_PROGRAMS // max(1, programs)))
-    return min(triton.cdiv(text_rows, _SPLIT_ROWS), most)
+    count: int = min(triton.cdiv(text_rows, _SPLIT_ROWS), most)
+    return count
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
