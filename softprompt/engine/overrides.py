@@ -18,21 +18,21 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 @contextlib.contextmanager
 def override(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Attributes of an instance, put back as they were; one thread at a time is inside."""
-    with IN_USE:
-        before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
-        module.__dict__.update(attributes)
-        try:
-            yield
-        finally:
-            for name in attributes:
-                module.__dict__.pop(name, None)
-            module.__dict__.update(before)
+    """Attributes of an instance, put back as they were."""
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
 
 
 @contextlib.contextmanager
 def returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """A part of a model returns `output` in the block, without running and without its hooks.
+    """A part of a model returns `output` in the block, without running and without its hooks. One thread at a
+    time is inside.
 
     Raises:
         RuntimeError: at the end, where nothing has called it.
@@ -45,7 +45,7 @@ def returning(module: nn.Module, output: Any) -> Iterator[None]:
         return output
 
     # The output comes from behind the module's hooks: they must not act a second time.
-    with override(module, forward=forward, **{name: OrderedDict() for name in HOOKS}):
+    with IN_USE, override(module, forward=forward, **{name: OrderedDict() for name in HOOKS}):
         yield
     if not called:
         raise RuntimeError(f"the model never calls the {type(module).__name__} that it holds")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.cache_utils import StaticLayer
 from softprompt.engine import Plan, model_spec
 from softprompt.engine.caches import CACHE
 from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.overrides import override
 from softprompt.generation.call import GenerateCall
 
 
@@ -61,8 +61,7 @@ def run(model: CausalLM, plan: Plan, call: GenerateCall, columns: Columns, cache
         own_cache=cache,
         text_mask=None if no_ids else columns.text_mask,
     )
-    own = {"prepare_inputs_for_generation": prepare, "_get_logits_processor": process}
-    with _methods(model, own):
+    with override(model, prepare_inputs_for_generation=prepare, _get_logits_processor=process):
         return model.generate(**arguments)
 
 
@@ -157,19 +156,6 @@ def _logits_processor(
     if mask is not None and text_mask is not None:
         text_mask = text_mask.to(mask.device).repeat_interleave(mask.shape[0] // text_mask.shape[0], 0)
     return stock(**kwargs | {"model_kwargs": others | {"attention_mask": text_mask}})
-
-
-@contextlib.contextmanager
-def _methods(model: CausalLM, methods: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Sets methods on an instance, as PEFT does for the length of a call."""
-    before = {name: model.__dict__[name] for name in methods if name in model.__dict__}
-    model.__dict__.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del model.__dict__[name]
-        model.__dict__.update(before)
 
 
 class Assistant:
