@@ -39,6 +39,7 @@ def tape(monkeypatch):
     return recorder
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
