@@ -29,13 +29,13 @@ demo: $(READY)
 	$(BIN)/softprompt demo
 
 # The tests in two halves: those to run while working, and the long ones (compilers, processes of torchrun, emulated
-# CUDA, rehearsals, kills, the corners of long parametrizations). Those that take longest begin, and what the tests of
-# a module share is made once. PYTEST_OPTIONS are more options.
+# CUDA, rehearsals, kills, the corners of long parametrizations). Files with the longest begin, and what the tests of
+# a file share is made once. PYTEST_OPTIONS are more options.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST_OPTIONS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m slow $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(PYTEST_OPTIONS)
 
 test-all: test test-slow
 

@@ -39,18 +39,11 @@ def tape(monkeypatch):
     return recorder
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-    for item in items:
-        # Tests that share what takes long to make stay in one process, under --dist loadgroup.
-        if config.pluginmanager.hasplugin("xdist") and any(
-            found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()
-        ):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
     items.sort(key=lambda item: -_seconds(item))
 
 
