@@ -89,12 +89,12 @@ ELSEWHERE = {
     "give one model both adapters (model.add_adapter)": ("test_nested.py", "one prompt before another"),
     "a mode of PyTorch is on ({})": ("engine/test_graph_validity.py", "a mode of PyTorch is on"),
     "{}, whose changes cannot be seen": ("engine/test_graph_validity.py", "whose changes cannot be"),
-    "the capture failed: {}": ("engine/test_recorders.py", 'match="the capture failed"'),
+    "the capture failed: {}": ("engine/test_cuda_graph.py", 'match="the capture failed"'),
     "softprompt: prompts of several lengths cannot share a batch of up to {} positions: the model's rotary "
     "embedding changes beyond {}, for all prompts at once": ("test_ensemble.py", "for all prompts at once"),
     "the model's rotary embedding changes beyond {} positions, and prompt, text and candidate take up "
     "to {}": (
-        "engine/test_scoring.py",
+        "engine/test_candidates.py",
         "one at a time: the model's rotary embedding changes beyond",
     ),
     'softprompt: positions="compact" with pads between prompt and text needs the packed prefill on a model '
