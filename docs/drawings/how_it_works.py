@@ -52,7 +52,7 @@ WAY = (
     ),
     Step(
         "decode",
-        "rows_of_layout",
+        "decode_packed",
         "engine/packed.py",
         (
             "ops/embed_prompt: embeddings [1, T, H]",

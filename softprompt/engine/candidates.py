@@ -23,7 +23,6 @@ from softprompt.engine.forward import (
 )
 from softprompt.engine.losses import own_logits
 from softprompt.engine.model_spec import CausalLM, body_of, position_limit, vocab_size
-from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.engine.self_check import reference_forward
@@ -180,7 +179,7 @@ def _packed(
     candidate_of = torch.tensor(number, dtype=torch.int64, device=device)
 
     layout = _layout_of(model, plan, batch, fed, candidate_of, place, compact, backend)
-    rows = rows_of_layout(model, _with_candidates(batch, fed), layout, seam=str(plan.seam), backend=backend)
+    rows = plan.decode(model, _with_candidates(batch, fed), layout, backend=backend)
     lengths = (batch.attention_mask != 0).sum(1)
     starts = layout.cu_texts[:-1].long()
     ends = starts + lengths

@@ -10,8 +10,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine.batch import Batch
 from softprompt.engine.model_spec import CausalLM
-from softprompt.engine.packed import DecoderOutput, packed_rows
+from softprompt.engine.packed import DecoderOutput, decode_packed, packed_layout
 from softprompt.engine.padded import padded_rows
+from softprompt.layout import PackedLayout
+from softprompt.ops.registry import AUTO
 
 # What positions count (see `pack_layout`): columns of the padded batch, its tokens that are no pads, or
 # tokens where pads do not exist.
@@ -57,24 +59,42 @@ class Plan:
         """The positions of a packed layout: the model's own, or those of rows whose pads do not exist."""
         return "compact" if compact else self.positions
 
-    def run(self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any) -> DecoderOutput:
-        """The hidden rows of a batch on this route.
+    def layout(
+        self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any
+    ) -> PackedLayout | None:
+        """The packed layout of a batch, None on the padded route.
 
         Args:
             model: the decoder-only model that the plan was made for.
             batch: prompts, texts and labels.
             compact: ignore pads in positions and windows (packed route only).
-            options: for `packed_rows` or `padded_rows`.
+            options: for `packed_layout`.
         """
-        if self.route == "padded":
-            return padded_rows(model, batch, position_limit=self.position_limit, **options)
-        if self.seam is None:
+        if self.route != "packed":
+            return None
+        positions = self.layout_positions(compact)
+        return packed_layout(model, batch, positions=positions, position_limit=self.position_limit, **options)
+
+    def decode(
+        self,
+        model: CausalLM,
+        batch: Batch,
+        layout: PackedLayout | None,
+        *,
+        backend: str = AUTO,
+        **options: Any,
+    ) -> DecoderOutput:
+        """The decoder's hidden states of a batch with its layout.
+
+        Args:
+            model: the decoder-only model that the plan was made for.
+            batch: prompts, texts and labels.
+            layout: see `layout`.
+            backend: of the ops.
+            options: for `decode_packed`.
+        """
+        if layout is None and self.route == "padded":
+            return padded_rows(model, batch, position_limit=self.position_limit, backend=backend)
+        if layout is None or self.seam is None:
             raise ValueError(f"this model has no fast route: {self.reason}")
-        return packed_rows(
-            model,
-            batch,
-            seam=self.seam,
-            positions=self.layout_positions(compact),
-            position_limit=self.position_limit,
-            **options,
-        )
+        return decode_packed(model, batch, layout, seam=self.seam, backend=backend, **options)

@@ -46,47 +46,6 @@ class DecoderOutput:
         return hidden.view(*self.padded_shape, hidden.shape[1])
 
 
-def packed_rows(
-    model: CausalLM,
-    batch: Batch,
-    *,
-    seam: str,
-    positions: str,
-    position_limit: int | None,
-    token_bucket: int = 1,
-    label_bucket: int = 1,
-    examine: bool = False,
-    backend: str = AUTO,
-) -> DecoderOutput:
-    """Runs the decoder once over the packed batch.
-
-    Args:
-        model: the causal LM.
-        batch: prompts, texts and labels.
-        seam: how the attention gets in, see `engine.attention`.
-        positions: see `pack_layout`.
-        position_limit: length of the model's position table, None where there is none.
-        token_bucket: see `build_layout`.
-        label_bucket: see `build_layout`.
-        examine: look at the model's mask functions too (self-check).
-        backend: of the ops.
-
-    Raises:
-        IndexError: an id or a label outside the vocabulary.
-        ValueError: prompt and text are longer than the position table.
-    """
-    layout = packed_layout(
-        model,
-        batch,
-        positions=positions,
-        position_limit=position_limit,
-        backend=backend,
-        token_bucket=token_bucket,
-        label_bucket=label_bucket,
-    )
-    return rows_of_layout(model, batch, layout, seam=seam, examine=examine, backend=backend)
-
-
 def packed_layout(
     model: CausalLM,
     batch: Batch,
@@ -130,7 +89,7 @@ def packed_layout(
     return layout
 
 
-def rows_of_layout(
+def decode_packed(
     model: CausalLM,
     batch: Batch,
     layout: PackedLayout,

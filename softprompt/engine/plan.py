@@ -200,8 +200,7 @@ def _name(plan: Plan) -> str:
 
 
 def _step(model: CausalLM, plan: Plan, batch: Batch) -> dict[str, Tensor]:
-    options = {"examine": True} if plan.route == "packed" else {}
-    rows = plan.run(model, batch, **options)
+    rows = plan.decode(model, batch, plan.layout(model, batch), examine=True)
     losses = label_losses(model, rows, fused=plan.fused_head)
     loss = weighted_sum(losses, rows.label_targets, None, None)
     return self_check.loss_and_gradient(loss, batch)

@@ -14,7 +14,6 @@ from softprompt.engine.batch import Batch
 from softprompt.engine.cuda_graph import Recorder, Run
 from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.model_spec import CausalLM
-from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import Plan
 from softprompt.layout import PackedLayout
 
@@ -191,7 +190,7 @@ def record_step(
         place_for: where hidden rows like the given ones are left.
         dtype: of the loss.
         backend: of the ops.
-        call_body: see `rows_of_layout`.
+        call_body: see `decode_packed`.
 
     Raises:
         RecordingError: the recorder cannot.
@@ -210,9 +209,7 @@ def record_step(
         own = Batch((inputs.prompts,), layout.prompt_of_row, inputs.input_ids, None, _NO_MASK, None)
         with torch.enable_grad():
             with _uncached_autocast(loss.device.type):
-                rows = rows_of_layout(
-                    model, own, layout, seam=str(plan.seam), backend=backend, call_body=call_body
-                )
+                rows = plan.decode(model, own, layout, backend=backend, call_body=call_body)
                 each = label_losses(model, rows, fused=plan.fused_head, backend=backend)
                 now = weighted_sum(each, rows.label_targets, inputs.weights, inputs.num_items, backend)
             # Like a backward of the user's, outside of autocast, which would narrow its products in fp32.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from softprompt.engine.losses import (
     weighted_sum,
 )
 from softprompt.engine.model_spec import CausalLM
-from softprompt.engine.packed import DecoderOutput, packed_layout, rows_of_layout
+from softprompt.engine.packed import DecoderOutput
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.step_graph import Step, StepGraphs, room_of
 from softprompt.engine.trl_head import token_scores
@@ -158,23 +159,21 @@ class ModelRunner:
         """What TRL's head says of a batch on the plan's fast route; see `token_scores`. Steps are not
         recorded.
         """
-        layout = self._layout(plan, batch, options) if plan.route == "packed" else None
+        layout = plan.layout(self.model, batch, compact=options.compact, backend=options.backend)
         rows = self._decode(plan, batch, layout, options)
         return token_scores(self.model, batch, rows, compact=options.compact, arguments=arguments)
 
     # -------------------------------------------------------------------------------------------- one step
     def _step(self, plan: Plan, batch: Batch, options: RunOptions, weights: LossWeights) -> Step:
         """One forward, replayed where that can be."""
-        layout = None
-        if plan.route == "packed":
-            # Whatever the host has to think about comes before it waits for the layout's counts.
-            mode = self.graphs.mode_of(plan, batch)
-            room = {} if mode is None else room_of(batch)._asdict()
-            layout = self._layout(plan, batch, options, **room)
-            if mode is not None:
-                step = self.graphs.step(plan, batch, layout, mode, weights, options.backend)
-                if step is not None:
-                    return step
+        # Whatever the host has to think about comes before it waits for the layout's counts.
+        mode = self.graphs.mode_of(plan, batch)
+        room = {} if mode is None else room_of(batch)._asdict()
+        layout = plan.layout(self.model, batch, compact=options.compact, backend=options.backend, **room)
+        if mode is not None and layout is not None:
+            step = self.graphs.step(plan, batch, layout, mode, weights, options.backend)
+            if step is not None:
+                return step
         rows = self._decode(plan, batch, layout, options)
         if batch.labels is None:
             return Step(None, None, None, rows)
@@ -184,34 +183,18 @@ class ModelRunner:
         loss = weighted_sum(losses, rows.label_targets, values, weights.num_items, options.backend)
         return Step(loss, losses, of_labels, rows)
 
-    def _layout(self, plan: Plan, batch: Batch, options: RunOptions, **room: int) -> PackedLayout:
-        return packed_layout(
-            self.model,
-            batch,
-            positions=plan.layout_positions(options.compact),
-            position_limit=plan.position_limit,
-            backend=options.backend,
-            **room,
-        )
-
     def _decode(
         self, plan: Plan, batch: Batch, layout: PackedLayout | None, options: RunOptions
     ) -> DecoderOutput:
         """The decoder's hidden states, from its compiled form where that is wanted."""
-        if layout is None:
-            return plan.run(self.model, batch, compact=options.compact, backend=options.backend)
-
-        def decode(call_body: Callable[..., Any] | None) -> DecoderOutput:
-            seam, backend = str(plan.seam), options.backend
-            return rows_of_layout(self.model, batch, layout, seam=seam, backend=backend, call_body=call_body)
-
+        decode = functools.partial(plan.decode, self.model, batch, layout, backend=options.backend)
         compiled = self.graphs.call_body()
-        if compiled is None:
-            return decode(None)
+        if compiled is None or layout is None:
+            return decode()
         try:
-            return decode(compiled)
+            return decode(call_body=compiled)
         except Exception as error:  # compilers fail in many ways; the plain decoder decides whose fault it is
-            rows = decode(None)
+            rows = decode()
             reason = f"torch.compile of the decoder failed, it runs as it is: {first_line(error)}"
             self.graphs.give_up_compiling(reason)
             warn(reason)

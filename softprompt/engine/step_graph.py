@@ -26,7 +26,7 @@ from softprompt.engine.lazy_logits import in_this_mode
 from softprompt.engine.losses import GroupWeights, LossWeights
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE
-from softprompt.engine.packed import DecoderOutput, rows_of_layout
+from softprompt.engine.packed import DecoderOutput
 from softprompt.engine.plan import Plan
 from softprompt.engine.recorded_step import RecordedStep, StepBatch, record_step
 from softprompt.layout import PackedLayout, round_up
@@ -231,7 +231,7 @@ class StepGraphs:
 
             def again(prompts: Tensor) -> Tensor:
                 own = replace(batch, prompts=(prompts,), labels=None)
-                return rows_of_layout(model, own, exact, seam=str(plan.seam), backend=backend).hidden
+                return plan.decode(model, own, exact, backend=backend).hidden
 
             loss, hidden = recorded(given, live, in_this_mode(again, device.type))
             self.statistics.replayed += 1

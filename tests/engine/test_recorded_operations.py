@@ -15,7 +15,6 @@ from softprompt.engine import precision
 from softprompt.engine.batch import Batch
 from softprompt.engine.forward import prompt_width
 from softprompt.engine.losses import label_losses, weighted_sum
-from softprompt.engine.packed import rows_of_layout
 from softprompt.engine.plan import make_plan
 from softprompt.layout import PackedLayout
 
@@ -100,7 +99,7 @@ def operations_of_a_step(name, device):
     num_items = torch.ones((), dtype=torch.float64, device=device)
     for operations in (Operations(), Operations()):  # what is made once is made in the first run
         with operations:
-            rows = rows_of_layout(model, batch, layout, seam=str(plan.seam))
+            rows = plan.decode(model, batch, layout)
             losses = label_losses(model, rows, fused=plan.fused_head)
             loss = weighted_sum(losses, rows.label_targets, None, num_items)
             (gradient,) = torch.autograd.grad(loss, prompt)
