@@ -29,7 +29,7 @@ METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "c
 # Ops look at their indices where that is free, and only there (see the test on a device below).
 FREE_ON_THE_CPU = (
     "ops/linear_cross_entropy/",
-    "ops/registry.py",
+    "ops/checks.py",
     "ops/shared_prompt_attention/plans.py",
 )
 

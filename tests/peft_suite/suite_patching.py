@@ -15,7 +15,8 @@ from peft import PeftType
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 import softprompt
-from softprompt import patched_model, patched_seq2seq
+from softprompt import patched_model
+from softprompt.state import PatchState
 
 PROMPTS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 
@@ -58,17 +59,17 @@ def patching() -> Iterator[Counts]:
 
         return mock.patch.object(owner, name, call)
 
-    def fall_back(model: Any, reason: str, names: Any, method: str = "forward") -> None:
+    def fall_back(state: PatchState, reason: str, names: Any, method: str = "forward") -> None:
         counts.calls[f"PEFT's own {method}: {reason}"] += 1
-        stock_fall_back(model, reason, names, method)
+        own_fall_back(state, reason, names, method)
 
-    stock_fall_back = patched_model.fall_back
+    own_fall_back = PatchState.fall_back
     with contextlib.ExitStack() as stack:
         for owner in {*MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
             stack.enter_context(mock.patch.object(owner, "__init__", patch_when_made(owner.__init__, owner)))
-        stack.enter_context(counted(patched_model, "_fast", "fast forward of a causal model"))
+        causal, encoder_decoder = patched_model.PatchedCausalLM, patched_model.PatchedSeq2SeqLM
+        stack.enter_context(counted(causal, "_run", "fast forward of a causal model"))
         stack.enter_context(counted(patched_model, "_generate", "fast generate of a causal model"))
-        stack.enter_context(counted(patched_seq2seq, "_fast", "fast forward of an encoder-decoder"))
-        for module in (patched_model, patched_seq2seq):
-            stack.enter_context(mock.patch.object(module, "fall_back", fall_back))
+        stack.enter_context(counted(encoder_decoder, "_run", "fast forward of an encoder-decoder"))
+        stack.enter_context(mock.patch.object(PatchState, "fall_back", fall_back))
         yield counts

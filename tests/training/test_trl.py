@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import softprompt
-from softprompt import calls
+from softprompt import eligibility
 from softprompt.engine import plan_for, sharding
 from softprompt.engine.trl_head import ASKED
 from softprompt.tiny import model_path
@@ -192,13 +192,7 @@ def test_compute_metrics_gets_predictions_that_fit_the_labels(tmp_path):
 def test_a_fused_head_that_fully_shard_has_sharded_is_left_to_peft(monkeypatch):
     model = softprompt.patch(prompted("llama"))
     monkeypatch.setattr(sharding, "by_fsdp", lambda base: True)
-    reason = calls.reason_for_stock(
-        model,
-        plan_for(model.get_base_model()),
-        ["default"],
-        torch.zeros(2, 3, dtype=torch.long),
-        (2, 3),
-        {ASKED: True},
-        compact=False,
-    )
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    arguments = {"input_ids": ids, "labels": ids, ASKED: True}
+    reason = eligibility.reason_for_peft(model, plan_for(model.get_base_model()), ["default"], arguments)
     assert "TRL's fused head reads a weight that fully_shard gathers" in reason
