@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.hooks import RemovableHandle
+from transformers import GenerationMixin
 
 from softprompt.engine import attention_modules, model_records, model_spec, sharding
 from softprompt.engine.model_spec import CausalLM
@@ -161,7 +161,6 @@ class Guard:
         self._kinds: list[type] = []
         self._dense: list[int] = []
         self._hooks: list[int] = []
-        self._next_hook = -1  # of the process
         self._hooks_number = next(_NUMBERS)
         self._read(root)
 
@@ -173,12 +172,10 @@ class Guard:
             self._read(self._root())
         if self._weights_now() != self._weights:
             self._find_weights()
-        # Every hook of the process gets the next number: without a new one none was added.
-        if self._hooks or RemovableHandle.next_id != self._next_hook:
-            self._next_hook, hooks = RemovableHandle.next_id, self._reads.hooks()
-            if hooks != self._hooks:
-                self._hooks, self._hooks_number = hooks, next(_NUMBERS)
-        hooked = bool(self._hooks) or self._has_forward or "forward" in vars(self._root())
+        if self._reads.hooks != self._hooks:
+            self._hooks, self._hooks_number = self._reads.hooks, next(_NUMBERS)
+        replaced = any("forward" in vars(reference()) for reference in self._generating)
+        hooked = bool(self._hooks) or self._has_forward or replaced
         self._last = GuardResult(self._model_number, self._weights_number, self._hooks_number, hooked)
         return self._last
 
@@ -230,7 +227,9 @@ class Guard:
         self._values, self._contents = map(_Values, now)
         self._model_number = next(_NUMBERS)
         modules = [(reference, vars(reference())) for reference in self._reads.modules]
-        self._has_forward = any("forward" in state for _, state in modules[1:])
+        # An attribute that is added to one of these is not seen as it is elsewhere.
+        self._generating = [reference for reference, _ in modules if isinstance(reference(), GenerationMixin)]
+        self._has_forward = any("forward" in state for _, state in modules)
         self._settings = [
             (reference, name)
             for reference, state in modules
@@ -244,7 +243,6 @@ class Guard:
             for name in ADAPTERS
         ]
         self._find_weights()
-        self._next_hook = -1
 
     def _follows(self, values: list[Any], contents: list[Any]) -> bool:
         """Takes over what has changed. False: what is new may hold more, which has to be compared too."""

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompt.engine.leftovers import LEFT
 from softprompt.engine.model_spec import is_library
+from softprompt.engine.overrides import HOOKS
 
 STATE = operator.attrgetter("__dict__")
 # What PEFT's layers (a frozen LoRA in the base) read when they are called, beside their weights.
@@ -46,7 +47,6 @@ _EXACT = frozenset(ATOMS)
 _TABLE_TYPES = frozenset((dict, collections.OrderedDict, set))
 _STANDARD = frozenset(vars(nn.Module()))
 _TABLES = ("_modules", "_parameters", "_buffers")
-_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 # Of a model that generates these, and numbers, names and switches; others belong to `generate` and trainers.
 _OF_MODELS = ("config", "_loss_function")
@@ -83,7 +83,7 @@ class _Group(NamedTuple):
 
     members: list[weakref.ref[nn.Module]]
     sizes: list[int] | None  # of their dictionaries; None: of a model, on which others leave what they like
-    read: Callable[[dict[str, Any]], tuple[Any, ...]]  # tables, attributes and `training`
+    read: Callable[[dict[str, Any]], tuple[Any, ...]]  # tables, attributes, `training` and hooks
     num_tables: int
     width: int  # tables and attributes
 
@@ -102,6 +102,7 @@ class Reads:
         self.foreign: str | None = None  # a function or class that is none of the libraries'
         self.unseen: list[str] = []  # values whose changes cannot be seen
         self.training: list[bool] = []  # flags of the modules, when `now` was asked last
+        self.hooks: list[int] = []  # their numbers then: PyTorch gives each hook one of its own
         self._sources: list[Source] = []
         self._classes: dict[type, None] = {}
         self._seen: dict[int, Any] = {}
@@ -134,7 +135,7 @@ class Reads:
                 None
                 if issubclass(kind, GenerationMixin)
                 else [len(vars(modules[place])) for place in places],
-                _getter((*tables, *names, "training")),
+                _getter((*tables, *names, "training", *HOOKS)),
                 len(tables),
                 len(tables) + len(names),
             )
@@ -144,7 +145,9 @@ class Reads:
         self._deep = [place for place, value in enumerate(values) if isinstance(value, _CONTAINERS)]
 
     def now(self) -> tuple[list[Any], list[Any]] | None:
-        """All of it as it is now, and what containers hold; None where a module or an attribute is gone."""
+        """All of it as it is now, and what containers hold; None where a module, an attribute or a function
+        of a file is gone.
+        """
         values = self._shallow()
         if values is None:
             return None
@@ -155,20 +158,19 @@ class Reads:
                 values[place] = None
         for kind in self._classes:
             values += vars(kind).values()
-        for namespace, names in self._files:
-            values += names(namespace)
+        try:
+            for namespace, names in self._files:
+                values += names(namespace)
+        except KeyError:
+            return None
         return values, _contents_of(containers)
-
-    def hooks(self) -> list[int]:
-        """The numbers of the hooks of all modules: PyTorch gives each one of its own."""
-        states = map(vars, (reference() for reference in self.modules))
-        tables = itertools.chain.from_iterable(map(_HOOKS, states))
-        return list(itertools.chain.from_iterable(filter(None, tables)))
 
     def _shallow(self) -> list[Any] | None:
         """The values, with containers as they are."""
         values: list[Any] = []
         self.training = training = []
+        self.hooks = []
+        hooks = self.hooks
         for members, sizes, read, num_tables, width in self._groups:
             modules = [reference() for reference in members]
             try:
@@ -179,8 +181,11 @@ class Reads:
             if sizes is not None and list(map(len, states)) != sizes:
                 return None
             values += set(map(type, modules))
-            stride = max(width + 1, 2)
+            stride = width + 1 + len(HOOKS)
             training += flat[width::stride]
+            # Looked into, since who puts hooks away and back again writes the tables.
+            for number in range(width + 1, stride):
+                hooks += itertools.chain.from_iterable(filter(None, flat[number::stride]))
             for number in range(num_tables):
                 values += itertools.chain.from_iterable(map(dict.values, flat[number::stride]))
             for number in range(num_tables, width):

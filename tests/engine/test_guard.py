@@ -4,12 +4,14 @@ import copy
 import functools
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
 from attribute_changes import ON_CODE, ON_INSTANCES, STEERING, steer
 from tiny_models import build
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from softprompt.engine import guard as guard_module
 from softprompt.engine.guard import guard_of, plan_key
@@ -84,6 +86,14 @@ def hook(model):
 
 def backward_hook(model):
     model.model.layers[0].mlp.register_full_backward_hook(lambda *args: None)
+
+
+def hook_without_a_handle(model):
+    model.model.layers[0]._forward_hooks[7] = lambda *args: None
+
+
+def table_of_hooks(model):
+    model.model.layers[0]._forward_pre_hooks = OrderedDict({7: lambda *args: None})
 
 
 def forward_of_the_model(model):
@@ -165,7 +175,7 @@ def test_what_code_from_elsewhere_holds_is_compared(change, monkeypatch):
     assert guard_of(model).unseen is None
 
 
-@named([hook, backward_hook, forward_of_the_model])
+@named([hook, backward_hook, hook_without_a_handle, table_of_hooks, forward_of_the_model])
 def test_hooks_and_replaced_forwards_are_seen_and_leave_the_rest(change):
     model = build("llama")
     result, key, mode = seen(model)
@@ -175,6 +185,34 @@ def test_hooks_and_replaced_forwards_are_seen_and_leave_the_rest(change):
     assert not result.hooked
     assert (after[0][:2], *after[1:]) == (result[:2], key, mode)
     assert seen(model) == after
+
+
+def test_hooks_that_are_put_away_and_back_again_are_seen():
+    model = build("llama")
+    hook(model)
+    layer = model.model.layers[0]
+    before, table = seen(model)[0], layer._forward_hooks
+    layer._forward_hooks = OrderedDict()
+    assert not seen(model)[0].hooked
+    layer._forward_hooks = table
+    after = seen(model)[0]
+    assert after.hooked
+    assert after.model == before.model
+
+
+def test_the_forward_of_a_model_inside_of_another_is_seen_when_it_is_replaced():
+    outer = nn.ModuleDict({"model": build("llama")})
+    assert not guard_of(outer).check().hooked
+    forward_of_the_model(outer["model"])
+    assert guard_of(outer).check().hooked
+
+
+def test_a_function_that_leaves_the_file_of_a_model_is_a_change(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "of_a_library", lambda: None, raising=False)
+    model = build("llama")
+    before = seen(model)[0]
+    monkeypatch.undo()
+    assert seen(model)[0].model != before.model
 
 
 def test_a_replaced_forward_that_is_taken_away_again_leaves_nothing():
