@@ -186,7 +186,8 @@ class PatchedModel:
         if reason is not None:  # before anything that reads a tensor
             state.fall_back(reason, adapter_names)
             return self._peft_forward(arguments)
-        refuse_joined_texts(arguments)
+        if not isinstance(model, PeftModelForSeq2SeqLM):  # nothing joins the texts of an encoder
+            refuse_joined_texts(arguments)
         names = adapters_of_rows(
             model, adapter_names, arguments.get("input_ids"), arguments.get("inputs_embeds")
         )

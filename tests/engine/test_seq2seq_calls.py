@@ -340,3 +340,12 @@ def test_weights_that_were_sharded_together_are_left_to_peft():
     plan = plan_for(build("t5"), encoder_decoder=True, sharded=True)
     assert plan.route == "stock"
     assert "sharded by fully_shard" in plan.reason
+
+
+def test_what_tells_joined_texts_apart_is_left_out_as_pefts_forward_leaves_it(fast):
+    ids = BATCH["input_ids"]
+    again = (torch.arange(ids.shape[1]) % 3).expand(ids.shape)
+    alone = {name: value for name, value in BATCH.items() if name != "attention_mask"}
+    with pytest.warns(UserWarning, match="Position ids are not supported"):
+        loss = fast(**alone, position_ids=again).loss
+    assert torch.equal(loss, fast(**alone).loss)
