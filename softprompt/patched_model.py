@@ -135,28 +135,31 @@ def _with_forward_of(stock: type[PeftModel]) -> Callable[[type], type]:
     """Gives a class a forward with the signature of `stock`'s, and `adapter_names`."""
     signature = inspect.signature(stock.forward)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = inspect.Parameter("adapter_names", kind, default=None, annotation="Sequence[str] | None")
+    *others, rest = signature.parameters.values()
+    signature = signature.replace(parameters=[*others, own, rest])
     _, *names = (name for name, parameter in signature.parameters.items() if parameter.kind == kind)
 
-    def forward(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward, on the fast route where that serves the call.
 
         Beside PEFT's arguments `adapter_names` gives each row of the batch its adapter.
         """
         arguments = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or any(name in kwargs for name in arguments):
-            signature.bind(self, *args, **kwargs)  # raises
+        if len(args) > len(names):
+            raise TypeError(f"forward() takes {len(names)} positional arguments, but {len(args)} were given")
+        for name in arguments:
+            if name in kwargs:
+                raise TypeError(f"forward() got multiple values for argument {name!r}")
         arguments.update(kwargs)
+        adapter_names = arguments.pop("adapter_names", None)
         if torch.compiler.is_compiling() and peft_is_traced(
             self._softprompt.name, given_names(arguments), adapter_names is not None
         ):
             return self._peft_forward(arguments)
         return self._forward(arguments, adapter_names)
 
-    own = inspect.Parameter(
-        "adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Sequence[str] | None"
-    )
-    *others, rest = signature.parameters.values()
-    forward.__signature__ = signature.replace(parameters=[*others, own, rest])  # type: ignore[attr-defined]
+    forward.__signature__ = signature  # type: ignore[attr-defined]
 
     def give(cls: type) -> type:
         forward.__qualname__ = f"{cls.__qualname__}.forward"
@@ -186,7 +189,8 @@ class PatchedModel:
         if reason is not None:  # before anything that reads a tensor
             state.fall_back(reason, adapter_names)
             return self._peft_forward(arguments)
-        if not isinstance(model, PeftModelForSeq2SeqLM):  # nothing joins the texts of an encoder
+        encoder_decoder = isinstance(model, PeftModelForSeq2SeqLM)
+        if not encoder_decoder:  # nothing joins the texts of an encoder
             refuse_joined_texts(arguments)
         names = adapters_of_rows(
             model, adapter_names, arguments.get("input_ids"), arguments.get("inputs_embeds")
@@ -195,8 +199,8 @@ class PatchedModel:
             raise UnsupportedModelError(f"softprompt: {sharding.ROWS_OF_ADAPTERS}")
         plan = plan_of(model)
         # Asked before anything that may differ between ranks: one that did not ask would let the others wait.
-        agreed = not (sharding.is_fsdp(model) or sharding.by_fsdp(base))
-        agreed = agreed or sharding.all_agree(base, plan.choice)
+        sharded = not encoder_decoder and (sharding.is_fsdp(model) or sharding.by_fsdp(base))
+        agreed = not sharded or sharding.all_agree(base, plan.choice)
         reason = reason_for_peft(model, plan, names, arguments)
         if reason is None and not agreed:
             reason = sharding.DISAGREE

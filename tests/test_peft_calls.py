@@ -314,3 +314,17 @@ def test_the_loss_has_no_way_through_the_logits_so_that_their_hooks_see_other_lo
         output.loss.backward(retain_graph=True)
         output.logits.sum().backward()
         assert len(seen) == expected
+
+
+def test_arguments_by_place_are_those_of_peft_and_then_the_adapters():
+    model = softprompt.patch(prompted("llama"))
+    batch = make_batch((7, 3), "left", "answer")
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    expected = model(**batch).loss
+    assert torch.equal(model(ids, mask, None, labels).loss, expected)
+    by_place = model(ids, mask, None, labels, None, None, None, None, ["default"] * 2)
+    assert torch.equal(by_place.loss, expected)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model(ids, mask, input_ids=ids)
+    with pytest.raises(TypeError, match="takes 9 positional arguments, but 10 were given"):
+        model(*[None] * 10)
