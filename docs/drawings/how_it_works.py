@@ -26,7 +26,7 @@ class Step:
 
 # The way of a call, from top to bottom.
 WAY = (
-    Step("forward", "PatchedModel.forward", "patched_model.py", ("PEFT's signature, one thread at a time",)),
+    Step("forward", "PatchedModel._forward", "patched_model.py", ("PEFT's signature, one thread at a time",)),
     Step(
         "eligibility",
         "reason_for_peft",
@@ -79,7 +79,7 @@ BESIDE = (
         Step(
             "peft",
             "PEFT's own forward",
-            "state.py",
+            "patched_model.py",
             ("with one warning that names", "the reason"),
             0,
             "#fff3e6",

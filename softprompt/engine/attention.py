@@ -36,7 +36,7 @@ class AttentionContext:
     states: TextStates | None = None  # of a row whose prompts are known: only its texts are computed
 
 
-# The packed calls that this process is inside of, the innermost last; `attention.IN_USE` lets one thread in
+# The packed calls that this process is inside of, the innermost last; `overrides.IN_USE` lets one thread in
 # at a time. Not a context variable: autograd recomputes checkpointed layers in threads of its own.
 CALLS: list[AttentionContext] = []
 

@@ -5,7 +5,7 @@ The ways ("seams"), from the fastest to the most general; `plan.py` takes the fi
 - `interface`: the model dispatches its attention through transformers' `AttentionInterface`, and its masks
   through `AttentionMaskInterface`: both are answered by this module, and no mask is ever built.
 - `bloom`, `falcon`, `mpt`, `gpt_neo`: these dispatch nothing; their attention modules are answered one by
-  one (`hooks.py`), and no mask is built either.
+  one (`attention_modules.py`), and no mask is built either.
 - `mask`: the model's own attention with a dense [T, T] mask, made of transformers' own mask function.
 - `dense`: the same mask, handed over as a 4D `attention_mask`.
 """

@@ -38,8 +38,8 @@ class Plan:
     logits_dtype: torch.dtype = torch.float32  # of the model's own forward, without autocast
     autocast_logits: bool = True  # under autocast the logits have its dtype
     vocab_size: int = 0  # width of its logits
-    rotary_switch: int | None = None  # see `families.rotary_switch`
-    row_limit: int | None = None  # see `families.row_limit`
+    rotary_switch: int | None = None  # see `model_spec.rotary_switch`
+    row_limit: int | None = None  # see `model_spec.row_limit`
     encoder_decoder: bool = False  # what follows is of encoder-decoders
     logit_scale: float | None = None  # of the decoder's hidden states in front of the head
     counts_items: bool = False  # the model's loss is divided by num_items_in_batch

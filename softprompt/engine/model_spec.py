@@ -1,6 +1,6 @@
 """What the engine has to know of a causal LM: its parts, and the few facts that its code does not show.
 
-The self-check of `plan.py` confirms or rejects all of it with numbers, but for what depends on length.
+The self-check (`self_check.py`) confirms or rejects all of it with numbers, but for what depends on length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The packed forward, in the order of the data: batch -> layout -> embeddings -> hidden rows -> loss."""
+"""The packed forward, in the order of the data: batch -> layout -> embeddings -> hidden states."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def decode_packed(
         model: the causal LM.
         batch: prompts and texts.
         layout: which packed token is what.
-        seam: how the attention gets in, see `engine.attention`.
+        seam: how the attention gets in, see `attention_overrides`.
         examine: look at the model's mask functions too (self-check).
         backend: of the ops.
         call_body: the decoder as something else calls it (`torch.compile`); None: as it is.

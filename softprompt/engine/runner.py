@@ -156,8 +156,8 @@ class ModelRunner:
         return GroupLosses(step.loss, step.weights.losses(step.losses.detach()), step.rows.num_labels)
 
     def token_scores(self, plan: Plan, batch: Batch, options: RunOptions, arguments: dict[str, Any]) -> Any:
-        """What TRL's head says of a batch on the plan's fast route; see `token_scores`. Steps are not
-        recorded.
+        """What TRL's head says of a batch on the plan's fast route; see `trl_head.token_scores`. Steps
+        are not recorded.
         """
         layout = plan.layout(self.model, batch, compact=options.compact, backend=options.backend)
         rows = self._decode(plan, batch, layout, options)

@@ -1,9 +1,10 @@
 """The step graph: forward, loss and prompt gradient of a packed step, recorded once and replayed.
 
 The base is frozen and only d(prompts) is wanted, so a recorded step ends where the backward ends: it reads
-static tensors (ids, layout, prompts, the loss's denominator) and writes `loss`, `d(prompts)` and the hidden
-rows. `loss.backward()` then only scales d(prompts). A step is recorded when its size is met the second time;
-a size is the number of packed tokens and of label rows, both rounded up to a bucket.
+static tensors (ids, layout, prompts, the loss's denominator or the labels' weights) and writes `loss`,
+`d(prompts)` and the hidden states. `loss.backward()` then only scales d(prompts). A step is recorded when its
+size is met the second time: above all the number of packed tokens and of label rows, each rounded up to a
+bucket.
 """
 
 from __future__ import annotations
