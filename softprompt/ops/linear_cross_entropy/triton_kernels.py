@@ -11,15 +11,16 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _load_logits(
-    logits_of_row,  # pointer, bias pointer or None, V, row length
+    row_ptr,
+    bias_ptr,
     columns,
     inside,  # columns < V
+    row_length,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Bias, scale and softcap of a block of one row; -inf beyond V."""
-    row_ptr, bias_ptr, row_length = logits_of_row[0], logits_of_row[1], logits_of_row[3]
     # The row's padding is loaded too: `row_length` is a multiple of 16 where V may be odd, and a mask that
     # can change at any column would make every load a scalar one.
     logits = tl.load(row_ptr + columns, mask=columns < row_length, other=0.0).to(ACC)
@@ -56,7 +57,6 @@ def _rows_loss_and_gradient(
     GROUPS: tl.constexpr = BLOCK // GROUP
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_length
-    logits_of_row = row_ptr, bias_ptr, vocab_size, row_length
     block = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     target = tl.load(targets_ptr + row)
     if target == ignore_index:
@@ -67,25 +67,39 @@ def _rows_loss_and_gradient(
                 tl.store(row_ptr + start + block, zeros, mask=start + block < row_length)
     else:
         maximum, total, plain_sum = _online_sums(
-            logits_of_row, 0, vocab_size, SOFTCAP, LOGIT_SCALE, LABEL_SMOOTHING, BLOCK, GROUP, ACC
+            row_ptr,
+            bias_ptr,
+            0,
+            vocab_size,
+            vocab_size,
+            row_length,
+            SOFTCAP,
+            LOGIT_SCALE,
+            LABEL_SMOOTHING,
+            BLOCK,
+            GROUP,
+            ACC,
         )
         # Read before the reductions: their barrier keeps it before any thread's write of the gradient.
         known = (target >= 0) & (target < vocab_size)
         target = tl.where(known, target, 0)
-        picked = _load_logits(logits_of_row, target, known, SOFTCAP, LOGIT_SCALE, ACC)
+        picked = _load_logits(row_ptr, bias_ptr, target, known, row_length, SOFTCAP, LOGIT_SCALE, ACC)
         largest = tl.max(maximum, 0)
         lse = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), 0))
         loss = _loss(lse, picked, tl.sum(plain_sum, 0), vocab_size, LABEL_SMOOTHING, ACC)
         tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
         if GRADIENT:
             _write_gradient(
-                logits_of_row,
+                row_ptr,
+                bias_ptr,
                 grad_losses_ptr,
                 row,
                 0,
                 row_length,
                 target,
                 lse,
+                vocab_size,
+                row_length,
                 SOFTCAP,
                 LOGIT_SCALE,
                 LABEL_SMOOTHING,
@@ -97,9 +111,12 @@ def _rows_loss_and_gradient(
 
 @triton.jit
 def _online_sums(
-    logits_of_row,
+    row_ptr,
+    bias_ptr,
     first,
     end,  # of the columns, at most V
+    vocab_size,
+    row_length,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
@@ -112,7 +129,6 @@ def _online_sums(
     Each group of columns keeps its own. The loop has no reduction across threads, and one exponential per
     group, not per column, for the change of the maximum.
     """
-    vocab_size = logits_of_row[2]
     GROUPS: tl.constexpr = BLOCK // GROUP
     block = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     maximum = tl.full((GROUPS,), LOWEST, ACC)
@@ -120,7 +136,7 @@ def _online_sums(
     plain_sum = tl.zeros((GROUPS,), ACC)
     for start in range(first, end, BLOCK):
         inside = start + block < vocab_size
-        logits = _load_logits(logits_of_row, start + block, inside, SOFTCAP, LOGIT_SCALE, ACC)
+        logits = _load_logits(row_ptr, bias_ptr, start + block, inside, row_length, SOFTCAP, LOGIT_SCALE, ACC)
         larger = tl.maximum(maximum, tl.max(logits, 1))
         total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(logits - larger[:, None]), 1)
         maximum = larger
@@ -143,13 +159,16 @@ def _loss(lse, picked, plain_sum, vocab_size, LABEL_SMOOTHING: tl.constexpr, ACC
 
 @triton.jit
 def _write_gradient(
-    logits_of_row,
+    row_ptr,
+    bias_ptr,
     grad_losses_ptr,
     row,
     first,
     end,  # of the columns, at most the row length
     target,
     lse,
+    vocab_size,
+    row_length,
     SOFTCAP: tl.constexpr,
     LOGIT_SCALE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
@@ -158,7 +177,6 @@ def _write_gradient(
     ACC: tl.constexpr,
 ):
     """Overwrites some columns of a row of logits with their gradient; zeros beyond V."""
-    row_ptr, vocab_size, row_length = logits_of_row[0], logits_of_row[2], logits_of_row[3]
     GROUPS: tl.constexpr = BLOCK // GROUP
     block = tl.arange(0, GROUPS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     # Not the plain constants: those would be fp32 in fp64 arithmetic.
@@ -170,7 +188,7 @@ def _write_gradient(
     for start in range(first, end, BLOCK):
         columns = start + block
         inside = columns < vocab_size
-        logits = _load_logits(logits_of_row, columns, inside, SOFTCAP, LOGIT_SCALE, ACC)
+        logits = _load_logits(row_ptr, bias_ptr, columns, inside, row_length, SOFTCAP, LOGIT_SCALE, ACC)
         gradient = tl.exp(logits - lse) - tl.where(columns == target, share, 0.0)
         if LABEL_SMOOTHING > 0:
             gradient -= uniform
@@ -206,9 +224,12 @@ def _partial_sums(
     if tl.load(targets_ptr + row) != ignore_index:
         first = split * share_length
         maximum, total, plain_sum = _online_sums(
-            (logits_ptr + row * row_length, bias_ptr, vocab_size, row_length),
+            logits_ptr + row * row_length,
+            bias_ptr,
             first,
             tl.minimum(first + share_length, vocab_size),
+            vocab_size,
+            row_length,
             SOFTCAP,
             LOGIT_SCALE,
             LABEL_SMOOTHING,
@@ -250,7 +271,6 @@ def _loss_and_gradient_of_shares(
     GROUPS: tl.constexpr = BLOCK // GROUP
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row_ptr = logits_ptr + row * row_length
-    logits_of_row = row_ptr, bias_ptr, vocab_size, row_length
     first = split * share_length
     end = tl.minimum(first + share_length, row_length)
     target = tl.load(targets_ptr + row)
@@ -266,7 +286,7 @@ def _loss_and_gradient_of_shares(
         known = (target >= 0) & (target < vocab_size)
         target = tl.where(known, target, 0)
         holds_target = (target >= first) & (target < first + share_length)
-        picked = _load_logits(logits_of_row, target, holds_target, SOFTCAP, LOGIT_SCALE, ACC)
+        picked = _load_logits(row_ptr, bias_ptr, target, holds_target, row_length, SOFTCAP, LOGIT_SCALE, ACC)
         shares = partials_ptr + row * 3 * SPLITS + tl.arange(0, SPLITS)
         maxima = tl.load(shares)
         largest = tl.max(maxima, 0)
@@ -279,13 +299,16 @@ def _loss_and_gradient_of_shares(
             # Every warp has `picked` before any warp writes over it; the reductions above stay in a warp.
             tl.debug_barrier()
             _write_gradient(
-                logits_of_row,
+                row_ptr,
+                bias_ptr,
                 grad_losses_ptr,
                 row,
                 first,
                 end,
                 target,
                 lse,
+                vocab_size,
+                row_length,
                 SOFTCAP,
                 LOGIT_SCALE,
                 LABEL_SMOOTHING,

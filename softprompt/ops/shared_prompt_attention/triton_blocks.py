@@ -6,20 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softprompt.ops import constants
-
-LOG2E = tl.constexpr(constants.LOG2E)
-MASKED_KEY = tl.constexpr(constants.MASKED_KEY)
-
 # Sizes that change from batch to batch. Specialised on which of them are 1 or multiples of 16, one kernel is
 # compiled up to 18 times, in the middle of a training.
 BATCH_SIZES = ["num_rows", "prompt_rows", "num_prompts", "num_texts", "splits"]
-
-
-@triton.jit
-def entries(ptr, rows, row_stride, columns, column_stride):
-    """Pointers to a block [rows, columns] of a matrix; the rows are counted in 64 bits."""
-    return ptr + rows.to(tl.int64)[:, None] * row_stride + columns[None, :] * column_stride
 
 
 @triton.jit
@@ -41,7 +30,25 @@ def scores_of(
         scores = softcap * squashed
     if HAS_SLOPES:
         scores += slope * (position_k[None, :] - position_q[:, None]).to(scores.dtype)
-    return scores * LOG2E, squashed
+    return scores * 1.4426950408889634, squashed
+
+
+@triton.jit
+def seen_pairs(
+    slot_q,
+    segment_q,
+    prefix_q,
+    slot_k,
+    segment_k,
+    window,
+    HAS_WINDOW: tl.constexpr,
+):
+    """[queries, keys] which key is seen by which query."""
+    seen = (segment_k[None, :] == segment_q[:, None]) | (segment_k[None, :] == prefix_q[:, None])
+    seen &= slot_k[None, :] <= slot_q[:, None]
+    if HAS_WINDOW:
+        seen &= slot_q[:, None] - slot_k[None, :] < window
+    return seen
 
 
 @triton.jit
@@ -65,39 +72,21 @@ def own_end(row, segment, cu_prompts_ptr, cu_texts_ptr, num_prompts, num_texts):
 
 
 @triton.jit
-def query_block(
+def key_ranges(
+    rows,
+    in_row,
+    segment_q,
+    prefix_q,
     first,
-    head,
-    index,  # pointers: query and position ids, key positions, segments, prefixes, cu_prompts, cu_texts
-    num_rows,
+    segments_ptr,
+    cu_prompts_ptr,
+    cu_texts_ptr,
     num_prompts,
     num_texts,
-    slopes_ptr,
     window,
     HAS_WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
 ):
-    """The block of queries from row `first`, and where its keys lie.
-
-    Rows, which of them are there, and what is known of each; prompt rows from, to; own rows from; and if the
-    block is uniform: of one segment.
-    """
-    query_position_ptr, positions_ptr, segments_ptr = index[0], index[1], index[3]
-    prefix_id_ptr, cu_prompts_ptr, cu_texts_ptr = index[4], index[5], index[6]
-    rows = first + tl.arange(0, QUERIES)
-    in_row = rows < num_rows
-    slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
-    segment_q = tl.load(segments_ptr + rows, mask=in_row, other=-2)
-    # Segments from here on are dummies, each of its own.
-    live = in_row & (segment_q < num_prompts + num_texts)
-    prefix_q = tl.load(prefix_id_ptr + rows, mask=live, other=-2)
-    position_q = slot_q
-    slope = 0.0
-    if slopes_ptr is not None:
-        position_q = tl.load(positions_ptr + rows, mask=in_row, other=0)
-        slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
-
+    """Where the keys of a block of queries lie: prompt rows from, to; own rows from; and if it is uniform."""
     first_segment = tl.load(segments_ptr + first)
     own = own_start(first, first_segment, cu_prompts_ptr, cu_texts_ptr, num_prompts, num_texts)
     is_text = in_row & (segment_q >= num_prompts) & (prefix_q >= 0) & (prefix_q < num_prompts)
@@ -112,34 +101,7 @@ def query_block(
         # Slots grow by at least one from row to row of a text, so nothing further back is inside the window.
         own = tl.maximum(own, first - window + 1)
         uniform = False
-    known = slot_q, segment_q, prefix_q, position_q, slope
-    return rows, in_row, live, known, prompt_from, prompt_to, own, uniform
-
-
-@triton.jit
-def key_block(keys, end, index, first_dummy, UNIFORM: tl.constexpr):
-    """Which of the keys are there, their segments and their key positions."""
-    exists = keys < end
-    segment_k = keys
-    if not UNIFORM:
-        # What a dummy holds must not meet other rows, not even with a probability of zero.
-        segment_k = tl.load(index[3] + keys, mask=exists, other=-1)
-        exists &= segment_k < first_dummy
-    return exists, segment_k, tl.load(index[2] + keys, mask=exists, other=MASKED_KEY)
-
-
-@triton.jit
-def seen_pairs(known, exists, segment_k, slot_k, window, UNIFORM: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """[queries, keys] which key is seen by which query."""
-    slot_q, segment_q, prefix_q = known[0], known[1], known[2]
-    if UNIFORM:
-        seen = (exists & (slot_k != MASKED_KEY))[None, :]
-    else:
-        seen = (segment_k[None, :] == segment_q[:, None]) | (segment_k[None, :] == prefix_q[:, None])
-        seen &= slot_k[None, :] <= slot_q[:, None]
-        if HAS_WINDOW:
-            seen &= slot_q[:, None] - slot_k[None, :] < window
-    return seen
+    return prompt_from, prompt_to, own, uniform
 
 
 @triton.jit

@@ -8,10 +8,7 @@ import triton.language as tl
 
 from softprompt.ops.shared_prompt_attention.triton_blocks import (
     BATCH_SIZES,
-    LOG2E,
-    entries,
-    key_block,
-    query_block,
+    key_ranges,
     scores_of,
     seen_pairs,
 )
@@ -23,12 +20,22 @@ def _forward_range(
     total,
     highest,
     query,
-    known,
-    index,
-    keys_of_head,  # pointer and strides
-    values_of_head,
+    key_ptr,  # of the head
+    value_ptr,
+    key_position_ptr,
+    segments_ptr,
+    positions_ptr,
+    slot_q,
+    segment_q,
+    prefix_q,
+    position_q,
+    slope,
     start,
     end,
+    key_row_stride,
+    key_stride,
+    value_row_stride,
+    value_stride,
     head_dim,
     value_dim,
     first_dummy,
@@ -46,23 +53,30 @@ def _forward_range(
 ):
     """Adds the keys in start .. end - 1 to the running softmax of a block of queries."""
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
-    key_ptr, key_row_stride, key_stride = keys_of_head
-    value_ptr, value_row_stride, value_stride = values_of_head
-    position_q, slope = known[3], known[4]
     for first in range(start, end, KEYS):
         keys = first + tl.arange(0, KEYS)
-        exists, segment_k, slot_k = key_block(keys, end, index, first_dummy, UNIFORM)
+        exists = keys < end
+        wide = keys.to(tl.int64)
+        segment_k = keys
+        if not UNIFORM:
+            # What a dummy holds must not meet other rows, not even with a probability of zero.
+            segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
+            exists &= segment_k < first_dummy
+        slot_k = tl.load(key_position_ptr + keys, mask=exists, other=2147483647)
         key = tl.load(
-            key_ptr + keys.to(tl.int64)[None, :] * key_row_stride + columns[:, None] * key_stride,
+            key_ptr + wide[None, :] * key_row_stride + columns[:, None] * key_stride,
             mask=exists[None, :] & (columns < head_dim)[:, None],
             other=0.0,
         )
         dot = tl.dot(query, key, input_precision=PRECISION, out_dtype=accumulated.dtype)
         position_k = keys
         if HAS_SLOPES:
-            position_k = tl.load(index[1] + keys, mask=exists, other=0)
+            position_k = tl.load(positions_ptr + keys, mask=exists, other=0)
         scores, _ = scores_of(dot, slope, position_q, position_k, scale, softcap, HAS_SOFTCAP, HAS_SLOPES)
-        seen = seen_pairs(known, exists, segment_k, slot_k, window, UNIFORM, HAS_WINDOW)
+        if UNIFORM:
+            seen = (exists & (slot_k != 2147483647))[None, :]
+        else:
+            seen = seen_pairs(slot_q, segment_q, prefix_q, slot_k, segment_k, window, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         now_highest = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(now_highest == float("-inf"), 0.0, now_highest)
@@ -70,7 +84,7 @@ def _forward_range(
         decay = tl.exp2(highest - shift)
         total = total * decay + tl.sum(probabilities, 1)
         value = tl.load(
-            entries(value_ptr, keys, value_row_stride, value_columns, value_stride),
+            value_ptr + wide[:, None] * value_row_stride + value_columns[None, :] * value_stride,
             mask=exists[:, None] & (value_columns < value_dim)[None, :],
             other=0.0,
         )
@@ -137,44 +151,48 @@ def attention_forward(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     first = block * QUERIES
+    rows = first + tl.arange(0, QUERIES)
+    in_row = rows < num_rows
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
-    first_dummy = num_prompts + num_texts
-    index = (
-        query_position_ptr,
-        positions_ptr,
-        key_position_ptr,
+    slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
+    segment_q = tl.load(segments_ptr + rows, mask=in_row, other=-2)
+    first_dummy = num_prompts + num_texts  # segments from here on are dummies, each of its own
+    is_dummy = segment_q >= first_dummy
+    live = in_row & ~is_dummy
+    prefix_q = tl.load(prefix_id_ptr + rows, mask=live, other=-2)
+    position_q = slot_q
+    slope = 0.0
+    if slopes_ptr is not None:
+        position_q = tl.load(positions_ptr + rows, mask=in_row, other=0)
+        slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
+    prompt_from, prompt_to, own, uniform = key_ranges(
+        rows,
+        in_row,
+        segment_q,
+        prefix_q,
+        first,
         segments_ptr,
-        prefix_id_ptr,
         cu_prompts_ptr,
         cu_texts_ptr,
-    )
-    rows, in_row, live, known, prompt_from, prompt_to, own, uniform = query_block(
-        first,
-        head,
-        index,
-        num_rows,
         num_prompts,
         num_texts,
-        slopes_ptr,
         window,
         HAS_WINDOW,
-        QUERIES,
-        ACCUMULATOR,
     )
-    query_ptr += head.to(tl.int64) * query_head_stride
     query = tl.load(
-        entries(query_ptr, rows, query_row_stride, columns, query_stride),
+        query_ptr
+        + head.to(tl.int64) * query_head_stride
+        + rows.to(tl.int64)[:, None] * query_row_stride
+        + columns[None, :] * query_stride,
         mask=live[:, None] & (columns < head_dim)[None, :],
         other=0.0,
     )
     key_ptr += (head // group).to(tl.int64) * key_head_stride
     value_ptr += (head // group).to(tl.int64) * value_head_stride
-    keys_of_head = key_ptr, key_row_stride, key_stride
-    values_of_head = value_ptr, value_row_stride, value_stride
     accumulated = tl.zeros([QUERIES, VALUE], ACCUMULATOR)
     if sinks_ptr is not None:
         # A sink is a key that was there before all others, without a value.
-        sink = tl.load(sinks_ptr + head).to(ACCUMULATOR) * LOG2E
+        sink = tl.load(sinks_ptr + head).to(ACCUMULATOR) * 1.4426950408889634
         highest = tl.zeros([QUERIES], ACCUMULATOR) + sink
         total = tl.full([QUERIES], 1.0, ACCUMULATOR)
     else:
@@ -189,12 +207,22 @@ def attention_forward(
                 total,
                 highest,
                 query,
-                known,
-                index,
-                keys_of_head,
-                values_of_head,
+                key_ptr,
+                value_ptr,
+                key_position_ptr,
+                segments_ptr,
+                positions_ptr,
+                slot_q,
+                segment_q,
+                prefix_q,
+                position_q,
+                slope,
                 prompt_from if part == 0 else own,
                 prompt_to if part == 0 else first,
+                key_row_stride,
+                key_stride,
+                value_row_stride,
+                value_stride,
                 head_dim,
                 value_dim,
                 first_dummy,
@@ -218,12 +246,22 @@ def attention_forward(
             total,
             highest,
             query,
-            known,
-            index,
-            keys_of_head,
-            values_of_head,
+            key_ptr,
+            value_ptr,
+            key_position_ptr,
+            segments_ptr,
+            positions_ptr,
+            slot_q,
+            segment_q,
+            prefix_q,
+            position_q,
+            slope,
             prompt_from if part == 0 else own,
             prompt_to if part == 0 else last,
+            key_row_stride,
+            key_stride,
+            value_row_stride,
+            value_stride,
             head_dim,
             value_dim,
             first_dummy,
@@ -243,15 +281,17 @@ def attention_forward(
     out = accumulated / tl.where(nothing, 1.0, total)[:, None]
     # A row that sees nothing: its output is zero, and so is every probability made with this.
     lse = tl.where(nothing, float("inf"), highest + tl.log2(tl.where(nothing, 1.0, total)))
-    is_dummy = known[1] >= first_dummy
     own_value = tl.load(
-        entries(value_ptr, rows, value_row_stride, value_columns, value_stride),
+        value_ptr + rows.to(tl.int64)[:, None] * value_row_stride + value_columns[None, :] * value_stride,
         mask=is_dummy[:, None] & (value_columns < value_dim)[None, :],
         other=0.0,
     )
     out = tl.where(is_dummy[:, None], own_value.to(out.dtype), out)
     tl.store(
-        entries(out_ptr + head.to(tl.int64) * out_head_stride, rows, out_row_stride, value_columns, 1),
+        out_ptr
+        + head.to(tl.int64) * out_head_stride
+        + rows.to(tl.int64)[:, None] * out_row_stride
+        + value_columns[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=in_row[:, None] & (value_columns < value_dim)[None, :],
     )

@@ -6,13 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from softprompt.ops.shared_prompt_attention.triton_blocks import (
-    BATCH_SIZES,
-    MASKED_KEY,
-    entries,
-    gradient_of_scores,
-    own_end,
-)
+from softprompt.ops.shared_prompt_attention.triton_blocks import BATCH_SIZES, gradient_of_scores, own_end
 
 
 # Grid, with OF_PROMPTS: (blocks of KEYS prompt rows, splits, Hkv). A program writes the partial sums of
@@ -88,11 +82,11 @@ def attention_backward_key(
     else:
         key_rows = num_rows
     exists = keys < key_rows
-    wide_head = key_head.to(tl.int64)
+    wide_keys, wide_head = keys.to(tl.int64), key_head.to(tl.int64)
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
     in_key = exists[:, None] & (columns < head_dim)[None, :]
     in_value = exists[:, None] & (value_columns < value_dim)[None, :]
-    slot_k = tl.load(key_position_ptr + keys, mask=exists, other=MASKED_KEY)
+    slot_k = tl.load(key_position_ptr + keys, mask=exists, other=2147483647)
     segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
     first_dummy = num_prompts + num_texts
     is_dummy = segment_k >= first_dummy
@@ -102,14 +96,18 @@ def attention_backward_key(
     if HAS_SLOPES:
         position_k = tl.load(positions_ptr + keys, mask=exists, other=0)
     key = tl.load(
-        entries(key_ptr + wide_head * key_head_stride, keys, key_row_stride, columns, key_stride),
+        key_ptr
+        + wide_head * key_head_stride
+        + wide_keys[:, None] * key_row_stride
+        + columns[None, :] * key_stride,
         mask=in_key & live_key[:, None],
         other=0.0,
     )
     value = tl.load(
-        entries(
-            value_ptr + wide_head * value_head_stride, keys, value_row_stride, value_columns, value_stride
-        ),
+        value_ptr
+        + wide_head * value_head_stride
+        + wide_keys[:, None] * value_row_stride
+        + value_columns[None, :] * value_stride,
         mask=in_value & live_key[:, None],
         other=0.0,
     )
@@ -129,14 +127,16 @@ def attention_backward_key(
     grad_value = tl.zeros([KEYS, VALUE], ACCUMULATOR)
     for member in range(0, group):
         head = (key_head * group + member).to(tl.int64)
-        grad_out_head = grad_out_ptr + head * grad_out_head_stride
         slope = 0.0
         if HAS_SLOPES:
             slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
         if not OF_PROMPTS:
             # The output of a dummy is its own value.
             grad_value += tl.load(
-                entries(grad_out_head, keys, grad_out_row_stride, value_columns, grad_out_stride),
+                grad_out_ptr
+                + head * grad_out_head_stride
+                + wide_keys[:, None] * grad_out_row_stride
+                + value_columns[None, :] * grad_out_stride,
                 mask=in_value & is_dummy[:, None],
                 other=0.0,
             ).to(ACCUMULATOR)
@@ -153,19 +153,24 @@ def attention_backward_key(
                 in_row &= sees < first_dummy
                 takes_part = True
             if takes_part:
+                wide = rows.to(tl.int64)
                 slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
                 position_q = slot_q
                 if HAS_SLOPES:
                     position_q = tl.load(positions_ptr + rows, mask=in_row, other=0)
                 query = tl.load(
-                    entries(
-                        query_ptr + head * query_head_stride, rows, query_row_stride, columns, query_stride
-                    ),
+                    query_ptr
+                    + head * query_head_stride
+                    + wide[:, None] * query_row_stride
+                    + columns[None, :] * query_stride,
                     mask=in_row[:, None] & (columns < head_dim)[None, :],
                     other=0.0,
                 )
                 grad_out = tl.load(
-                    entries(grad_out_head, rows, grad_out_row_stride, value_columns, grad_out_stride),
+                    grad_out_ptr
+                    + head * grad_out_head_stride
+                    + wide[:, None] * grad_out_row_stride
+                    + value_columns[None, :] * grad_out_stride,
                     mask=in_row[:, None] & (value_columns < value_dim)[None, :],
                     other=0.0,
                 )
@@ -204,31 +209,38 @@ def attention_backward_key(
                 )
     if OF_PROMPTS:
         place = ((split * tl.num_programs(2) + key_head) * prompt_rows).to(tl.int64) + keys
-        tl.store(entries(partial_key_ptr, place, head_dim, columns, 1), grad_key, mask=in_key)
-        tl.store(entries(partial_value_ptr, place, value_dim, value_columns, 1), grad_value, mask=in_value)
+        tl.store(partial_key_ptr + place[:, None] * head_dim + columns[None, :], grad_key, mask=in_key)
+        tl.store(
+            partial_value_ptr + place[:, None] * value_dim + value_columns[None, :], grad_value, mask=in_value
+        )
     else:
         if first_key < prompt_rows:
             of_prompt = (keys < prompt_rows)[:, None]
             for part in range(0, splits):
                 place = ((part * tl.num_programs(2) + key_head) * prompt_rows).to(tl.int64) + keys
                 grad_key += tl.load(
-                    entries(partial_key_ptr, place, head_dim, columns, 1),
+                    partial_key_ptr + place[:, None] * head_dim + columns[None, :],
                     mask=in_key & of_prompt,
                     other=0.0,
                 )
                 grad_value += tl.load(
-                    entries(partial_value_ptr, place, value_dim, value_columns, 1),
+                    partial_value_ptr + place[:, None] * value_dim + value_columns[None, :],
                     mask=in_value & of_prompt,
                     other=0.0,
                 )
         tl.store(
-            entries(grad_key_ptr + wide_head * grad_key_head_stride, keys, grad_key_row_stride, columns, 1),
+            grad_key_ptr
+            + wide_head * grad_key_head_stride
+            + wide_keys[:, None] * grad_key_row_stride
+            + columns[None, :],
             grad_key.to(grad_key_ptr.dtype.element_ty),
             mask=in_key,
         )
-        grad_value_ptr += wide_head * grad_value_head_stride
         tl.store(
-            entries(grad_value_ptr, keys, grad_value_row_stride, value_columns, 1),
+            grad_value_ptr
+            + wide_head * grad_value_head_stride
+            + wide_keys[:, None] * grad_value_row_stride
+            + value_columns[None, :],
             grad_value.to(grad_value_ptr.dtype.element_ty),
             mask=in_value,
         )

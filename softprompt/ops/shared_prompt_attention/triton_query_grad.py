@@ -8,10 +8,8 @@ import triton.language as tl
 
 from softprompt.ops.shared_prompt_attention.triton_blocks import (
     BATCH_SIZES,
-    entries,
     gradient_of_scores,
-    key_block,
-    query_block,
+    key_ranges,
     seen_pairs,
 )
 
@@ -23,12 +21,22 @@ def _query_range(
     grad_out,
     lse,
     delta,
-    known,
-    index,
-    keys_of_head,  # pointer and strides
-    values_of_head,
+    key_ptr,
+    value_ptr,
+    key_slots_ptr,
+    segments_ptr,
+    positions_ptr,
+    slot_q,
+    segment_q,
+    prefix_q,
+    position_q,
+    slope,
     start,
     end,
+    key_row_stride,
+    key_stride,
+    value_row_stride,
+    value_stride,
     head_dim,
     value_dim,
     first_dummy,
@@ -46,26 +54,32 @@ def _query_range(
 ):
     """Adds what the keys in start .. end - 1 give to d(query) of a block."""
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
-    key_ptr, key_row_stride, key_stride = keys_of_head
-    value_ptr, value_row_stride, value_stride = values_of_head
-    position_q, slope = known[3], known[4]
     for first in range(start, end, KEYS):
         keys = first + tl.arange(0, KEYS)
-        exists, segment_k, slot_k = key_block(keys, end, index, first_dummy, UNIFORM)
+        exists = keys < end
+        wide = keys.to(tl.int64)
+        segment_k = keys
+        if not UNIFORM:
+            segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
+            exists &= segment_k < first_dummy
+        slot_k = tl.load(key_slots_ptr + keys, mask=exists, other=2147483647)
         key = tl.load(
-            entries(key_ptr, keys, key_row_stride, columns, key_stride),
+            key_ptr + wide[:, None] * key_row_stride + columns[None, :] * key_stride,
             mask=exists[:, None] & (columns < head_dim)[None, :],
             other=0.0,
         )
         value = tl.load(
-            entries(value_ptr, keys, value_row_stride, value_columns, value_stride),
+            value_ptr + wide[:, None] * value_row_stride + value_columns[None, :] * value_stride,
             mask=exists[:, None] & (value_columns < value_dim)[None, :],
             other=0.0,
         )
         position_k = keys
         if HAS_SLOPES:
-            position_k = tl.load(index[1] + keys, mask=exists, other=0)
-        seen = seen_pairs(known, exists, segment_k, slot_k, window, UNIFORM, HAS_WINDOW)
+            position_k = tl.load(positions_ptr + keys, mask=exists, other=0)
+        if UNIFORM:
+            seen = (exists & (slot_k != 2147483647))[None, :]
+        else:
+            seen = seen_pairs(slot_q, segment_q, prefix_q, slot_k, segment_k, window, HAS_WINDOW)
         dot = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=accumulated.dtype)
         grad_dot = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION, out_dtype=accumulated.dtype)
         _, grad = gradient_of_scores(
@@ -105,7 +119,7 @@ def attention_backward_query(
     slopes_ptr,  # [Hq]
     query_position_ptr,  # [T], as the next four
     positions_ptr,
-    key_position_ptr,
+    key_slots_ptr,
     segments_ptr,
     prefix_id_ptr,
     cu_prompts_ptr,  # [K + 1]
@@ -147,45 +161,53 @@ def attention_backward_query(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     first = block * QUERIES
-    wide_head = head.to(tl.int64)
+    rows = first + tl.arange(0, QUERIES)
+    in_row = rows < num_rows
+    wide, wide_head = rows.to(tl.int64), head.to(tl.int64)
     columns, value_columns = tl.arange(0, HEAD), tl.arange(0, VALUE)
+    slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
+    segment_q = tl.load(segments_ptr + rows, mask=in_row, other=-2)
     first_dummy = num_prompts + num_texts
-    index = (
-        query_position_ptr,
-        positions_ptr,
-        key_position_ptr,
+    live = in_row & (segment_q < first_dummy)
+    prefix_q = tl.load(prefix_id_ptr + rows, mask=live, other=-2)
+    position_q = slot_q
+    slope = 0.0
+    if slopes_ptr is not None:
+        position_q = tl.load(positions_ptr + rows, mask=in_row, other=0)
+        slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
+    prompt_from, prompt_to, own, uniform = key_ranges(
+        rows,
+        in_row,
+        segment_q,
+        prefix_q,
+        first,
         segments_ptr,
-        prefix_id_ptr,
         cu_prompts_ptr,
         cu_texts_ptr,
-    )
-    rows, in_row, live, known, prompt_from, prompt_to, own, uniform = query_block(
-        first,
-        head,
-        index,
-        num_rows,
         num_prompts,
         num_texts,
-        slopes_ptr,
         window,
         HAS_WINDOW,
-        QUERIES,
-        ACCUMULATOR,
     )
     query = tl.load(
-        entries(query_ptr + wide_head * query_head_stride, rows, query_row_stride, columns, query_stride),
+        query_ptr
+        + wide_head * query_head_stride
+        + wide[:, None] * query_row_stride
+        + columns[None, :] * query_stride,
         mask=live[:, None] & (columns < head_dim)[None, :],
         other=0.0,
     )
     in_value = live[:, None] & (value_columns < value_dim)[None, :]
-    grad_out_ptr += wide_head * grad_out_head_stride
     grad_out = tl.load(
-        entries(grad_out_ptr, rows, grad_out_row_stride, value_columns, grad_out_stride),
+        grad_out_ptr
+        + wide_head * grad_out_head_stride
+        + wide[:, None] * grad_out_row_stride
+        + value_columns[None, :] * grad_out_stride,
         mask=in_value,
         other=0.0,
     )
     out = tl.load(
-        entries(out_ptr + wide_head * out_head_stride, rows, out_row_stride, value_columns, 1),
+        out_ptr + wide_head * out_head_stride + wide[:, None] * out_row_stride + value_columns[None, :],
         mask=in_value,
         other=0.0,
     )
@@ -194,8 +216,6 @@ def attention_backward_query(
     lse = tl.load(lse_ptr + wide_head * num_rows + rows, mask=live, other=float("inf"))
     key_ptr += (head // group).to(tl.int64) * key_head_stride
     value_ptr += (head // group).to(tl.int64) * value_head_stride
-    keys_of_head = key_ptr, key_row_stride, key_stride
-    values_of_head = value_ptr, value_row_stride, value_stride
     accumulated = tl.zeros([QUERIES, HEAD], ACCUMULATOR)
     last = tl.minimum(first + QUERIES, num_rows)
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
@@ -207,12 +227,22 @@ def attention_backward_query(
                 grad_out,
                 lse,
                 delta,
-                known,
-                index,
-                keys_of_head,
-                values_of_head,
+                key_ptr,
+                value_ptr,
+                key_slots_ptr,
+                segments_ptr,
+                positions_ptr,
+                slot_q,
+                segment_q,
+                prefix_q,
+                position_q,
+                slope,
                 prompt_from if part == 0 else own,
                 prompt_to if part == 0 else first,
+                key_row_stride,
+                key_stride,
+                value_row_stride,
+                value_stride,
                 head_dim,
                 value_dim,
                 first_dummy,
@@ -237,12 +267,22 @@ def attention_backward_query(
             grad_out,
             lse,
             delta,
-            known,
-            index,
-            keys_of_head,
-            values_of_head,
+            key_ptr,
+            value_ptr,
+            key_slots_ptr,
+            segments_ptr,
+            positions_ptr,
+            slot_q,
+            segment_q,
+            prefix_q,
+            position_q,
+            slope,
             prompt_from if part == 0 else own,
             prompt_to if part == 0 else last,
+            key_row_stride,
+            key_stride,
+            value_row_stride,
+            value_stride,
             head_dim,
             value_dim,
             first_dummy,
@@ -259,7 +299,10 @@ def attention_backward_query(
             PRECISION,
         )
     tl.store(
-        entries(grad_query_ptr + wide_head * grad_query_head_stride, rows, grad_query_row_stride, columns, 1),
+        grad_query_ptr
+        + wide_head * grad_query_head_stride
+        + wide[:, None] * grad_query_row_stride
+        + columns[None, :],
         accumulated.to(grad_query_ptr.dtype.element_ty),
         mask=in_row[:, None] & (columns < head_dim)[None, :],
     )
