@@ -246,12 +246,11 @@ def loss_of_decoded(model: CausalLM, plan: Plan, rows: DecodedRows, options: Cal
 
 def _head_bias(model: CausalLM) -> Tensor | None:
     """[V] what the model adds to the product with its head's weight, or None."""
-    own, added = model.get_output_embeddings().bias, getattr(model, "final_logits_bias", None)
+    bias: Tensor | None = model.get_output_embeddings().bias
+    added: Tensor | None = getattr(model, "final_logits_bias", None)
     if added is None:
-        return own  # type: ignore[no-any-return]
-    added = added.reshape(-1)
-    bias: Tensor | None = added if own is None else own + added
-    return bias
+        return bias
+    return added.reshape(-1) if bias is None else bias + added.reshape(-1)
 
 
 def logits_source(model: CausalLM, rows: DecodedRows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

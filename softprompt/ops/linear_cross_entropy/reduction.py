@@ -45,7 +45,10 @@ def _reduce(
     chosen = "reference"
     if losses.dtype == torch.float32:
         chosen = _BACKENDS.chosen(backend, losses.device)
-    return _BACKENDS.function(chosen)(losses, targets, num_items, divisor, ignore_index)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] = _BACKENDS.function(chosen)(
+        losses, targets, num_items, divisor, ignore_index
+    )
+    return result
 
 
 def _reference(

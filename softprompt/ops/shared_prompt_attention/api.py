@@ -84,7 +84,8 @@ def shared_prompt_attention(
     # Scores, biases and sums keep the dtypes that the back end chose for them.
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         if torch.compiler.is_compiling():
-            return _OP(query, key, value, *layout.fields(), *options, sinks, backend)  # type: ignore[no-any-return]
+            result: Tensor = _OP(query, key, value, *layout.fields(), *options, sinks, backend)
+            return result
         return _run(query, key, value, layout, options, sinks, backend)
 
 
