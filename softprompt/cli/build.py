@@ -15,12 +15,13 @@ from softprompt.cli.training_config import TrainingConfig
 from softprompt.engine import plan_for
 from softprompt.engine.runner import obstacle_to
 from softprompt.ensemble import PROMPT_NAME
-from softprompt.tasks.callbacks import Patience, StopAtStepEnd
+from softprompt.tasks.callbacks import EvaluateAtEnd, Patience, StopAtStepEnd
 from softprompt.tasks.trainer import Member, PromptTrainer
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
 LOGS_PER_EPOCH = 20
 DEFAULT_PATIENCE = 3
+EVALUATIONS = 5  # of a run that is counted in steps
 
 
 def build_trainer(
@@ -39,8 +40,13 @@ def build_trainer(
     check_different(config, model)
     stop = StopAtStepEnd()
     callbacks: list[TrainerCallback] = [progress, stop]
-    measured = [table for table in (setup.eval_table, setup.validation_table) if table is not None]
-    more: dict[str, Any] = {"eval_strategy": "epoch" if measured else "no", "save_strategy": "epoch"}
+    more: dict[str, Any] = {"save_strategy": "epoch"}
+    if config.steps is not None:
+        every = math.ceil(config.steps / EVALUATIONS)
+        more = {"save_strategy": "steps", "save_steps": every, "eval_steps": every}
+        callbacks.append(EvaluateAtEnd())
+    watched = setup.eval_table is not None or setup.validation_table is not None
+    more["eval_strategy"] = more["save_strategy"] if watched else "no"
     if setup.validation_table is not None:
         more["metric_for_best_model"] = "validation_loss"
         callbacks.append(Patience(early_stopping_patience=config.patience or DEFAULT_PATIENCE))
@@ -62,7 +68,7 @@ def trainer_of(
     steps_per_epoch = math.ceil(len(setup.train_table) / config.compute.batch_size)
     arguments = TrainingArguments(
         output_dir=config.output,
-        num_train_epochs=config.epochs,
+        num_train_epochs=config.epochs or 1,
         max_steps=config.steps or -1,
         per_device_train_batch_size=config.compute.batch_size * streams,
         per_device_eval_batch_size=config.compute.batch_size,
@@ -76,6 +82,7 @@ def trainer_of(
         use_cpu=setup.device == "cpu",
         seed=config.seed,
         logging_steps=max(1, steps_per_epoch // LOGS_PER_EPOCH),
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         label_names=["labels"],
         remove_unused_columns=False,

@@ -92,9 +92,8 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
     from softprompt.tasks.metrics import exact_match
 
     quiet_libraries()
-    training = TrainingConfig(
-        positions="padded", seed=config.seed, compute=ComputeOptions(device=config.device)
-    )
+    compute = ComputeOptions(device=config.device)
+    training = TrainingConfig(positions="padded", seed=config.seed, compute=compute).with_recipe()
     train_table, eval_table = read_tables(training)
     table = eval_table or train_table
     setup = set_up(training, train_table, eval_table)

@@ -54,12 +54,13 @@ def prompt_starts(
     """
     tokenizer = setup.encoder.tokenizer
     positions = getattr(setup.base.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.num_virtual_tokens + config.max_length > positions:
+    max_length = setup.encoder.task.max_length
+    if positions is not None and config.num_virtual_tokens + max_length > positions:
         raise UsageError(
-            f"--num-virtual-tokens {config.num_virtual_tokens} and --max-length {config.max_length} together "
+            f"--num-virtual-tokens {config.num_virtual_tokens} and --max-length {max_length} together "
             f"exceed the {positions} positions of {setup.model_name}: make one of them smaller"
         )
-    if config.init == "text" and not tokenizer(config.init_text)["input_ids"]:
+    if config.start == "text" and config.init_text and not tokenizer(config.init_text)["input_ids"]:
         raise UsageError(f"--init-text {config.init_text!r} has no tokens: give other words")
     for words in config.ensemble_texts or []:
         if not tokenizer(words)["input_ids"]:
@@ -69,10 +70,10 @@ def prompt_starts(
     ]
     starts = []
     for number, (adapter, prompt) in enumerate(zip(adapters, prompts, strict=True)):
-        texts = config.ensemble_texts or [config.init_text]
-        text = texts[number] if config.init == "text" and number < len(texts) else None
+        texts = config.ensemble_texts or [config.init_text or ""]
+        text = texts[number] if config.start == "text" and number < len(texts) else None
         # The same words again would give the same prompt again.
-        kind = "vocab" if config.init == "text" and text is None else config.init
+        kind = "vocab" if config.start == "text" and text is None else config.start
         peft_config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=config.num_virtual_tokens,
@@ -105,7 +106,7 @@ def check_different(config: TrainingConfig, model: Any) -> None:
         other = found.setdefault(prompt_parameter(model, name).detach().cpu().numpy().tobytes(), name)
         if other != name:
             raise UsageError(
-                f"--init {config.init}: {other} and {name} of the ensemble start at the same numbers and "
+                f"--init {config.start}: {other} and {name} of the ensemble start at the same numbers and "
                 "would stay the same: give more --num-virtual-tokens, or another --init"
             )
 
@@ -114,10 +115,13 @@ def _initial_prompt(setup: Setup, config: TrainingConfig, number: int, count: in
     """The [P, H] prompt of `--init` with this number of the `count`, None where PEFT makes it."""
     model, length, seed = setup.base, config.num_virtual_tokens, config.seed + number
     tokenizer, table = setup.encoder.tokenizer, setup.train_table
-    with usage_errors(f"--init {config.init}: "):
-        match config.init:
+    with usage_errors(f"--init {config.start}: "):
+        match config.start:
+            case "label-words":
+                labels, order = table.known_labels(), None if number == 0 else seed
+                return init.label_words(model, length, tokenizer, labels, order=order)
             case "text-once":
-                return init.text(model, length, tokenizer, config.init_text, tile=False, seed=seed)
+                return init.text(model, length, tokenizer, config.init_text or "", tile=False, seed=seed)
             case "labels":
                 return init.class_labels(model, length, tokenizer, table.known_labels(), seed=seed)
             case "common":

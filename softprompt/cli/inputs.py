@@ -1,7 +1,7 @@
 """What all prompts of a call share: the tables, the frozen model, its tokenizer and the task."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from softprompt import tiny
 from softprompt.cli.checks import UsageError, check_model
 from softprompt.cli.models import load_model, load_tokenizer, prepare
 from softprompt.cli.resume import check_same_run, check_whole, fingerprint
-from softprompt.cli.training_config import TrainingConfig
+from softprompt.cli.training_config import LONGEST, TrainingConfig
 from softprompt.engine import plan_for
 from softprompt.engine.runner import obstacle_to
+from softprompt.prompts.vocabulary import scale_of
 from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.table import (
@@ -29,7 +30,8 @@ class Setup:
     """What all prompts of a call share.
 
     Attributes:
-        config: the options.
+        config: the options, with numbers for what was left open.
+        scale: of the model's embeddings.
         model_name: of the base model, a folder made absolute.
         base: the frozen model.
         device: "cpu" or "cuda".
@@ -41,6 +43,7 @@ class Setup:
     """
 
     config: TrainingConfig
+    scale: float
     model_name: str
     base: Any
     device: str
@@ -85,26 +88,48 @@ def set_up(
     """
     model_name = check_model(config.model or tiny.model_path())
     device, dtype = prepare(config.compute, tiny=config.model is None)
+    base, tokenizer = load_model(model_name, dtype), load_tokenizer(model_name)
+    scale = scale_of(base)
+    config = config.resolved(rows=len(train_table), scale=scale)
     train_table, validation_table = _split_validation(config, train_table)
-    base = load_model(model_name, dtype)
+    template, label_prefix = template_of(config, tokenizer)
     task = ClassificationTask(
         text_column=config.text_column,
         label_column=config.label_column,
         labels=train_table.known_labels(),
-        template=config.template,
-        max_length=config.max_length,
+        template=template,
+        label_prefix=label_prefix,
+        max_length=config.max_length or LONGEST,
         padding=config.padding,
-        end_token=config.end_token or ("eos" if config.model is None else "pad"),
+        end_token=config.end_token or "eos",
         positions=choose_positions(config, base),
         label_names=tuple(train_table.label_names.items()),
     )
+    encoder = Encoder(task, tokenizer)
+    if config.max_length is None:
+        tables = [table for table in (train_table, eval_table, validation_table) if table is not None]
+        longest = max(length for table in tables for length in encoder.lengths(table.rows))
+        task = replace(task, max_length=min(longest + encoder.max_target, LONGEST))
+        encoder = Encoder(task, tokenizer)
     training = {**config.settings, "rows": fingerprint(train_table)}
     if checkpoint is not None:
         check_whole(checkpoint)
         check_same_run(load_task(checkpoint), (task, model_name, training))
-    encoder = Encoder(task, load_tokenizer(model_name))
     record = {"model": model_name, "training": training}
-    return Setup(config, model_name, base, device, encoder, train_table, eval_table, validation_table, record)
+    return Setup(
+        config, scale, model_name, base, device, encoder, train_table, eval_table, validation_table, record
+    )
+
+
+def template_of(config: TrainingConfig, tokenizer: Any) -> tuple[str, str]:
+    """Return the template, and what stands between it and a label.
+
+    A space before a label belongs to the label, as in running text, where tokenizers join both.
+    """
+    if config.label_prefix is not None:
+        return config.template, config.label_prefix
+    template = config.template.rstrip(" ")
+    return template, "" if template[-1:].isspace() else " "
 
 
 def choose_positions(config: TrainingConfig, base: Any) -> str:
@@ -123,7 +148,7 @@ def choose_positions(config: TrainingConfig, base: Any) -> str:
 
 
 def _split_validation(config: TrainingConfig, table: Table) -> tuple[Table, Table | None]:
-    if config.validation_share == 0:
+    if not config.validation_share:
         return table, None
     try:
         return split_table(table, config.validation_share, config.seed)

@@ -1,11 +1,15 @@
 """What the commands say of the rows that they were given: counts, and what may not be as it was meant."""
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from softprompt.cli.inputs import Setup
-from softprompt.tasks.classification import Encoder
+from softprompt.cli.training_config import FEW_STEPS
+from softprompt.prompts.init import label_word_ids
+from softprompt.tasks.classification import IGNORED, Encoder
 from softprompt.tasks.labels import evaluation_notes, label_counts, look_alikes
 from softprompt.tasks.table import Table
 
@@ -24,6 +28,84 @@ def say_rows(setup: Setup) -> None:
     lines += row_notes(tables)
     lines += length_notes(encoder, tables, "a larger --max-length keeps it")
     say(lines)
+
+
+def say_training(setup: Setup) -> None:
+    """Print what a model sees of a row, where the prompt starts, and how it is trained."""
+    config, encoder = setup.config, setup.encoder
+    rows, batch_size = len(setup.train_table), config.compute.batch_size
+    steps = config.steps or (config.epochs or 1) * math.ceil(rows / batch_size)
+    example = encoder.example(setup.train_table.rows[0], (setup.train_table.labels or [""])[0])
+    label = sum(target != IGNORED for target in example["labels"])
+    before, behind = (
+        encoder.tokenizer.decode(ids)
+        for ids in (example["input_ids"][:-label], example["input_ids"][-label:])
+    )
+    lines = [
+        f"the first row as the model sees it: {config.num_virtual_tokens} virtual tokens, {before!r}, and to "
+        f"be learned {behind!r}",
+        f"{_start_note(setup)}; learning rate {config.learning_rate:g}, which is "
+        f"{(config.learning_rate or 0) / setup.scale:.2g} of the scale of the model's embeddings "
+        f"({setup.scale:.3g}, their root mean square)",
+        f"{steps:,} steps of {batch_size} rows: {steps * batch_size / rows:.2g} passes over {rows:,} rows",
+    ]
+    if steps < FEW_STEPS:
+        lines.append(
+            f"{steps} steps are few for a soft prompt, which learns in hundreds: give more --epochs or "
+            "--steps"
+        )
+    say(lines)
+
+
+def _start_note(setup: Setup) -> str:
+    config, count = setup.config, setup.config.num_virtual_tokens
+    if config.start != "label-words":
+        return f"the prompt starts at --init {config.start}"
+    ids = label_word_ids(setup.encoder.tokenizer, setup.encoder.task.labels)
+    words = repr(setup.encoder.tokenizer.decode(ids[:count]))
+    if len(ids) > count:
+        return (
+            f"the prompt starts at the words of the labels, {words}, cut after {count} of their {len(ids)} "
+            "tokens (a larger --num-virtual-tokens keeps them)"
+        )
+    return f"the prompt starts at the words of the labels, {words}, repeated to {count} tokens"
+
+
+def loss_note(loss: float, vocabulary: int) -> str | None:
+    """Return what is to be said of a first loss, in nats per token, that guessing would be below."""
+    if not loss > math.log(vocabulary):
+        return None
+    return (
+        f"the first loss, {loss:.1f} nats per token, is above that of guessing among all {vocabulary:,} "
+        f"tokens ({math.log(vocabulary):.1f}): template, --label-prefix or --end-token may not be what the "
+        "model knows"
+    )
+
+
+def result_notes(metrics: dict[str, Any]) -> list[str]:
+    """Return what is to be said of the scores of a trained prompt."""
+    accuracy, rows = metrics["eval_exact_match"], metrics["eval_rows"]
+    if accuracy is None:
+        return []
+    notes, base, trained = [], metrics["majority"], metrics["train_exact_match"]
+    # Two standard errors of a share of so many rows.
+    error = 2 * math.sqrt(max(accuracy * (1 - accuracy), 0.25 / rows) / rows)
+    if len(metrics["eval_predicted"]) == 1 and rows > 1:
+        (label,) = metrics["eval_predicted"]
+        notes.append(f"all {rows:,} evaluation rows got the label {label!r}: the prompt tells nothing apart")
+    elif accuracy <= base["exact_match"] + (error if rows < 100 else 0):
+        notes.append(
+            f"the accuracy of {accuracy:.1%} on {rows:,} rows is not clearly above that of always answering "
+            f"{base['label']!r}, {base['exact_match']:.1%}: more --steps, more rows, another --template or a "
+            "larger model may help"
+        )
+    if trained is not None and trained - accuracy > max(0.1, error):
+        notes.append(
+            f"{trained:.1%} of training rows and {accuracy:.1%} of evaluation rows are right: the prompt has "
+            "learned its rows by heart; more rows, fewer --steps or --num-virtual-tokens, or --ensemble may "
+            "help"
+        )
+    return notes
 
 
 def row_notes(tables: Sequence[Table]) -> list[str]:

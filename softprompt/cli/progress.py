@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table as RichTable
 from transformers import TrainerCallback, TrainerState
 
+from softprompt.cli.notes import loss_note, say
 from softprompt.tasks.sweep import Run
 
 
@@ -56,8 +57,9 @@ class _Bars(TrainerCallback):
 class TrainingProgress(_Bars):
     """Progress bars of the steps and of each evaluation, and a line with the scores after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__(TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self._vocabulary = vocabulary
         self._steps = self._bars.add_task("training", total=None, note="")
         self._evaluation = self._bars.add_task("evaluation", total=None, note="", visible=False)
 
@@ -69,22 +71,23 @@ class TrainingProgress(_Bars):
         """Show the newest training loss."""
         if logs and "loss" in logs:
             self._bars.update(self._steps, note=f"loss {logs['loss']:.4f}")
+            note = loss_note(logs["loss"], self._vocabulary) if state.global_step == 1 else None
+            if note is not None:
+                say([note])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **more: Any) -> None:
-        """Print the scores of the epoch."""
+        """Print the scores of the watched rows."""
         self._bars.reset(self._evaluation, visible=False)
-        if not metrics or state.epoch is None:
+        if not metrics:
             return
-        parts = []
-        if "eval_loss" in metrics:
-            parts = [
-                f"accuracy {metrics['eval_exact_match']:.1%}",
-                f"loss {metrics['eval_loss']:.4f}",
-                f"perplexity {metrics['eval_perplexity']:.4g}",
-            ]
-        if "eval_validation_loss" in metrics:
-            parts.append(f"validation loss {metrics['eval_validation_loss']:.4f}")
-        self._bars.console.print(f"epoch {state.epoch:g}: {', '.join(parts)}", highlight=False)
+        rows = "validation rows" if "eval_validation_loss" in metrics else "evaluation rows"
+        prefix = "eval_validation" if "eval_validation_loss" in metrics else "eval"
+        self._bars.console.print(
+            f"step {state.global_step}: accuracy {metrics[f'{prefix}_exact_match']:.1%}, "
+            f"macro-F1 {metrics[f'{prefix}_macro_f1']:.3f}, loss {metrics[f'{prefix}_loss']:.4f} "
+            f"on {metrics[f'{prefix}_rows']} {rows}",
+            highlight=False,
+        )
 
 
 class SweepProgress(_Bars):
@@ -118,13 +121,27 @@ def print_summary(metrics: dict[str, Any], output: Path) -> None:
         + ("" if metrics["best_step"] is None else f"; the prompt of step {metrics['best_step']} was kept"),
         "training loss": _shown(metrics["train_loss"], ".4f"),
         "evaluation loss": _shown(metrics["eval_loss"], ".4f"),
-        "perplexity": _shown(metrics["eval_perplexity"], ".4g"),
-        "accuracy": _shown(metrics["eval_exact_match"], ".1%"),
+        "accuracy": _shown(metrics["eval_exact_match"], ".1%") + _beside(metrics),
+        "macro-F1": _shown(metrics["eval_macro_f1"], ".3f"),
+        "accuracy in training": _shown(metrics["train_exact_match"], ".1%"),
+        "predicted": ", ".join(f"{label} {n:,}" for label, n in (metrics["eval_predicted"] or {}).items())
+        or "-",
         "adapter": str(output),
     }
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _beside(metrics: dict[str, Any]) -> str:
+    """What the accuracy is to be compared with."""
+    if metrics["majority"] is None:
+        return ""
+    zero_shot = metrics["zero_shot"]
+    return (
+        f" (without a prompt {zero_shot['exact_match']:.1%} of {zero_shot['rows']} rows; always "
+        f"{metrics['majority']['label']!r} {metrics['majority']['exact_match']:.1%})"
+    )
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -11,7 +11,7 @@ from softprompt.ensemble import combine
 from softprompt.files import write_text
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.metrics import confusion_counts, exact_match, macro_f1, to_json
+from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts, to_json
 from softprompt.tasks.plot import draw_confusion
 from softprompt.tasks.scoring import (
     content_free_log_likelihoods,
@@ -90,7 +90,7 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
             path.unlink(missing_ok=True)  # with --overwrite, of the table that was replaced
         return
     counts = confusion_counts(predicted, labels, names)
-    accuracy, f1 = exact_match(predicted, labels), macro_f1(counts)
+    accuracy, f1 = accuracy_and_f1(predicted, labels)
     metrics = {
         "rows": len(labels),
         "accuracy": accuracy,

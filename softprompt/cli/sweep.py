@@ -33,7 +33,7 @@ def run(config: SweepConfig) -> int:
             raise UsageError(f"{option_name(name)} is what --over varies: leave the option out")
     if {"epochs", "steps"} <= {*over, *(["steps"] if training.steps else [])}:
         raise UsageError("--over epochs means nothing beside steps, which count more: give one of them")
-    if "init_text" in over and not {"text", "text-once"} & set(over.get("init", [training.init])):
+    if "init_text" in over and not {"text", "text-once"} & set(over.get("init", [training.init or "text"])):
         raise UsageError("--over init-text varies the words of --init text, which no run starts from")
     training = training.with_recipe()
     output = check_output_folder(config.output)

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,15 @@ class Sweep:
     def __init__(
         self, training: TrainingConfig, config: SweepConfig, over: Mapping[str, Sequence[Any]]
     ) -> None:
-        self.training, self.together = training, config.together
+        # Of what is left open, a sweep fills in only what it is not over.
+        self.training, self.together = replace(training, validation_share=0.0), config.together
+        training = self.training.with_values({name: values[0] for name, values in over.items()})
         self.folder = Path(config.output) / "runs"
         train_table, eval_table = read_tables(training)
         if eval_table is None:
             raise UsageError("a sweep compares accuracies: give --eval-data, or a larger --eval-share")
         self.setup = set_up(training, train_table, eval_table)
+        training = self.setup.config
         self.eval_table = eval_table
         # What the table calls the labels changes nothing that is learnt.
         task = {name: v for name, v in self.setup.encoder.task.record().items() if name != "label_names"}
@@ -97,7 +101,7 @@ class Sweep:
 
     def describe(self) -> dict[str, Any]:
         """Return what the table says of all runs."""
-        training, settings = self.training, self.runs[0].settings
+        training, settings = self.setup.config, self.runs[0].settings
         swept = {*self.runs[0].values, "seed", "model", "task", "rows", "eval_rows", *MARKS}
         return {
             "title": f"{Path(settings['model']).name}, {len(self.eval_table)} evaluation rows",
@@ -137,7 +141,8 @@ class Sweep:
                 self._train_together(batch, starts, progress)
 
     def _config_of(self, run: Run) -> TrainingConfig:
-        return self.training.with_values({**run.values, "seed": run.seed})
+        config = self.training.with_values({**run.values, "seed": run.seed})
+        return config.resolved(rows=len(self.setup.train_table), scale=self.setup.scale)
 
     def _train_together(
         self, runs: Sequence[Run], starts: Mapping[str, Start], progress: SweepProgress
@@ -149,7 +154,7 @@ class Sweep:
             with_prompts(self.setup, [starts[run.name] for run in runs]),
             [progress],
             members=[
-                Member(run.name, run.seed, config.learning_rate, config.weight_decay)
+                Member(run.name, run.seed, config.learning_rate or 0.0, config.weight_decay)
                 for run, config in zip(runs, configs, strict=True)
             ],
             eval_strategy="no",
@@ -181,7 +186,7 @@ class Sweep:
             "seconds": seconds,
             "losses": losses,
         }
-        training = {name: run.settings[name] for name in _swept(self.training.settings)}
+        training = {name: run.settings[name] for name in _swept(self.setup.config.settings)}
         with staging(self.folder) as stage:
             staged = trainer.save_run(run.name, stage, {"model": self.setup.model_name, "training": training})
             (staged / RECORD).write_text(to_json(record), encoding="utf-8")

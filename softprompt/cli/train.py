@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from softprompt.tasks.trainer import PromptTrainer
 
 
+EVALUATED = (
+    "eval_loss",
+    "eval_perplexity",
+    "eval_exact_match",
+    "eval_macro_f1",
+    "eval_predicted",
+    "eval_prompt_exact_match",
+)
+
 COMMAND = Command(
     TrainingConfig,
     summary="train a soft prompt on a table of texts and labels",
@@ -43,15 +52,17 @@ def run(config: TrainingConfig) -> int:
     from softprompt.cli import build
     from softprompt.cli.inputs import read_tables, set_up
     from softprompt.cli.models import quiet_libraries
-    from softprompt.cli.notes import say_rows
+    from softprompt.cli.notes import say_rows, say_training
     from softprompt.cli.progress import TrainingProgress
     from softprompt.cli.resume import say_how_to_resume, stop_on_interrupt
+    from softprompt.prompts.vocabulary import vocab_size_of
 
     quiet_libraries()
     setup = set_up(config, *read_tables(config), checkpoint=checkpoint)
-    progress = TrainingProgress()
+    progress = TrainingProgress(vocab_size_of(setup.base))
     trainer, stop = build.build_trainer(setup, progress, checkpoint=checkpoint)
     say_rows(setup)
+    say_training(setup)
     with held(output):
         # Again: another run may have ended in the meantime.
         if _checkpoint_of(config, output) != checkpoint:
@@ -60,16 +71,19 @@ def run(config: TrainingConfig) -> int:
             remove_checkpoints(output)
         start = time.perf_counter()
         with progress:
+            zero_shot = trainer.zero_shot()
             with stop_on_interrupt(stop):
                 trainer.train_from(checkpoint)
             state = trainer.state
             if stop.requested and state.global_step < state.max_steps:
                 return say_how_to_resume(config.argv, state.global_step, state.max_steps, output)
             trainer.restore_best()
-            measured = _last(state.log_history, "eval_loss").get("step")
-            if setup.eval_table is not None and measured != state.global_step:
-                trainer.evaluate()
-        _save(setup, trainer, output, seconds=time.perf_counter() - start)
+            scores = {
+                "zero_shot": zero_shot,
+                "eval": trainer.evaluate_all(),
+                "train": trainer.evaluate_trained(),
+            }
+        _save(setup, trainer, output, scores, seconds=time.perf_counter() - start)
     return 0
 
 
@@ -88,10 +102,14 @@ def _checkpoint_of(config: TrainingConfig, output: Path) -> Path | None:
     return None
 
 
-def _save(setup: "Setup", trainer: "PromptTrainer", output: Path, *, seconds: float) -> None:
+def _save(
+    setup: "Setup", trainer: "PromptTrainer", output: Path, scores: dict[str, Any], *, seconds: float
+) -> None:
     import torch
 
+    from softprompt.cli.notes import result_notes, say
     from softprompt.cli.progress import print_summary
+    from softprompt.tasks.evaluation import majority
     from softprompt.tasks.metrics import to_json
     from softprompt.tasks.plot import draw_training
 
@@ -102,31 +120,34 @@ def _save(setup: "Setup", trainer: "PromptTrainer", output: Path, *, seconds: fl
             "not saved; use a smaller --learning-rate, or --bf16 instead of --fp16"
         )
     history = trainer.state.log_history
-    scores = _last([e for e in history if trainer.best_step in (None, e.get("step"))], "eval_loss")
+    eval_labels = [] if setup.eval_table is None else setup.eval_table.labels or []
     metrics = {
         "model": setup.model_name,
         "train_rows": len(setup.train_table),
-        "eval_rows": 0 if setup.eval_table is None else len(setup.eval_table),
+        "eval_rows": len(eval_labels),
+        "validation_rows": 0 if setup.validation_table is None else len(setup.validation_table),
         "num_virtual_tokens": setup.config.num_virtual_tokens,
         "prompts": len(prompts),
         "trainable_parameters": sum(prompt.numel() for prompt in prompts.values()),
+        "learning_rate": setup.config.learning_rate,
         "steps": trainer.state.global_step,
         "best_step": trainer.best_step,
         "validation_loss": trainer.state.best_metric,
         "seconds": seconds,
         "train_loss": _last(history, "loss").get("loss"),
-        "eval_loss": scores.get("eval_loss"),
-        "eval_perplexity": scores.get("eval_perplexity"),
-        "eval_exact_match": scores.get("eval_exact_match"),
-        "eval_prompt_exact_match": scores.get("eval_prompt_exact_match"),
+        **{name: scores["eval"].get(name) for name in EVALUATED},
+        "train_exact_match": scores["train"].get("exact_match"),
+        "zero_shot": scores["zero_shot"],
+        "majority": majority(setup.train_table.labels or [], eval_labels) if eval_labels else None,
         "history": history,
     }
     with staging(output) as stage:
         trainer.save_adapter(stage)
         (stage / "metrics.json").write_text(to_json(metrics), encoding="utf-8")
-        draw_training(history, stage / "training.png")
+        draw_training(metrics, stage / "training.png")
         publish_adapter(stage, output)
     print_summary(metrics, output)
+    say(result_notes(metrics))
 
 
 def _last(history: list[dict[str, Any]], key: str) -> dict[str, Any]:

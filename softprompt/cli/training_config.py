@@ -26,17 +26,46 @@ from softprompt.prompt_paths import check_prompt_path
 from softprompt.tasks.classification import CHOICES, DEFAULT_TEMPLATE
 from softprompt.tasks.folders import adapter_folders
 
-DEFAULT_INIT_TEXT = "Classify if the tweet is a complaint or not:"
-INITS = ("text", "text-once", "labels", "common", "counted", "vocab", "matched", "uniform", "random", "saved")
+INITS = (
+    "label-words",
+    "text",
+    "text-once",
+    "labels",
+    "common",
+    "counted",
+    "vocab",
+    "matched",
+    "uniform",
+    "random",
+    "saved",
+)
+FEW_STEPS, DEFAULT_STEPS = 60, 200
+RELATIVE_RATE = 0.25  # of the model's embedding scale, see softprompt.prompts.vocabulary.scale_of
+ROWS_FOR_VALIDATION, VALIDATION_ROWS = 500, 128
+LONGEST = 256
 RECIPES: dict[str | None, dict[str, Any]] = {
+    "article": {
+        "template": "{text_column} : {text} Label : ",
+        "label_prefix": "",
+        "end_token": "pad",
+        "max_length": 64,
+        "init": "text",
+        "init_text": "Classify if the tweet is a complaint or not:",
+        "num_virtual_tokens": 8,
+        "learning_rate": 3e-2,
+        "epochs": 50,
+        "validation_share": 0.0,
+    },
     "paper": {
         "optimizer": "adafactor",
         "learning_rate": 0.3,
         "schedule": "constant",
         "num_virtual_tokens": 100,
         "weight_decay": 1e-5,
-    }
+    },
 }
+# The shipped tiny model was made for the article's words, and ends its sentences with eos.
+SHIPPED = {**RECIPES["article"], "end_token": "eos", "epochs": 10}
 # With the task and the training rows, all that decides the trained prompt: a resumed run must have the same.
 SETTINGS = (
     "num_virtual_tokens",
@@ -94,20 +123,19 @@ class TrainingConfig:
         "NAME",
         group="model and prompt",
     )
-    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=8)
-    init: str = option(
-        "where the soft prompt starts: at the words of --init-text, repeated to its length (text) or once "
-        "(text-once); at the label words (labels); at random ones of the 5,000 tokens with the smallest "
-        "numbers (common), of the 5,000 most frequent tokens of the training texts (counted), or of all "
-        "tokens (vocab); at random numbers that resemble the model's tokens (matched), lie between -0.5 and "
-        "0.5 (uniform), or are normal with variance 1 (random); or at --init-from (saved). Behind the words "
-        "of text-once and labels stand tokens of common",
+    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=20)
+    init: str | None = option(
+        "where the soft prompt starts: at the words of the labels, repeated to its length (label-words); at "
+        "those of --init-text, repeated to its length (text) or once (text-once); at one token for each "
+        "label, the mean of its words (labels); at random ones of the 5,000 tokens with the smallest numbers "
+        "(common), of the 5,000 most frequent tokens of the training texts (counted), or of all tokens "
+        "(vocab); at random numbers that resemble the model's tokens (matched), lie between -0.5 and 0.5 "
+        "(uniform), or are normal with variance 1 (random); or at --init-from (saved). Behind the words of "
+        "text-once and labels stand tokens of common (default: label-words; text where --init-text is "
+        "given)",
         choices=INITS,
-        default="text",
     )
-    init_text: str = option(
-        "the words for --init text and text-once", words, "TEXT", default=DEFAULT_INIT_TEXT
-    )
+    init_text: str | None = option("the words for --init text and text-once", words, "TEXT")
     init_from: str | None = option(
         "the prompt for --init saved: the folder of an adapter of the same model (of an ensemble with as "
         "many prompts for --ensemble), or a .npy file [P, H]",
@@ -124,8 +152,17 @@ class TrainingConfig:
         template_text,
         default=DEFAULT_TEMPLATE,
     )
-    max_length: int = option(
-        "longest row in tokens, label included; a longer text loses its end", whole(1), "N", default=64
+    label_prefix: str | None = option(
+        "what stands between the template and the label, and is learned with it (default: a space, which "
+        "the end of a template loses; nothing behind a template that ends with a new line or a tab)",
+        template_text,
+        "TEXT",
+    )
+    max_length: int | None = option(
+        "longest row in tokens, label included; a longer text loses its end (default: that of the longest "
+        f"row, at most {LONGEST})",
+        whole(1),
+        "N",
     )
     padding: str = option(
         "fill every row up to --max-length, or only up to the longest row of its batch",
@@ -133,7 +170,8 @@ class TrainingConfig:
         default="max_length",
     )
     end_token: str | None = option(
-        "the token to learn after a label (default: pad; eos for the shipped tiny model)",
+        "the token to learn after a label: the tokenizer's end-of-sequence token or its pad token (default: "
+        "eos)",
         choices=CHOICES["end_token"],
     )
     positions: str | None = option(
@@ -158,15 +196,25 @@ class TrainingConfig:
 
     recipe: str | None = option(
         "settings that belong together; options given beside it count more. paper: Adafactor, constant "
-        "learning rate 0.3, 100 virtual tokens, weight decay 1e-5 (Lester et al. 2021)",
+        "learning rate 0.3, 100 virtual tokens, weight decay 1e-5 (Lester et al. 2021). article: those of "
+        "PEFT's guide to prompt tuning: its template, pad behind the label, 8 virtual tokens from its "
+        "words, learning rate 0.03, 50 epochs",
         choices=tuple(RECIPES),
         group="training",
     )
-    epochs: int = option("passes over the table", whole(1), "N", default=10)
+    epochs: int | None = option("passes over the table, each with an evaluation", whole(1), "N")
     steps: int | None = option(
-        "training steps, in the place of --epochs: the last pass may end early", whole(1), "N"
+        "training steps, in the place of --epochs: the last pass may end early; evaluated five times "
+        f"(default without --epochs: {DEFAULT_STEPS})",
+        whole(1),
+        "N",
     )
-    learning_rate: float = option("first learning rate", number(0, open_start=True), "RATE", default=3e-2)
+    learning_rate: float | None = option(
+        f"first learning rate (default: {RELATIVE_RATE:g} of the root mean square of the model's token "
+        "embeddings, so that prompts of all models move alike)",
+        number(0, open_start=True),
+        "RATE",
+    )
     schedule: str = option(
         "whether the learning rate falls linearly to 0 or stays as it is",
         choices=("linear", "constant"),
@@ -175,15 +223,18 @@ class TrainingConfig:
     optimizer: str = option("optimizer of the prompt", choices=("adamw", "adafactor"), default="adamw")
     weight_decay: float = option("weight decay of the optimizer", number(0), "RATE", default=0.01)
     seed: int = option("seed of the split, the prompt and the row order", whole(0, MAX_SEED), "N", default=42)
-    validation_share: float = option(
+    validation_share: float | None = option(
         "share of every label's training rows to keep for deciding when to stop: training ends once their "
-        "loss has stopped falling, and the prompt with the lowest loss is saved; 0 trains all epochs",
+        "loss has stopped falling, and the prompt with the lowest loss is saved; 0 trains to the end "
+        f"(default: enough for {VALIDATION_ROWS} rows, 0 with fewer than {ROWS_FOR_VALIDATION} rows to train "
+        "on)",
         number(0, 1),
         "SHARE",
-        default=0.0,
     )
     patience: int | None = option(
-        "epochs without a lower loss on the validation rows before training stops (default: 3)", whole(1), "N"
+        "evaluations without a lower loss on the validation rows before training stops (default: 3)",
+        whole(1),
+        "N",
     )
     compute: ComputeOptions = nested(ComputeOptions)
 
@@ -203,11 +254,35 @@ class TrainingConfig:
         values = values_of(self)
         return {name: values[name] for name in SETTINGS}
 
+    @property
+    def start(self) -> str:
+        """`--init`, or what counts without it."""
+        return self.init or ("label-words" if self.init_text is None and not self.ensemble_texts else "text")
+
+    def resolved(self, *, rows: int, scale: float) -> "TrainingConfig":
+        """Return the configuration with numbers for what was left open.
+
+        Args:
+            rows: of the training table, before rows for validation are taken.
+            scale: of the model's embeddings.
+        """
+        rate, share, steps = self.learning_rate, self.validation_share, self.steps
+        if rate is None:
+            rate = float(f"{RELATIVE_RATE * scale:.2g}")
+        if share is None:
+            share = min(0.2, round(VALIDATION_ROWS / rows, 4)) if rows >= ROWS_FOR_VALIDATION else 0.0
+        if steps is None and self.epochs is None:
+            steps = DEFAULT_STEPS
+        return replace(self, init=self.start, learning_rate=rate, validation_share=share, steps=steps)
+
     def with_recipe(self) -> "TrainingConfig":
-        """Return the configuration with the settings of `--recipe`, but for options that were given."""
+        """Return the configuration with the settings of `--recipe` and of the shipped model.
+
+        Options that were given count more.
+        """
         typed = options_in(self.argv)
-        recipe = RECIPES.get(self.recipe, {}).items()
-        return replace(self, **{name: value for name, value in recipe if option_name(name) not in typed})
+        recipe = {**(SHIPPED if self.model is None else {}), **RECIPES.get(self.recipe, {})}
+        return replace(self, **{name: v for name, v in recipe.items() if option_name(name) not in typed})
 
     def with_values(self, values: Mapping[str, Any]) -> "TrainingConfig":
         """Return the configuration of a run of a sweep: with other values of some options."""
@@ -221,15 +296,19 @@ class TrainingConfig:
         self._check_ensemble()
         if self.patience is not None and self.validation_share == 0:
             raise UsageError("--patience needs rows to watch: give --validation-share")
-        if self.init in ("text", "text-once") and not self.init_text.strip():
+        if (
+            self.start in ("text", "text-once")
+            and not self.ensemble_texts
+            and not (self.init_text or "").strip()
+        ):
             raise UsageError(
-                f"--init {self.init} needs words to start from: give --init-text, or --init vocab"
+                f"--init {self.start} needs words to start from: give --init-text, or --init label-words"
             )
         if self.init == "saved" and not self.init_from:
             raise UsageError("--init saved needs a prompt to start from: give --init-from")
         if self.init != "saved" and (self.init_from or self.init_other_base):
             name = "--init-from" if self.init_from else "--init-other-base"
-            raise UsageError(f"{name} belongs to --init saved, but --init is {self.init}")
+            raise UsageError(f"{name} belongs to --init saved, but --init is {self.start}")
         if self.init_from and not self.resume:  # a checkpoint holds the prompt
             with usage_errors("--init saved: "):
                 for path in adapter_folders(Path(self.init_from)) or [Path(self.init_from)]:
@@ -254,7 +333,7 @@ class TrainingConfig:
                 f"--ensemble-texts: expected one text for each of the {self.ensemble} prompts of --ensemble, "
                 f"got {len(texts)}"
             )
-        if self.init != "text":
+        if self.start != "text":
             raise UsageError(f"--ensemble-texts needs --init text, got --init {self.init}")
         if len(set(texts)) < len(texts) or not all(map(str.strip, texts)):
             raise UsageError(

@@ -38,6 +38,7 @@ __all__ = [
     "from_adapter",
     "from_file",
     "from_tensor",
+    "label_words",
     "matched",
     "prompt_parameter",
     "random",
@@ -124,6 +125,47 @@ def class_labels(
             raise ValueError(f"the label {label!r} has no tokens: rename it, or start the prompt elsewhere")
         means.append(embed(model, ids).mean(0))
     return _completed(model, torch.stack(means), num_virtual_tokens, rest, seed)
+
+
+def label_words(
+    model: Any,
+    num_virtual_tokens: int,
+    tokenizer: Any,
+    labels: Sequence[str],
+    *,
+    order: int | None = None,
+) -> Tensor:
+    """The tokens of all labels, each as it stands behind a space, repeated until there are P of them.
+
+    Args:
+        model: the model.
+        num_virtual_tokens: P; where the labels have more tokens, the last ones are cut.
+        tokenizer: of the model.
+        labels: the labels, in their order.
+        order: a seed, by which each virtual token is one of these tokens drawn at random instead, so that
+            several prompts start at different places.
+
+    Raises:
+        ValueError: no labels, or labels without tokens.
+    """
+    ids = label_word_ids(tokenizer, labels)
+    _check_length(num_virtual_tokens)
+    if order is None:
+        ids = (ids * math.ceil(num_virtual_tokens / len(ids)))[:num_virtual_tokens]
+    else:
+        drawn = torch.randint(0, len(ids), (num_virtual_tokens,), generator=_generator(order))
+        ids = [ids[number] for number in drawn.tolist()]
+    return embed(model, ids)
+
+
+def label_word_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
+    """The tokens that `label_words` repeats."""
+    if isinstance(labels, str) or not labels:
+        raise ValueError(f"expected a sequence of one label or more, got {labels!r}")
+    ids = [i for label in labels for i in tokenizer(f" {label}", add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise ValueError(f"the labels {', '.join(labels)} have no tokens: start the prompt elsewhere")
+    return ids
 
 
 def common_tokens(

@@ -89,3 +89,9 @@ def mean_and_std(model: Any) -> tuple[Tensor, Tensor]:
     size = vocab_size_of(model)
     mean = total / size
     return mean, (squares / size - mean.square()).clamp(min=0).sqrt()
+
+
+def scale_of(model: Any) -> float:
+    """The root mean square of all numbers of the vocabulary's vectors."""
+    mean, std = mean_and_std(model)
+    return float((mean.square() + std.square()).mean().sqrt())

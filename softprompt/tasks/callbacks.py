@@ -49,3 +49,13 @@ class StopAtStepEnd(TrainerCallback):
             control.should_save = False
             control.should_log = False
         return control
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluates after the last step, too, where the steps between two evaluations do not divide them."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> Any:
+        """Evaluate."""
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True
+        return control

@@ -15,7 +15,7 @@ from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import TASK_FILE
 from softprompt.tasks.template import TEXT, Row, Template, from_before_columns, parse_template
 
-DEFAULT_TEMPLATE = "{text_column} : {text} Label : "
+DEFAULT_TEMPLATE = "{text_column} : {text} Label :"
 IGNORED = -100
 LENGTHS_AT_ONCE = 1000
 CHOICES = {
@@ -40,6 +40,9 @@ class ClassificationTask:
         max_length: number of tokens of the longest row, prompt, label and end token together.
         padding: "max_length" pads every batch to `max_length`, "longest" to its own longest row.
         end_token: "pad" ends a label with the tokenizer's pad token, "eos" with its end-of-sequence token.
+        label_prefix: what stands between the template and the label, a space as a rule; label and prefix are
+            tokenized as they stand behind the template, and learned together. None: the label is tokenized by
+            itself (adapters from before there was a prefix).
         positions: "padded": pads count for the positions that the prompt was trained with, as in PEFT;
             "compact": they do not, so a row is what it is alone.
         label_names: (label, name) of the labels that the training table calls otherwise.
@@ -52,6 +55,7 @@ class ClassificationTask:
     max_length: int = 64
     padding: str = "max_length"
     end_token: str = "pad"
+    label_prefix: str | None = None
     positions: str = "padded"
     label_names: tuple[tuple[str, str], ...] = ()
 
@@ -65,6 +69,8 @@ class ClassificationTask:
                 raise TaskError(
                     f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
                 )
+        if not isinstance(self.label_prefix, str | None):
+            raise TaskError(f"label_prefix must be a text or null, got {self.label_prefix!r}")
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise TaskError(f"max_length must be a whole number of at least 1, got {self.max_length!r}")
         parse_template(self.template, self.text_column, self.label_column)
@@ -95,10 +101,13 @@ class ClassificationTask:
     def record(self) -> dict[str, Any]:
         """Return the fields as `softprompt.json` has them.
 
-        What was not there before templates read columns, and class names kept their underscores, is there
-        only where it says something: other tasks are written, and told apart, as they always were.
+        What was not there before templates read columns, class names kept their underscores and labels had a
+        prefix, is there only where it says something: other tasks are written, and told apart, as they always
+        were.
         """
         content = asdict(self)
+        if self.label_prefix is None:
+            del content["label_prefix"]
         names = dict(content.pop("label_names"))
         if from_before_columns(self.template) != self.template:
             content["template_columns"] = list(self.columns)
@@ -169,10 +178,7 @@ class Encoder:
         eos_token_id = _first_set(tokenizer.eos_token_id, tokenizer.pad_token_id)
         self.end_token_id = eos_token_id if task.end_token == "eos" else self.pad_token_id
         self.stop_token_ids = sorted({self.end_token_id, eos_token_id})
-        self.targets = {
-            label: [*tokenizer(label, add_special_tokens=False)["input_ids"], self.end_token_id]
-            for label in task.labels
-        }
+        self.targets = {label: [*self._label_ids(label), self.end_token_id] for label in task.labels}
         self._label_of = {self._text(target): label for label, target in self.targets.items()}
         if len(self._label_of) < len(task.labels):
             raise TaskError(
@@ -239,6 +245,18 @@ class Encoder:
         """Return the label that the generated ids spell, or their text where they spell none."""
         text = self._text(generated)
         return self._label_of.get(text, text)
+
+    def _label_ids(self, label: str) -> list[int]:
+        """The tokens of a label behind the template, whose last words may share a token with it: not then."""
+
+        def ids(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        prefix, before = self.task.label_prefix, self.task.parts.words[-1]
+        if prefix is None:
+            return ids(label)
+        start, whole = ids(before), ids(before + prefix + label)
+        return whole[len(start) :] if whole[: len(start)] == start else ids(prefix + label)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         ids = list(itertools.takewhile(lambda token_id: token_id not in self.stop_token_ids, token_ids))

@@ -1,99 +1,99 @@
-"""How well a prompt, or an ensemble of them, labels the rows of a table."""
+"""How well prompts label the rows of a table, beside what is there without them."""
 
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from softprompt.ensemble import combine
 from softprompt.tasks.classification import Encoder
-from softprompt.tasks.collate import LeftPadCollator
-from softprompt.tasks.inference import Progress, label_texts, mean_loss
-from softprompt.tasks.metrics import exact_match, perplexity
-from softprompt.tasks.scoring import label_log_likelihoods
+from softprompt.tasks.inference import Progress
+from softprompt.tasks.metrics import accuracy_and_f1, exact_match, perplexity
+from softprompt.tasks.scoring import label_log_likelihoods, zero_shot_log_likelihoods
 from softprompt.tasks.table import Table
-
-GENERATED_BATCHES = 4  # generation keeps neither gradients nor logits, so it has room for more rows at once
 
 
 class Evaluation:
-    """Losses and scores of tables with the prompts of a model.
+    """Losses and scores of tables with the prompts of a model: one pass, in which every label is scored.
 
-    Losses are means over all target tokens, in nats per token.
+    A row gets its likeliest label, of several prompts the one that most of them prefer. Losses are means over
+    the label tokens of all rows, end token included, in nats per token; of several prompts the mean of each
+    one's.
 
-    Attributes:
-        ensemble: names of the adapters of an ensemble, whose labels are those that most prompts prefer; empty
-            where the active prompt writes the labels.
-        passes: how often `measure` goes through a table.
+    Args:
+        model: a PEFT model, patched or not.
+        encoder: of the task.
+        batch_size: rows in a forward.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        encoder: Encoder,
-        collate: LeftPadCollator,
-        *,
-        ensemble: Sequence[str] = (),
-        batch_size: int,
-    ) -> None:
-        self.model, self.encoder, self.collate = model, encoder, collate
-        self.ensemble, self.batch_size = list(ensemble), batch_size
-        self.passes = 1 if ensemble else 2
+    def __init__(self, model: Any, encoder: Encoder, *, batch_size: int) -> None:
+        self.model, self.encoder, self.batch_size = model, encoder, batch_size
 
-    def loss(self, table: Table, progress: Progress | None = None) -> float:
-        """Return the loss of a table, of an ensemble the mean over its prompts."""
-        if self.ensemble:
-            losses = self._prompt_losses(table, self._log_likelihoods(table, progress))
-            return sum(losses) / len(losses)
-        examples = self.encoder.examples(table.rows, table.labels or [])
-        return mean_loss(self.model, self.collate, examples, batch_size=self.batch_size, progress=progress)
+    def measure(
+        self, table: Table, adapters: Sequence[str], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Return the scores of a table.
 
-    def measure(self, table: Table, progress: Progress | None = None) -> dict[str, Any]:
-        """Return `loss`, `perplexity` and `exact_match`; of an ensemble those of each prompt, too."""
-        expected = table.labels or []
-        if not self.ensemble:
-            loss = self.loss(table, progress)
-            predicted = label_texts(
-                self.model,
-                self.encoder,
-                table.rows,
-                batch_size=GENERATED_BATCHES * self.batch_size,
-                progress=progress,
-            )
-            return _scores(loss, exact_match(predicted, expected))
-        logs = self._log_likelihoods(table, progress)
-        losses = self._prompt_losses(table, logs)
+        Args:
+            table: N rows with labels of the task.
+            adapters: names of K adapters.
+            progress: called with the number of rows done in each batch.
 
-        def accuracy(log_likelihoods: Tensor) -> float:
-            chosen, _ = combine(log_likelihoods.softmax(2))
-            return exact_match([self.encoder.task.labels[i] for i in chosen.tolist()], expected)
-
-        return {
-            **_scores(sum(losses) / len(losses), accuracy(logs)),
-            "prompt_losses": losses,
-            "prompt_exact_match": [accuracy(logs[k : k + 1]) for k in range(len(logs))],
-        }
-
-    def _log_likelihoods(self, table: Table, progress: Progress | None) -> Tensor:
-        """[K, N, C] of the labels of the task."""
-        return label_log_likelihoods(
+        Returns:
+            `loss`, `perplexity`, `exact_match` (the share of rows with the right label), `macro_f1` and
+            `predicted` (how many rows got each label); of several adapters also `prompt_losses` and
+            `prompt_exact_match`, [K] each.
+        """
+        logs = label_log_likelihoods(
             self.model,
             self.encoder,
             table.rows,
-            adapters=self.ensemble,
+            adapters=adapters,
             batch_size=self.batch_size,
             progress=progress,
         )
+        scores = self._scores(table, logs)
+        if len(adapters) > 1:
+            each = [self._scores(table, logs[k : k + 1]) for k in range(len(logs))]
+            scores["prompt_losses"] = [one["loss"] for one in each]
+            scores["prompt_exact_match"] = [one["exact_match"] for one in each]
+        return scores
 
-    def _prompt_losses(self, table: Table, log_likelihoods: Tensor) -> list[float]:
-        labels = table.labels or []
-        numbers = torch.tensor([self.encoder.task.labels.index(label) for label in labels])
-        tokens = sum(len(self.encoder.targets[label]) for label in labels)
-        chosen = log_likelihoods.gather(2, numbers.expand(len(log_likelihoods), -1)[:, :, None])
-        losses: list[float] = (-chosen.sum((1, 2)) / tokens).tolist()
-        return losses
+    def zero_shot(self, table: Table, progress: Progress | None = None) -> dict[str, Any]:
+        """Return the scores of a table as `measure` does, of the frozen model without any prompt."""
+        logs = zero_shot_log_likelihoods(
+            self.model, self.encoder, table.rows, batch_size=self.batch_size, progress=progress
+        )
+        return self._scores(table, logs)
+
+    def _scores(self, table: Table, logs: Tensor) -> dict[str, Any]:
+        """Of the log-likelihoods [K, N, C]."""
+        known, expected = self.encoder.task.labels, table.labels or []
+        numbers = logs.new_tensor([known.index(label) for label in expected]).long()
+        tokens = sum(len(self.encoder.targets[label]) for label in expected)
+        right = logs.gather(2, numbers.expand(len(logs), -1)[:, :, None])
+        loss = float(-right.sum() / (tokens * len(logs)))
+        chosen, _ = combine(logs.softmax(2))
+        predicted = [known[number] for number in chosen.tolist()]
+        accuracy, f1 = accuracy_and_f1(predicted, expected)
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "exact_match": accuracy,
+            "macro_f1": f1,
+            "predicted": dict(Counter(predicted).most_common()),
+        }
 
 
-def _scores(loss: float, accuracy: float) -> dict[str, Any]:
-    return {"loss": loss, "perplexity": perplexity(loss), "exact_match": accuracy}
+def majority(train_labels: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """Return what always answering the most frequent training label scores on rows with these `labels`."""
+    label, _ = Counter(train_labels).most_common(1)[0]
+    answers = [label] * len(labels)
+    return {
+        "label": label,
+        "exact_match": exact_match(answers, labels),
+        "macro_f1": accuracy_and_f1(answers, labels)[1],
+    }

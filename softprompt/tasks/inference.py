@@ -9,8 +9,8 @@ import torch
 from softprompt.engine import model_spec
 from softprompt.generation.stock import right_options
 from softprompt.nesting import base_of
-from softprompt.tasks.classification import IGNORED, Encoder, Example
-from softprompt.tasks.collate import LeftPadCollator, collate_prompts
+from softprompt.tasks.classification import Encoder
+from softprompt.tasks.collate import collate_prompts
 from softprompt.tasks.template import Row
 
 Progress = Callable[[int], None]
@@ -69,29 +69,6 @@ def _batches(lengths: Sequence[int], batch_size: int, *, alike: bool) -> Iterato
 def _pads_never_count(model: Any) -> bool:
     """Whether the model itself leaves pads out of its positions (BLOOM, OPT)."""
     return model_spec.positions_from_mask(model_spec.config_of(base_of(model)))
-
-
-@torch.no_grad()
-def mean_loss(
-    model: Any,
-    collate: LeftPadCollator,
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> float:
-    """Return the mean loss over all target tokens of the examples, in nats per token."""
-    total, count = 0.0, 0
-    with evaluation_mode(model):
-        for start in range(0, len(examples), batch_size):
-            rows = examples[start : start + batch_size]
-            batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
-            targets = int((batch["labels"] != IGNORED).sum())
-            total += float(model(**batch).loss) * targets
-            count += targets
-            if progress is not None:
-                progress(len(rows))
-    return total / count
 
 
 @contextmanager

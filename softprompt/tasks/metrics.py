@@ -17,6 +17,18 @@ def exact_match(predicted: Sequence[str], expected: Sequence[str]) -> float:
     return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
 
 
+def accuracy_and_f1(predicted: Sequence[str], expected: Sequence[str]) -> tuple[float, float]:
+    """Return the accuracy, and the macro-F1: the mean F1 of all labels that a row has or got.
+
+    Raises:
+        ValueError: the sequences are empty or differ in length.
+    """
+    from sklearn.metrics import f1_score  # takes a second to import
+
+    accuracy = exact_match(predicted, expected)
+    return accuracy, float(f1_score(list(expected), list(predicted), average="macro", zero_division=0.0))
+
+
 def confusion_counts(
     predicted: Sequence[str], expected: Sequence[str], labels: Sequence[str]
 ) -> list[list[int]]:
@@ -25,27 +37,14 @@ def confusion_counts(
     Raises:
         ValueError: the sequences are empty or differ in length, or hold something else than `labels`.
     """
-    if not expected or len(predicted) != len(expected):
-        raise ValueError(f"expected as many predictions as labels, got {len(predicted)} and {len(expected)}")
-    foreign = sorted({*predicted, *expected} - set(labels))
-    if foreign:
-        raise ValueError(f"expected only the labels {', '.join(labels)}, got {', '.join(foreign)}")
-    number = {label: index for index, label in enumerate(labels)}
-    counts = [[0] * len(labels) for _ in labels]
-    for p, e in zip(predicted, expected, strict=True):
-        counts[number[e]][number[p]] += 1
+    from sklearn.metrics import confusion_matrix
+
+    exact_match(predicted, expected)  # checks the lengths
+    unknown = sorted({*predicted, *expected} - set(labels))
+    if unknown:
+        raise ValueError(f"expected only the labels {', '.join(labels)}, got {', '.join(unknown)}")
+    counts: list[list[int]] = confusion_matrix(expected, predicted, labels=list(labels)).tolist()
     return counts
-
-
-def macro_f1(counts: Sequence[Sequence[int]]) -> float:
-    """Return the mean F1 of the labels, from `confusion_counts`: all labels weigh alike, frequent or rare.
-
-    `F1 = 2 * hits / (rows of the label + rows predicted as it)`; labels that no row has and that were never
-    predicted are left out.
-    """
-    totals = [sum(row) + sum(other[i] for other in counts) for i, row in enumerate(counts)]
-    scores = [2 * counts[i][i] / total for i, total in enumerate(totals) if total]
-    return sum(scores) / len(scores)
 
 
 def perplexity(loss: float) -> float:

@@ -46,37 +46,44 @@ def new_figure(size: tuple[float, float], path: str | Path, title: str = "") -> 
         save_figure(figure, path)
 
 
-def draw_training(history: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draw training loss, evaluation loss and accuracy over the steps of Trainer's `log_history`."""
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    evaluations = [entry for entry in history if "eval_loss" in entry]
+def draw_training(metrics: dict[str, Any], path: str | Path) -> None:
+    """Draw losses and accuracies over the steps of a run, and what is right without a trained prompt.
+
+    Args:
+        metrics: the content of the run's metrics.json.
+        path: of the figure.
+    """
+    history = metrics["history"]
+    validation = any("eval_validation_loss" in entry for entry in history)
+    prefix, rows = ("eval_validation", "validation") if validation else ("eval", "evaluation")
+    watched = [entry for entry in history if f"{prefix}_loss" in entry]
     with new_figure((9, 3.6), path) as figure:
         left, right = figure.subplots(1, 2)
+        losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         left.plot(*_columns(losses), color=GREY, linewidth=1.2, label="training")
         left.set(title="Loss", xlabel="step", ylabel="nats per label token", ylim=(0, None))
-        right.set(
-            title="Accuracy on the evaluation rows",
-            xlabel="step",
-            ylabel="exact match",
-            ylim=(-0.03, 1.05),
-        )
+        right.set(title="Accuracy", xlabel="step", ylabel="share of rows", ylim=(-0.03, 1.05))
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        if evaluations:
-            steps = [entry["step"] for entry in evaluations]
-            left.plot(
-                steps,
-                [e["eval_loss"] for e in evaluations],
-                color=BLUE,
-                marker="o",
-                markersize=4,
-                label="evaluation",
-            )
-            right.plot(
-                steps, [e["eval_exact_match"] for e in evaluations], color=GREEN, marker="o", markersize=4
-            )
-        else:
+        for axes, score, color in ((left, "loss", BLUE), (right, "exact_match", GREEN)):
+            points = [(entry["step"], entry[f"{prefix}_{score}"]) for entry in watched]
+            if points:
+                axes.plot(*_columns(points), color=color, marker="o", markersize=4, label=f"{rows} rows")
+        accuracy = metrics["eval_exact_match"]
+        if accuracy is None:
             right.text(0.5, 0.5, "no evaluation rows", transform=right.transAxes, ha="center", color=GREY)
-        left.legend()
+        else:
+            at = metrics["steps"] if metrics["best_step"] is None else metrics["best_step"]
+            label = f"all {metrics['eval_rows']:,} evaluation rows: {accuracy:.1%}"
+            right.plot([at], [accuracy], "*", color=ORANGE, markersize=11, label=label)
+            for name, share, style in (
+                ("without a prompt", metrics["zero_shot"]["exact_match"], ":"),
+                (f"always {metrics['majority']['label']!r}", metrics["majority"]["exact_match"], "--"),
+            ):
+                text = literal(f"{name}: {share:.1%}")
+                right.axhline(share, color=GREY, linewidth=1, linestyle=style, label=text)
+        for axes in (left, right):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
 
 
 def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from softprompt.engine.candidates import score
 from softprompt.nesting import base_of
 from softprompt.prompt_encoders import prompt_of
+from softprompt.prompts.vocabulary import embed
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.collate import collate_prompts
 from softprompt.tasks.errors import TaskError
@@ -55,24 +56,64 @@ def label_log_likelihoods(
         ValueError: see `softprompt.score`.
     """
     names = [model.active_adapter] if adapters is None else list(adapters)
+    prompts = [prompt_of(model, name) for name in names]
+
+    def batch_of(ids: list[list[int]]) -> tuple[list[Tensor], list[int], list[list[int]]]:
+        return prompts, [number for number in range(len(names)) for _ in ids], ids * len(names)
+
+    return _scored(model, encoder, texts, batch_of, len(names), batch_size, progress)
+
+
+@torch.no_grad()
+def zero_shot_log_likelihoods(
+    model: Any,
+    encoder: Encoder,
+    texts: Sequence[Row],
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`label_log_likelihoods` [1, N, C] of the frozen model alone, without a prompt.
+
+    The first token of each row stands where a prompt would, so that the forward is the same.
+    """
+
+    def batch_of(ids: list[list[int]]) -> tuple[list[Tensor], list[int], list[list[int]]]:
+        first = sorted({row[0] for row in ids})
+        tokens = [embed(model, [token]) for token in first]
+        return tokens, [first.index(row[0]) for row in ids], [row[1:] for row in ids]
+
+    return _scored(model, encoder, texts, batch_of, 1, batch_size, progress)
+
+
+def _scored(
+    model: Any,
+    encoder: Encoder,
+    texts: Sequence[Row],
+    batch_of: Callable[[list[list[int]]], tuple[list[Tensor], list[int], list[list[int]]]],
+    count: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Tensor:
+    """[count, N, C]: `batch_of` turns token rows into prompts, the prompt of each row, and rows."""
     candidates = label_candidates(encoder)
     parts = []
     with evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("once", message="softprompt: candidates are scored one at a time")
-        prompts = [prompt_of(model, name) for name in names]
         for start in range(0, len(texts), batch_size):
             ids = [encoder.prompt(text) for text in texts[start : start + batch_size]]
-            batch = collate_prompts(encoder, ids)
+            prompts, prompt_of_row, rows = batch_of(ids)
+            batch = collate_prompts(encoder, rows)
             scores = score(
                 base_of(model),
-                prompts,
+                [prompt.to(model.device) for prompt in prompts],
                 candidates,
-                batch["input_ids"].repeat(len(names), 1).to(model.device),
-                batch["attention_mask"].repeat(len(names), 1).to(model.device),
-                [number for number in range(len(names)) for _ in ids],
+                batch["input_ids"].to(model.device),
+                batch["attention_mask"].to(model.device),
+                prompt_of_row,
                 positions=encoder.task.positions,
             )
-            parts.append(scores.double().cpu().view(len(names), len(ids), -1))
+            parts.append(scores.double().cpu().view(count, len(ids), -1))
             if progress is not None:
                 progress(len(ids))
     return torch.cat(parts, 1)

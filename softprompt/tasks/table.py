@@ -153,6 +153,13 @@ def split_table(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     return table.take(rest), table.take(sorted(chosen))
 
 
+def sample_rows(table: Table, count: int, seed: int) -> Table:
+    """Return `count` random rows in the order of the table, or the table where it has no more."""
+    if len(table) <= count:
+        return table
+    return table.take(sorted(random.Random(seed).sample(range(len(table)), count)))
+
+
 def check_several_labels(table: Table) -> None:
     """Raise TaskError where all rows of a training table have one label, which teaches nothing."""
     known = table.known_labels()

@@ -40,9 +40,10 @@ from softprompt.tasks.folders import (
     remove_checkpoints,
     staging,
 )
-from softprompt.tasks.table import Table
+from softprompt.tasks.table import Table, sample_rows
 
 KEPT_CHECKPOINTS = 2
+WATCHED_ROWS = 128  # measured again and again while a prompt is trained
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,21 @@ class PromptTrainer(Trainer):
     AdamW and Adafactor keep their state parameter by parameter, so one optimizer over K prompts is K
     optimizers. Losses are means over the prompts; `prompt_losses` beside them has each one's of an ensemble.
 
-    `evaluate` scores `eval_table` by the loss and perplexity of its labels and by exact match: of the labels
-    that the model generates, or for an ensemble of those that most prompts prefer. The loss of
-    `validation_table` decides which checkpoint is best. A checkpoint folder appears under its name when it is
-    complete, and holds `softprompt.json` and the initial prompt beside each adapter.
+    `evaluate`, which runs while a prompt is trained, measures the rows of `validation_table`, whose loss
+    decides which checkpoint is best, or some of `eval_table` where there are none; `evaluate_all` measures
+    all of `eval_table`. See `Evaluation` for what is measured. A checkpoint folder appears under its name
+    when it is complete, and holds `softprompt.json` and the initial prompt beside each adapter.
 
     Args:
         model: a PEFT model; all of its adapters are trained.
         args: as for Trainer.
         encoder: of the task.
         train_table: its rows are those of a step, in the order of the seed.
-        eval_table: measured after each epoch; None measures nothing.
+        eval_table: None measures nothing.
         validation_table: see above.
         record: `model` and `training` for `softprompt.json`.
         callbacks: as for Trainer.
-        evaluated: called with the rows done and the rows of all passes of an evaluation.
+        evaluated: called with the rows done in each batch of an evaluation, and all rows of it.
         members: where the prompts are runs of their own: a batch has as many rows in the order of each seed,
             which are packed behind the prompts of the runs with it, and a run whose loss is no number is left
             where it is.
@@ -128,6 +129,7 @@ class PromptTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.encoder = encoder
+        self.train_table = train_table
         self.validation_table = validation_table
         self.eval_table = eval_table
         self.record = record
@@ -138,13 +140,9 @@ class PromptTrainer(Trainer):
         self.members = {member.adapter: member for member in members}
         self.seeds = sorted({member.seed for member in members})
         self.is_ensemble = not members and len(self.adapters) > 1
-        self.evaluation = Evaluation(
-            model,
-            encoder,
-            collate,
-            ensemble=self.adapters if self.is_ensemble else (),
-            batch_size=args.per_device_eval_batch_size,
-        )
+        self.evaluation = Evaluation(model, encoder, batch_size=args.per_device_eval_batch_size)
+        watched = validation_table if validation_table is not None else eval_table
+        self.watched = None if watched is None else sample_rows(watched, WATCHED_ROWS, args.seed)
         self.diverged: set[str] = set()
         self._losses: list[Tensor] = []  # [K] of each batch, not a number for a run that was left
         self._first_logged = 0
@@ -167,6 +165,7 @@ class PromptTrainer(Trainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return
+        self.args.eval_on_start = checkpoint is None and self.watched is not None
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -271,36 +270,65 @@ class PromptTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return and log loss, perplexity, exact match and seconds of the evaluation table.
+        """Return and log the scores of the watched rows, and the seconds that they took.
 
-        `eval_validation_loss` is the loss of the validation table.
+        The names of those of validation rows begin with `eval_validation_`.
         """
-        if self.eval_table is None and self.validation_table is None:
+        if self.watched is None:
             return {}
-        start = time.perf_counter()
-        total = self.evaluation.passes * len(self.eval_table or ()) + len(self.validation_table or ())
-
-        def progress(rows: int) -> None:
-            if self._evaluated is not None:
-                self._evaluated(rows, total)
-
-        metrics: dict[str, Any] = {}
         if self.validation_table is not None:
-            metrics["validation_loss"] = self.evaluation.loss(self.validation_table, progress)
-        if self.eval_table is not None:
-            metrics |= self.evaluation.measure(self.eval_table, progress)
-        metrics["seconds"] = time.perf_counter() - start
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
+            metric_key_prefix += "_validation"
+        metrics = self._measured(self.watched, metric_key_prefix)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
+    def evaluate_all(self) -> dict[str, Any]:
+        """Return and log the scores of the whole evaluation table, unless `evaluate` has just measured it."""
+        if self.eval_table is None:
+            return {}
+        measured = [e for e in self.state.log_history if "eval_loss" in e]
+        last = measured[-1] if measured else {}
+        if last.get("step") == self.state.global_step and last["eval_rows"] == len(self.eval_table):
+            return last
+        return self._measured(self.eval_table, "eval")
+
+    def zero_shot(self) -> dict[str, Any] | None:
+        """Return the scores of the frozen model alone on some of the evaluation rows; None without any."""
+        if self.eval_table is None:
+            return None
+        table = sample_rows(self.eval_table, WATCHED_ROWS, self.args.seed)
+        return {**self.evaluation.zero_shot(table, self._progress(table)), "rows": len(table)}
+
+    def evaluate_trained(self) -> dict[str, Any]:
+        """Return the scores of some of the training rows."""
+        table = sample_rows(self.train_table, WATCHED_ROWS, self.args.seed)
+        scores = self.evaluation.measure(table, self._measured_adapters, self._progress(table))
+        return {**scores, "rows": len(table)}
+
+    def _progress(self, table: Table) -> Callable[[int], None]:
+        def progress(rows: int) -> None:
+            if self._evaluated is not None:
+                self._evaluated(rows, len(table))
+
+        return progress
+
+    def _measured(self, table: Table, prefix: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        metrics = self.evaluation.measure(table, self._measured_adapters, self._progress(table))
+        metrics |= {"rows": len(table), "seconds": time.perf_counter() - start}
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        return metrics
+
+    @property
+    def _measured_adapters(self) -> list[str]:
+        return self.adapters if self.is_ensemble else [self.model.active_adapter]
+
     def measure_run(self, name: str, table: Table) -> dict[str, Any]:
-        """Return loss, perplexity and exact match of a table with the prompt of one of the runs."""
-        self.model.set_adapter(name)
-        return self.evaluation.measure(table)
+        """Return the scores of a table with the prompt of one of the runs."""
+        return self.evaluation.measure(table, [name])
 
     def prompts(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained prompts by the names of their adapters."""
