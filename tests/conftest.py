@@ -1,5 +1,6 @@
 """Shared by all tests. Triton's interpreter has to be chosen before triton is imported."""
 
+import gc
 import os
 import sys
 from importlib.util import find_spec
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     items.sort(key=lambda item: -_seconds(item))
+
+
+def pytest_collection_finish():
+    """Packages and collected tests live to the end: no collection of garbage has to look at them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else what native extensions hold would be reported as leaked at exit
 
 
 def _seconds(item):

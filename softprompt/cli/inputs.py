@@ -91,8 +91,10 @@ def set_up(
     base, tokenizer = load_model(model_name, dtype), load_tokenizer(model_name)
     scale = scale_of(base)
     config = config.resolved(rows=len(train_table), scale=scale)
+    if config.patience is not None and not config.validation_share:
+        raise UsageError("--patience needs rows to watch: give --validation-share")
     train_table, validation_table = _split_validation(config, train_table)
-    template, label_prefix = template_of(config, tokenizer)
+    template, label_prefix = template_of(config)
     task = ClassificationTask(
         text_column=config.text_column,
         label_column=config.label_column,
@@ -121,13 +123,13 @@ def set_up(
     )
 
 
-def template_of(config: TrainingConfig, tokenizer: Any) -> tuple[str, str]:
-    """Return the template, and what stands between it and a label.
+def template_of(config: TrainingConfig) -> tuple[str, str | None]:
+    """Return the template, and what stands between it and a label; None for labels tokenized by themselves.
 
     A space before a label belongs to the label, as in running text, where tokenizers join both.
     """
     if config.label_prefix is not None:
-        return config.template, config.label_prefix
+        return config.template, config.label_prefix or None
     template = config.template.rstrip(" ")
     return template, "" if template[-1:].isspace() else " "
 

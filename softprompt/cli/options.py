@@ -20,7 +20,7 @@ Options = TypeVar("Options")
 WIDTH = 79
 MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a sweep count on from it
 _DATA_SETS = ((DATA_SET,), "data sets")
-_CSV_FILES = ((".csv",), ".csv files")
+_CSV_FILES = ((".csv", ".tsv"), ".csv and .tsv files")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -260,21 +260,21 @@ class TableOptions:
         "split of such a data set to read (default: train)", given, "NAME", only_for=_DATA_SETS
     )
     encoding: str | None = option(
-        "encoding of .csv and .jsonl tables, as cp1252 (default: what their byte order mark says, else "
-        "UTF-8)",
+        "encoding of .csv, .tsv, .jsonl and .json tables, as cp1252 (default: what their byte order mark "
+        "says, else UTF-8)",
         encoding_name,
         "NAME",
-        only_for=(TEXT_TYPES, ".csv and .jsonl files"),
+        only_for=(TEXT_TYPES, ".csv, .tsv, .jsonl and .json files"),
     )
     separator: str | None = option(
-        f"what separates the cells of .csv tables: one character, or {', '.join(SEPARATORS)} "
-        "(default: comma)",
+        f"what separates the cells of .csv and .tsv tables: one character, or {', '.join(SEPARATORS)} "
+        "(default: comma, of .tsv tab)",
         separator_mark,
         "MARK",
         only_for=_CSV_FILES,
     )
     no_header: bool = flag(
-        "the first line of .csv tables is a row: their columns are called 1, 2, and so on",
+        "the first line of .csv and .tsv tables is a row: their columns are called 1, 2, and so on",
         only_for=_CSV_FILES,
     )
 
@@ -295,7 +295,7 @@ class TableOptions:
             "subset": self.data_config,
             "split": self.data_split,
             "encoding": self.encoding,
-            "separator": self.separator or ",",
+            "separator": self.separator,
             "header": not self.no_header,
         }
 

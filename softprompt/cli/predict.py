@@ -1,6 +1,7 @@
 """`softprompt predict`: labels for new rows."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,30 @@ def run(config: PredictConfig) -> int:
     if not folders:
         raise UsageError(f"--adapter {adapter} holds no adapter: give a folder that `softprompt train` wrote")
     check_new(check_output_file(config.output), overwrite=config.overwrite)
-    scored = config.score or folders != [adapter]
+    if config.generate and folders != [adapter]:
+        raise UsageError("--generate lets one prompt write, and an ensemble decides by scores: leave it out")
     if config.combine and len(folders) == 1:
         raise UsageError(
             f"--combine says how the prompts of an ensemble decide, but {adapter} holds one prompt: "
             "leave it out"
         )
-    if not scored and (config.calibrate or config.length_normalise or config.label_column):
-        raise UsageError("--calibrate, --length-normalise and --label-column need --score")
+    if config.generate and (
+        config.score or config.calibrate or config.length_normalise or config.label_column
+    ):
+        raise UsageError(
+            "--score, --calibrate, --length-normalise and --label-column are for labels that are chosen by "
+            "their likelihood: leave --generate out"
+        )
     with usage_errors():
         for folder in folders:
             check_adapter_folder(folder)
-    task, trained_model, _ = load_task(adapter)
+    task, trained_model, training = load_task(adapter)
     check_inputs(config.data, model=config.model or trained_model)
     require_extra()
 
     from softprompt.cli import score
     from softprompt.cli.models import (
+        choose_device,
         load_adapters,
         load_model,
         load_tokenizer,
@@ -79,10 +87,15 @@ def run(config: PredictConfig) -> int:
         raise UsageError(
             f"{config.data} has a column {config.output_column!r} already: name another --output-column"
         )
-    if scored:
+    if not config.generate:
         score.check_outputs(config, task, table)
     check_writable(table.frame, output)
-    device, dtype = prepare(config.compute)
+    compute = config.compute
+    if not compute.bf16 and not compute.fp16:  # the dtype of the training, where it can be had
+        on_gpu = choose_device(compute.device) == "cuda"
+        bf16, fp16 = bool(training.get("bf16")), bool(training.get("fp16")) and on_gpu
+        compute = replace(compute, bf16=bf16, fp16=fp16)
+    device, dtype = prepare(compute)
     model_name = check_model(config.model or trained_model)
     encoder = Encoder(task, load_tokenizer(model_name))
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
@@ -90,7 +103,7 @@ def run(config: PredictConfig) -> int:
     model = patch(model, no_patch=config.compute.no_patch)
     trained = f"the adapter was trained with --max-length {task.max_length}"
     say(row_notes([table]) + length_notes(encoder, [table], trained))
-    if scored:
+    if not config.generate:
         score.score_table(config, model, encoder, table)
         return 0
     start = time.perf_counter()

@@ -13,7 +13,8 @@ class PredictConfig:
         "folder that `softprompt train` wrote", given, "FOLDER", required=True, group="data"
     )
     data: str = option(
-        "rows to label: a .csv, .jsonl or .parquet file, a data set folder, or a data set name",
+        "rows to label: a .csv, .tsv, .jsonl, .json (also .gz, .bz2, .xz, .zip of them) or .parquet file, a "
+        "data set folder, or a data set name",
         given,
         "TABLE",
         required=True,
@@ -22,7 +23,7 @@ class PredictConfig:
         "column with the texts (default: the name that it had in training)", given, "NAME"
     )
     output: str = option(
-        "file to write, .csv, .jsonl or .parquet by its extension", given, "FILE", required=True
+        "file to write, of a type that --data may have, by its extension", given, "FILE", required=True
     )
     output_column: str = option("name of the column with the labels", given, "NAME", default="prediction")
     overwrite: bool = flag("replace the output file if there is one")
@@ -33,16 +34,17 @@ class PredictConfig:
     )
     table: TableOptions = nested(TableOptions)
     score: bool = flag(
-        "choose the likeliest of the labels of the training for each row, with a probability of each, "
-        "instead of letting the model write one; an ensemble always does",
+        "write the probability of each label beside the likeliest one; an ensemble always does",
         group="scoring",
     )
-    calibrate: bool = flag("with --score: take out what the model prefers even for texts that say nothing")
-    length_normalise: bool = flag(
-        "with --score: compare labels by the mean over their tokens, not by the sum"
+    calibrate: bool = flag("take out what the model prefers even for texts that say nothing")
+    length_normalise: bool = flag("compare labels by the mean over their tokens, not by the sum")
+    generate: bool = flag(
+        "let the model write what it wants, token by token, instead of choosing the likeliest of the labels "
+        "of the training"
     )
     label_column: str | None = option(
-        "with --score: column with the true labels, to measure accuracy and macro-F1 and to draw which label "
+        "column with the true labels, to measure accuracy and macro-F1 and to draw which label "
         "was taken for which (default: the one of the training, if the table has it)",
         given,
         "NAME",

@@ -1,4 +1,4 @@
-"""Labels for new rows by likelihood: `softprompt predict --score`, and the prediction of an ensemble."""
+"""Labels for new rows by likelihood: `softprompt predict` without `--generate`."""
 
 import time
 from pathlib import Path
@@ -11,6 +11,7 @@ from softprompt.ensemble import combine
 from softprompt.files import write_text
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.errors import TaskError
+from softprompt.tasks.folders import adapter_folders
 from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts, to_json
 from softprompt.tasks.plot import draw_confusion
 from softprompt.tasks.scoring import (
@@ -24,13 +25,18 @@ from softprompt.tasks.written import write_frame
 
 def check_outputs(config: PredictConfig, task: ClassificationTask, table: Table) -> None:
     """Raise UsageError where a column or a file that scoring writes is there already, or would be twice."""
-    for column in map(probability_column, map(task.name_of, task.labels)):
+    columns = map(probability_column, map(task.name_of, task.labels)) if _with_probabilities(config) else ()
+    for column in columns:
         if column == config.output_column:
             raise UsageError(f"--output-column {column} is the column of a probability: give another name")
         if column in table.frame.columns:
             raise UsageError(f"{config.data} has a column {column!r} already: rename it")
     for path in _measured_files(config):
         check_new(path, overwrite=config.overwrite)
+
+
+def _with_probabilities(config: PredictConfig) -> bool:
+    return config.score or len(adapter_folders(Path(config.adapter))) > 1
 
 
 def probability_column(label: str) -> str:
@@ -82,9 +88,10 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     names = tuple(map(task.name_of, task.labels))
     predicted = [names[number] for number in chosen.tolist()]
     columns = {config.output_column: predicted}
-    columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}
+    if _with_probabilities(config):
+        columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}
     write_frame(table.frame.assign(**columns), config.output)
-    print(f"{len(predicted)} rows scored in {time.perf_counter() - start:.1f} s: {config.output}")
+    print(f"{len(predicted)} rows labelled in {time.perf_counter() - start:.1f} s: {config.output}")
     if labels is None:
         for path in _measured_files(config):
             path.unlink(missing_ok=True)  # with --overwrite, of the table that was replaced

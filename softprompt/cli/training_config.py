@@ -96,8 +96,8 @@ class TrainingConfig:
 
     argv: list[str] = field(default_factory=list)  # what was typed
     data: str | None = option(
-        "training table: a .csv, .jsonl or .parquet file, a data set folder, or a data set name (default: "
-        "the shipped table)",
+        "training table: a .csv, .tsv, .jsonl, .json (also .gz, .bz2, .xz, .zip of them) or .parquet file, a "
+        "data set folder, or a data set name (default: the shipped table)",
         given,
         "TABLE",
         group="data",
@@ -154,7 +154,8 @@ class TrainingConfig:
     )
     label_prefix: str | None = option(
         "what stands between the template and the label, and is learned with it (default: a space, which "
-        "the end of a template loses; nothing behind a template that ends with a new line or a tab)",
+        "the end of a template loses; nothing behind a template that ends with a new line or a tab); with an "
+        "empty one the label is tokenized by itself",
         template_text,
         "TEXT",
     )
@@ -294,8 +295,6 @@ class TrainingConfig:
     def check(self) -> None:
         """Raise UsageError where options contradict each other, or there is no prompt to start from."""
         self._check_ensemble()
-        if self.patience is not None and self.validation_share == 0:
-            raise UsageError("--patience needs rows to watch: give --validation-share")
         if (
             self.start in ("text", "text-once")
             and not self.ensemble_texts

@@ -76,7 +76,8 @@ class Evaluation:
         tokens = sum(len(self.encoder.targets[label]) for label in expected)
         right = logs.gather(2, numbers.expand(len(logs), -1)[:, :, None])
         loss = float(-right.sum() / (tokens * len(logs)))
-        chosen, _ = combine(logs.softmax(2))
+        # What is no number (a prompt that diverged) is shown by the loss; it is the likeliest of nothing.
+        chosen, _ = combine(logs.nan_to_num(nan=-1e9).softmax(2))
         predicted = [known[number] for number in chosen.tolist()]
         accuracy, f1 = accuracy_and_f1(predicted, expected)
         return {

@@ -17,6 +17,7 @@ from softprompt.tasks.text_files import (
     foreign_format,
     kind_of,
     parse_csv,
+    parse_json,
     parse_jsonl,
     read_text,
 )
@@ -29,16 +30,16 @@ class Reading:
     Attributes:
         subset: part of a data set.
         split: split of a data set; None takes "train" where there are several.
-        encoding: of a CSV or JSONL file; None goes by its byte order mark, else takes UTF-8.
-        separator: between the cells of a CSV file.
-        header: whether the first line of a CSV file has the names of its columns; they are called 1, 2 and
-            so on where it has not.
+        encoding: of a text file; None goes by its byte order mark, else takes UTF-8.
+        separator: between the cells of a CSV or TSV file; None takes a comma, and a tab in TSV.
+        header: whether the first line of a CSV or TSV file has the names of its columns; they are called 1, 2
+            and so on where it has not.
     """
 
     subset: str | None = None
     split: str | None = None
     encoding: str | None = None
-    separator: str = ","
+    separator: str | None = None
     header: bool = True
 
 
@@ -70,12 +71,13 @@ def read_source(source: str | Path, reading: Reading) -> Source:
     path, kind = Path(source), kind_of(source)
     if kind == DATA_SET:
         found = _read_dataset(str(source), reading)
-    elif kind == ".csv":
+    elif kind in (".csv", ".tsv"):
         text = read_text(path, reading.encoding)
-        rows = parse_csv(text, path, separator=reading.separator, header=reading.header)
-        found = _of_rows(rows, path)
-    elif kind == ".jsonl":
-        found = _of_rows(parse_jsonl(read_text(path, reading.encoding), path), path)
+        separator = reading.separator or ("\t" if kind == ".tsv" else ",")
+        found = _of_rows(parse_csv(text, path, separator=separator, header=reading.header), path)
+    elif kind in (".jsonl", ".json"):
+        parse = parse_jsonl if kind == ".jsonl" else parse_json
+        found = _of_rows(parse(read_text(path, reading.encoding), path), path)
     else:
         found = Source(_read_parquet(path))
     if len(found.frame) == 0:

@@ -1,11 +1,16 @@
-"""What the source of a table is, by its name; and CSV and JSONL files, from their bytes to rows."""
+"""What the source of a table is, by its name; and text files (CSV, TSV, JSONL, JSON), from bytes to rows."""
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import itertools
 import json
+import lzma
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +19,9 @@ from typing import Any
 
 from softprompt.tasks.errors import TaskError
 
-FILE_TYPES = (".csv", ".jsonl", ".parquet")
-TEXT_TYPES = (".csv", ".jsonl")
+TEXT_TYPES = (".csv", ".tsv", ".jsonl", ".json")
+FILE_TYPES = (*TEXT_TYPES, ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip")  # behind the type of a text file: .csv.gz
 DATA_SET = "data set"
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 
@@ -42,6 +48,7 @@ _FOREIGN = {
 }
 _WIDE = "it looks like UTF-16: give --encoding {}, or save it as UTF-8"
 _ZERO = "it has zero bytes, which no text has: give the table itself, or its --encoding"
+TITLE = "its first line looks like a title above the header: remove the lines above the header"
 _END = "\x00"  # no text has it
 _SENTENCE = 4  # words: fewer may well be the name of a column
 
@@ -64,13 +71,28 @@ class Rows:
 
 
 def kind_of(source: str | Path) -> str:
-    """Return the extension of a table file, also of one that is not there, or `DATA_SET`."""
+    """Return the type of a table file, also of one that is not there, or `DATA_SET`.
+
+    It is the extension, of a compressed text file the one before that of its compression.
+    """
     path = Path(source)
-    suffix = path.suffix.lower()
-    looks_like_a_file = suffix in FILE_TYPES or str(source).startswith((".", "~", os.sep))
+    kind = type_of(path)
+    looks_like_a_file = kind in FILE_TYPES or str(source).startswith((".", "~", os.sep))
     if path.is_file() or (looks_like_a_file and not path.is_dir()):
-        return suffix
+        return kind
     return DATA_SET
+
+
+def type_of(path: Path) -> str:
+    """Return the extension in small letters, without a compression behind that of a text file."""
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if suffix in COMPRESSED and inner in TEXT_TYPES else suffix
+
+
+def types_spoken() -> str:
+    """Return the types of table files as an error names them."""
+    return f"{', '.join(FILE_TYPES)} (the text files also with {', '.join(COMPRESSED)} behind it)"
 
 
 def check_source(source: str | Path) -> None:
@@ -80,8 +102,13 @@ def check_source(source: str | Path) -> None:
         return
     if not Path(source).is_file():
         raise TaskError(f"{source} does not exist: check the path of the table")
+    if kind in COMPRESSED:
+        raise TaskError(
+            f"{source} does not say what is compressed in it: rename it to its type, as table.csv{kind} (of "
+            f"{', '.join(TEXT_TYPES)}), or unpack it"
+        )
     if kind not in FILE_TYPES:
-        raise TaskError(f"{source} is of the unknown type {kind!r}: give one of {', '.join(FILE_TYPES)}")
+        raise TaskError(f"{source} is of the unknown type {kind!r}: give one of {types_spoken()}")
 
 
 def foreign_format(start: bytes) -> str | None:
@@ -96,11 +123,12 @@ def read_text(path: Path, encoding: str | None) -> str:
     Raises:
         TaskError: it is no text, or one in another encoding.
     """
-    unreadable = f"{path} is not a readable {path.suffix.lower()} table"
+    unreadable = f"{path} is not a readable {type_of(path)} table"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TaskError(f"{unreadable}: {error.strerror}") from error
+    data = _decompressed(data, path)
     foreign = foreign_format(data[:32])
     if foreign is not None:
         raise TaskError(f"{unreadable}: {foreign}")
@@ -119,6 +147,45 @@ def read_text(path: Path, encoding: str | None) -> str:
         wide = None if encoding else _looks_wide(data)
         raise TaskError(f"{unreadable}: " + (_WIDE.format(wide) if wide else _ZERO))
     return text.removeprefix("\ufeff")
+
+
+def _decompressed(data: bytes, path: Path) -> bytes:
+    """Return the content of a file whose name ends with a compression, that of others as it is."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".gz":
+            return gzip.decompress(data)
+        if suffix == ".bz2":
+            return bz2.decompress(data)
+        if suffix == ".xz":
+            return lzma.decompress(data)
+        if suffix == ".zip":
+            return _only_member(data, path)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise TaskError(
+            f"{path} is not a readable {suffix} file ({error}): give the whole file, or rename it to "
+            f"{type_of(path)} if it is not compressed"
+        ) from error
+    except (RuntimeError, NotImplementedError) as error:  # of zipfile: a password, or another compression
+        raise TaskError(f"{path} cannot be unpacked here ({error}): unpack it first") from error
+    return data
+
+
+def _only_member(data: bytes, path: Path) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # Archives that macOS makes have hidden files beside the true ones.
+        hidden = ("__MACOSX/", ".DS_Store")
+        names = [
+            name for name in archive.namelist() if not name.endswith("/") and not name.startswith(hidden)
+        ]
+        if len(names) != 1:
+            found = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+            raise TaskError(
+                f"{path} has {len(names)} files in it ({found}), expected one: unpack it and give the table"
+                if names
+                else f"{path} has no file in it: give the table itself"
+            )
+        return archive.read(names[0])
 
 
 def _family(encoding: str) -> str:
@@ -216,12 +283,15 @@ def _records(text: str, path: Path, separator: str) -> tuple[list[tuple[int, lis
                     found.append((number, row))
                 number = reader.line_num + 1
         except csv.Error as error:
-            raise TaskError(f"{path} is not a readable .csv table: line {number}: {error}") from error
+            raise TaskError(
+                f"{path} is not a readable {type_of(path)} table: line {number}: {error}"
+            ) from error
     number, last = found.pop()
     if last != [_END]:
         raise TaskError(
-            f"{path} is not a readable .csv table: the quotation mark that opens in line {number} is never "
-            'closed: was the file cut short? Give the whole file, or write "" for a mark inside a text'
+            f"{path} is not a readable {type_of(path)} table: the quotation mark that opens in line {number} "
+            'is never closed: was the file cut short? Give the whole file, or write "" for a mark inside a '
+            "text"
         )
     return found, _between(blank, [number for number, _ in found])
 
@@ -249,12 +319,20 @@ def _hint(names: Sequence[str], rows: Sequence[Sequence[str]], separator: str, *
         return f"its header looks separated by {_spoken(best)}: give --separator {name}"
     if names[0].startswith(("{", "[")):
         return "its first line looks like JSON: rename it to .jsonl, with one object a line"
+    if header and title_above(names, rows):
+        return TITLE
     if header and _is_row(names, rows):
         return (
             "its first line looks like a row and not like a header: give --no-header, and name the columns "
             "by their numbers (1, 2, ...)"
         )
     return ""
+
+
+def title_above(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
+    """Whether the first line has one cell, and those below have more: a title above the header."""
+    filled = sum(name != f"Unnamed: {i}" for i, name in enumerate(names))
+    return filled == 1 and any(sum(cell not in ("", None) for cell in row) > 1 for row in rows[:10])
 
 
 def _is_row(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
@@ -297,7 +375,56 @@ def parse_jsonl(text: str, path: Path) -> Rows:
                 f"{path}: line {number} is not JSON ({error}){cut or ': write one object a line'}"
             ) from error
         if not isinstance(row, dict):
-            raise TaskError(f"{path}: line {number} is not a JSON object: write one object a line")
+            array = " (a .json file may have them in one array)" if isinstance(row, list) else ""
+            raise TaskError(f"{path}: line {number} is not a JSON object: write one object a line{array}")
         rows.append(row)
         numbers.append(number)
     return Rows(None, rows, _between(blank, numbers))
+
+
+def parse_json(text: str, path: Path) -> Rows:
+    """Return the objects of a JSON file: an array of objects, or one object a line as in JSONL.
+
+    Raises:
+        TaskError: it is no JSON, or other JSON.
+    """
+    if not text.strip():
+        return Rows(None, [], [])
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        # Behind a whole object comes another one: lines of JSON, which datasets calls .json, too.
+        if text.lstrip().startswith("{") and str(error).startswith("Extra data"):
+            return parse_jsonl(text, path)
+        raise TaskError(
+            f"{path} is not JSON ({error}): was it cut short? Give the whole file, an array of objects"
+        ) from error
+    if isinstance(content, dict):
+        return _of_object(content, path)
+    if not isinstance(content, list):
+        raise TaskError(
+            f"{path} is one JSON {type(content).__name__}: write an array of objects, one of each row"
+        )
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            raise TaskError(
+                f"{path}: entry {number} of its array is a {type(row).__name__} and not an object: write "
+                "objects with the names of the columns, as pandas' to_json(orient='records') does"
+            )
+    return Rows(None, content, [])
+
+
+def _of_object(content: dict[str, Any], path: Path) -> Rows:
+    keys = [key for key, value in content.items() if isinstance(value, list) and value]
+    rows = [key for key in keys if all(isinstance(row, dict) for row in content[key])]
+    if rows:
+        named = ", ".join(map(repr, rows))
+        raise TaskError(f"{path} is an object with the rows under the key {named}: save that array alone")
+    if content and all(isinstance(value, (dict, list)) for value in content.values()):
+        raise TaskError(
+            f"{path} is an object of columns and not an array of rows: write it with pandas' "
+            "to_json(orient='records')"
+        )
+    if any(isinstance(value, (dict, list)) for value in content.values()):
+        raise TaskError(f"{path} is one JSON object: write an array of objects, one of each row")
+    return Rows(None, [content], [])  # a file of one line

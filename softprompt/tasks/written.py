@@ -1,15 +1,19 @@
-"""Data frames as CSV, JSONL and Parquet files in which every cell is what it was.
+"""Data frames as files in which every cell is what it was.
 
-CSV and JSONL have no times, decimals, bytes or (CSV) lists: these become text, in ISO 8601, with all digits,
-as UTF-8 (base64 where they are none), and as JSON.
+Text files (CSV, TSV, JSONL, JSON) have no times, decimals, bytes or (CSV, TSV) lists: these become text, in
+ISO 8601, with all digits, as UTF-8 (base64 where they are none), and as JSON.
 """
 
 import base64
+import bz2
 import datetime
+import gzip
 import io
 import json
+import lzma
 import math
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,11 @@ import pyarrow.parquet as pq
 
 from softprompt.files import atomic_write
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.text_files import FILE_TYPES
+from softprompt.tasks.text_files import FILE_TYPES, TEXT_TYPES, type_of, types_spoken
 
 
 def write_frame(frame: Any, path: str | Path) -> None:
-    """Write a data frame as CSV, JSONL or Parquet by the extension; no half-written file is ever left.
+    """Write a data frame as the extension says; no half-written file is ever left.
 
     Raises:
         TaskError: the extension is another one, or a file of it cannot hold the cells.
@@ -44,36 +48,68 @@ def check_writable(frame: Any, path: str | Path) -> None:
 
 def check_writable_type(path: str | Path) -> None:
     """Raise TaskError unless the extension of `path` is one that `write_frame` can write."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in FILE_TYPES:
-        raise TaskError(f"cannot write {path}: its type {suffix!r} is not one of {', '.join(FILE_TYPES)}")
+    kind = type_of(Path(path))
+    if kind not in FILE_TYPES:
+        raise TaskError(f"cannot write {path}: its type {kind!r} is not one of {types_spoken()}")
 
 
 def _encoded(frame: Any, path: Path) -> bytes:
     check_writable_type(path)
-    suffix = path.suffix.lower()
+    kind = type_of(path)
     try:
-        if suffix == ".csv":
-            return _csv(frame).encode()
-        return _jsonl(frame) if suffix == ".jsonl" else _parquet(frame)
+        if kind in TEXT_TYPES:
+            return _compressed(_text(frame, kind), path)
+        return _parquet(frame)
     except (ValueError, TypeError, pa.ArrowException) as error:
-        other = "text without halves of surrogate pairs" if suffix == ".csv" else "one type in each column"
+        needs = {".parquet": "one type in each column"}
+        other = needs.get(kind, "text without halves of surrogate pairs")
         raise TaskError(
-            f"cannot write {path}: a {suffix} file needs {other} ({' '.join(str(error).split())}): name a "
+            f"cannot write {path}: a {kind} file needs {other} ({' '.join(str(error).split())}): name a "
             ".jsonl file as the output"
         ) from error
 
 
-def _csv(frame: Any) -> str:
+def _text(frame: Any, kind: str) -> bytes:
+    if kind in (".csv", ".tsv"):
+        return _csv(frame, "," if kind == ".csv" else "\t").encode()
+    lines = _json_lines(frame)
+    return (
+        b"".join(line + b"\n" for line in lines)
+        if kind == ".jsonl"
+        else b"[\n" + b",\n".join(lines) + b"\n]\n"
+    )
+
+
+def _compressed(content: bytes, path: Path) -> bytes:
+    """Return the content as the end of a file's name says; the same content gives the same bytes."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.compress(content, mtime=0)
+    if suffix == ".bz2":
+        return bz2.compress(content)
+    if suffix == ".xz":
+        return lzma.compress(content)
+    if suffix == ".zip":
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(zipfile.ZipInfo(path.stem), content, zipfile.ZIP_DEFLATED)
+        return file.getvalue()
+    return content
+
+
+def _csv(frame: Any, separator: str) -> str:
     columns = [_csv_cells(frame[name]) for name in frame.columns]
     names = [str(name) for name in frame.columns]
+    alone, marks = len(names) == 1, (separator, '"', "\n", "\r")
     lines = [names, *zip(*columns, strict=True)]
-    return "".join(",".join(_quoted(cell, alone=len(names) == 1) for cell in line) + "\n" for line in lines)
+    return "".join(
+        separator.join(_quoted(cell, marks, alone=alone) for cell in line) + "\n" for line in lines
+    )
 
 
-def _quoted(cell: str, *, alone: bool) -> str:
+def _quoted(cell: str, marks: Sequence[str], *, alone: bool) -> str:
     # A carriage return ends a row for many readers; an empty cell alone in its line would be a blank line.
-    if any(mark in cell for mark in ',"\n\r') or (alone and not cell.strip()):
+    if any(mark in cell for mark in marks) or (alone and not cell.strip()):
         return '"' + cell.replace('"', '""') + '"'
     return cell
 
@@ -95,17 +131,17 @@ def _csv_cell(value: Any) -> str:
     return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
 
-def _jsonl(frame: Any) -> bytes:
+def _json_lines(frame: Any) -> list[bytes]:
     names = [str(name) for name in frame.columns]
     columns = [[_plain(value) for value in frame[name].tolist()] for name in frame.columns]
-    return b"".join(_line(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True))
+    return [_line(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
 def _line(row: dict[str, Any]) -> bytes:
     try:
-        return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
-        return (json.dumps(row, allow_nan=False) + "\n").encode()
+        return json.dumps(row, allow_nan=False).encode()
 
 
 def _parquet(frame: Any) -> bytes:

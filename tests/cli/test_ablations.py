@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from softprompt.cli import build_parser
+from softprompt.cli.options import read_options, values_of
 from softprompt.cli.sweep_config import parse_over
+from softprompt.cli.training_config import TrainingConfig
 from softprompt.tasks.sweep import summary_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,7 +28,10 @@ def record(request):
 def command_of(name):
     blocks = re.findall(r"```bash\n(softprompt sweep.*?)```", PAGE, flags=re.DOTALL)
     (line,) = [block for block in blocks if f"--output ablations/{name}\n" in block]
-    return build_parser().parse_args(shlex.split(line.replace("\\\n", " "))[1:])
+    words = shlex.split(line.replace("\\\n", " "))[1:]
+    parsed = build_parser().parse_args(words)
+    parsed.argv = words
+    return parsed
 
 
 def test_a_record_has_the_runs_that_its_command_makes(record):
@@ -40,8 +45,9 @@ def test_a_record_has_the_runs_that_its_command_makes(record):
     for values in over.values():
         expected *= len(values)
     assert len(record["runs"]) == expected
+    config = values_of(read_options(TrainingConfig, args).with_recipe())
     for name, value in record["fixed"].items():
-        assert getattr(args, name) == value
+        assert config[name] == value
 
 
 def test_a_record_names_nothing_but_the_shipped_model_and_table(record):

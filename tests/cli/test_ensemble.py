@@ -103,7 +103,7 @@ def test_the_evaluation_is_that_of_the_majority(ensemble, predict, read_json):
 
 def test_an_ensemble_predicts_what_most_of_its_prompts_predict(ensemble, predict):
     together, out = predict()
-    assert out.startswith("20 rows scored in ")
+    assert out.startswith("20 rows labelled in ")
     alone = [
         predict("--score", adapter=ensemble / f"prompt-{number}", output=f"{number}.csv")[0]
         for number in (1, 2, 3)
@@ -164,7 +164,7 @@ def test_prompts_start_at_the_words_given_for_them(train, model_folder, tmp_path
 
 
 def test_without_words_for_each_the_prompts_differ_all_the_same(train, tmp_path):
-    assert train("--ensemble", 2, init="text", epochs=1)[0] == 0
+    assert train("--ensemble", 2, "--init-text", "complaint or not", init="text", epochs=1)[0] == 0
     first, second = (prompt_in(tmp_path / "out" / f"prompt-{number}") for number in (1, 2))
     assert not torch.allclose(first, second)
 

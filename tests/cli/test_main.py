@@ -84,7 +84,7 @@ def test_an_unknown_option_is_an_error_of_its_command(run, arguments, message):
 NOWHERE = {
     "train --data none.csv": "none.csv does not exist: check the path of the table",
     "train --data ./none": "./none does not exist: check the path of the table",
-    "train --data rows.txt": "rows.txt is of the unknown type '.txt': give one of .csv, .jsonl, .parquet",
+    "train --data rows.txt": "rows.txt is of the unknown type '.txt': give one of .csv, .tsv, .jsonl, .json",
     "train --data rows.csv --eval-data none.jsonl": "none.jsonl does not exist: check the path of the table",
     "train --data rows.csv --model ./none": "the model ./none is not a folder",
     "train --data rows.csv --model empty": "the model folder empty has no config.json",
@@ -190,7 +190,7 @@ def test_the_help_of_a_command_explains_every_option_and_ends_with_an_example(ca
         (["train", "--init", "words"], "argument --init: invalid choice: 'words'"),
         (
             ["train", "--init-text", " "],
-            "--init text needs words to start from: give --init-text, or --init vocab",
+            "--init text needs words to start from: give --init-text, or --init label-words",
         ),
     ],
 )

@@ -121,7 +121,7 @@ def test_an_existing_file_is_left_alone_without_overwrite(predict, tmp_path):
     "more, output, message",
     [
         (("--text-column", "body"), "o.csv", "has no column 'body'; its columns are 'Tweet text', 'Note'"),
-        ((), "o.txt", "its type '.txt' is not one of .csv, .jsonl, .parquet"),
+        ((), "o.txt", "its type '.txt' is not one of .csv, .tsv, .jsonl, .json, .parquet"),
         (("--output-column", "Note"), "o.csv", "has a column 'Note' already: name another --output-column"),
         (("--model", "./nowhere"), "o.csv", "the model ./nowhere is not a folder"),
         (("--adapter", "nowhere"), "o.csv", "--adapter nowhere holds no adapter: give a folder that"),
@@ -152,7 +152,7 @@ def test_a_model_of_another_width_is_one_line(predict, model_folder, tmp_path):
 def test_scoring_writes_the_likeliest_label_and_the_probability_of_each(predict, tmp_path):
     code, out, _ = predict("--score")
     assert code == 0
-    assert out.startswith("2 rows scored in ")
+    assert out.startswith("2 rows labelled in ")
     frame = pd.read_csv(tmp_path / "labelled.csv")
     assert frame.columns.tolist() == ["Tweet text", "Note", "prediction", "p(x)", "p(y)"]
     assert (frame["p(x)"] + frame["p(y)"]).tolist() == pytest.approx([1, 1])
@@ -219,7 +219,7 @@ def test_labels_that_training_did_not_know_are_measured_only_where_asked(predict
 @pytest.mark.parametrize(
     "more, header, message",
     [
-        (("--calibrate",), ("Tweet text", "Note"), "--length-normalise and --label-column need --score"),
+        (("--generate", "--calibrate"), ("Tweet text", "Note"), "by their likelihood: leave --generate out"),
         (("--combine", "mean"), ("Tweet text", "Note"), "out holds one prompt: leave it out"),
         (("--score", "--combine", "vote"), ("Tweet text", "Note"), "--combine says how the prompts of an"),
         (("--score",), ("Tweet text", "p(x)"), "has a column 'p(x)' already: rename it"),
@@ -258,9 +258,9 @@ def test_rows_longer_than_the_model_are_one_line(predict, model_folder, tmp_path
 
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "short")
     GPT2LMHeadModel(
-        GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=40)
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=24)
     ).save_pretrained(tmp_path / "short")
     code, _, err = predict("--score", "--model", tmp_path / "short")
     assert code == 2
-    assert "the 8 virtual tokens of" in err
-    assert "exceed the 40 positions of the model" in err
+    assert "the 20 virtual tokens of" in err
+    assert "exceed the 24 positions of the model" in err

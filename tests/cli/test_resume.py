@@ -117,7 +117,7 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_short(train, tmp_path):
         ),
         (
             ("--template", "{text} = "),
-            "--resume: --template is '{text} = ', but the checkpoint was trained with",
+            "--resume: --template is '{text} =', but the checkpoint was trained with",
         ),
         (("--eval-share", "0.5"), "--resume: the training rows are not those of the checkpoint"),
     ],

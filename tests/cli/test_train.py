@@ -53,7 +53,7 @@ def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, t
     folder = tmp_path / "out"
     assert code == 0
     assert "Soft prompt trained" in out
-    assert "epoch 3: accuracy" in err
+    assert "step 6: accuracy" in err
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     loaded = PeftModel.from_pretrained(base, folder)
     assert torch.equal(loaded.prompt_encoder["default"].embedding.weight, prompt_in(folder))
@@ -73,7 +73,7 @@ def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, t
     metrics = read_json(folder / "metrics.json")
     assert (metrics["train_rows"], metrics["eval_rows"], metrics["steps"]) == (16, 4, 6)
     evaluations = [entry for entry in metrics["history"] if "eval_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [2, 4, 6]
+    assert [entry["step"] for entry in evaluations] == [0, 2, 4, 6]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
 
@@ -88,8 +88,8 @@ def test_the_evaluation_loss_is_that_of_the_loaded_adapter(
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     total, count = 0.0, 0
     for text, label in rows:
-        prompt = tokenizer(f"Tweet text : {text} Label : ")["input_ids"]
-        target = [*tokenizer(label)["input_ids"], tokenizer.pad_token_id]
+        prompt = tokenizer(f"Tweet text : {text} Label :")["input_ids"]
+        target = [*tokenizer(f" {label}")["input_ids"], tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(prompt) + target])
         total += model(input_ids=torch.tensor([prompt + target]), labels=labels).loss.item() * len(target)
         count += len(target)

@@ -117,7 +117,7 @@ def test_a_template_must_have_the_text_once(template):
 
 
 def test_braces_in_a_text_are_left_alone():
-    assert TASK.fill("{text_column} {x}") == "Tweet text : {text_column} {x} Label : "
+    assert TASK.fill("{text_column} {x}") == "Tweet text : {text_column} {x} Label :"
 
 
 def test_a_saved_task_is_read_back(tmp_path):

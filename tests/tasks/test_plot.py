@@ -1,8 +1,10 @@
+import itertools
 import os
 
 import numpy as np
 import pytest
 import torch
+from marks import slow_unless
 from matplotlib.image import imread
 from tiny_models import build
 
@@ -35,10 +37,15 @@ def pixels_of(path, colour):
 @pytest.mark.parametrize("history, evaluated", [(TRAINING + EVALUATION, True), (TRAINING, False)])
 def test_the_training_figure_draws_what_was_measured(tmp_path, history, evaluated):
     path = tmp_path / "training.png"
-    draw_training(history, path)
+    scores = {"eval_exact_match": None, "steps": 8, "best_step": None, "eval_rows": 40}
+    if evaluated:
+        scores |= {"eval_exact_match": 0.75, "zero_shot": {"exact_match": 0.25}}
+        scores |= {"majority": {"label": "joy", "exact_match": 0.5}}
+    draw_training({"history": history, **scores}, path)
     assert pixels_of(path, GREY) > 200
     assert (pixels_of(path, BLUE) > 200) is evaluated
     assert (pixels_of(path, GREEN) > 200) is evaluated
+    assert (pixels_of(path, ORANGE) > 20) is evaluated
     assert os.listdir(tmp_path) == ["training.png"]
 
 
@@ -54,8 +61,9 @@ def test_the_bars_of_the_comparison_are_as_high_as_the_figures(tmp_path):
     assert ahead[BLUE] < 0.7 * even[BLUE]
 
 
-@pytest.mark.parametrize("count", [1, 12, 100])
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize(
+    "moved, count", slow_unless({(True, 1), (False, 100)}, itertools.product([True, False], [1, 12, 100]))
+)
 def test_the_vectors_of_a_prompt_of_any_length_are_drawn(tmp_path, count, moved):
     class Tokenizer:
         def decode(self, ids):

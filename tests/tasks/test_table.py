@@ -20,7 +20,9 @@ datasets = pytest.importorskip("datasets")
 ROWS = {"text": ["NA", "two, with comma", "drei äöü"], "label": ["yes", "no", "yes"], "id": ["1", "2", "3"]}
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz", ".tsv.xz", ".jsonl.bz2", ".json.zip"]
+)
 def test_what_is_written_is_read_back(tmp_path, suffix):
     path = tmp_path / f"table{suffix}"
     write_frame(pd.DataFrame(ROWS), path)
@@ -65,7 +67,7 @@ def test_a_saved_data_set_folder_gives_its_class_names(tmp_path):
 
 
 BAD_FILES = {
-    "unknown type": ("t.xlsx", b"x", "of the unknown type '.xlsx': give one of .csv, .jsonl, .parquet"),
+    "unknown type": ("t.xlsx", b"x", "of the unknown type '.xlsx': give one of .csv, .tsv"),
     "empty file": ("t.csv", b"", "has no rows: give a table with at least one"),
     "header only": ("t.csv", b"text,label\n", "has no rows: give a table with at least one"),
     "missing text column": (

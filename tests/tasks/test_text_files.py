@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import zipfile
 
 import pytest
 
@@ -32,6 +33,13 @@ READ = {
     "carriage returns": (".csv", BODY.replace("\n", "\r\n").encode(), {}),
     "blank lines": (".csv", ("\n\n" + BODY.replace("\n", "\n  \n\n")).encode(), {}),
     "blank lines in JSONL": (".jsonl", LINES.replace("\n", "\n\n").encode(), {}),
+    "TSV": (".tsv", BODY.replace(",", "\t").encode(), {}),
+    "gzip": (".csv.gz", gzip.compress(BODY.encode("utf-16")), {}),
+    "xz of semicolons": (".csv.xz", lzma.compress(BODY.replace(",", ";").encode()), {"separator": ";"}),
+    "bzip2 of JSONL": (".jsonl.bz2", bz2.compress(LINES.encode()), {}),
+    "an array": (".json", ("[" + ",".join(LINES.splitlines()) + "]").encode(), {}),
+    "lines of JSON": (".json", LINES.encode(), {}),
+    "gzip of lines of JSON": (".json.gz", gzip.compress(LINES.encode()), {}),
     "no line break at the end": (".csv", BODY.strip().encode(), {}),
 }
 
@@ -68,6 +76,29 @@ REFUSED = {
     "Parquet": (".csv", b"PAR1...PAR1", {}, "is a Parquet file", "rename it to .parquet"),
     "a web page": (".csv", b"<!DOCTYPE html>\n<html>", {}, "is a web page", "download the table"),
     "JSON lines": (".csv", LINES.encode(), {}, "looks like JSON", "rename it to .jsonl"),
+    "no gzip after all": (".csv.gz", BODY.encode(), {}, "not a readable .gz", "rename it to .csv"),
+    "half a gzip": (".csv.gz", gzip.compress(BODY.encode())[:-9], {}, "not a readable .gz", "the whole file"),
+    "compressed twice": (".csv.gz", gzip.compress(gzip.compress(b"a")), {}, "compressed with gzip", "unpack"),
+    "no type inside": (".gz", gzip.compress(BODY.encode()), {}, "what is compressed", "table.csv.gz"),
+    "commas in TSV": (".tsv", BODY.encode(), {}, "separated by commas", "--separator comma"),
+    "a title": (".csv", b"Report\n" + BODY.encode(), {}, "a title above the header", "remove the lines"),
+    "columns of JSON": (
+        ".json",
+        b'{"text": {"0": "a"}, "label": {"0": "b"}}',
+        {},
+        "of columns",
+        "orient='rec",
+    ),
+    "rows under a key": (
+        ".json",
+        b'{"n": 1, "data": [{"text": "a"}]}',
+        {},
+        "under the key 'data'",
+        "save that",
+    ),
+    "arrays of JSON": (".json", b'[["a", "b"]]', {}, "entry 1 of its array is a list", "orient='records'"),
+    "half a JSON array": (".json", b'[{"text": "a"}, {"te', {}, "is not JSON", "cut short?"),
+    "an array as JSONL": (".jsonl", b'[{"text": "a"}]', {}, "not a JSON object", "a .json file may"),
     "half a Parquet file": (".parquet", b"PAR1....", {}, "not a readable .parquet", "cut short?"),
     "semicolons": (".csv", b"text;label\na;b\n", {}, "separated by semicolons", "--separator semicolon"),
     "semicolons, commas in texts": (
@@ -171,3 +202,26 @@ def test_a_column_may_be_called_as_other_formats_begin(tmp_path, name):
     path.write_text(f"{name},label\na,x\nb,y\n", encoding="utf-8")
     table = read_table(path, name, "label")
     assert (table.texts, table.labels) == (["a", "b"], ["x", "y"])
+
+
+def test_a_zip_is_read_where_one_file_is_in_it(tmp_path):
+    path = tmp_path / "t.csv.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("__MACOSX/._t.csv", b"x")
+        archive.writestr("folder/t.csv", BODY)
+    assert read_table(path, "text", "label").texts == TEXTS
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other.csv", BODY)
+    with pytest.raises(TaskError, match=r"has 2 files in it .'folder/t.csv', 'other.csv'., expected one"):
+        read_table(path, "text", "label")
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv.gz"])
+def test_cells_stay_text_in_every_form_of_a_csv_file(tmp_path, suffix):
+    path, mark = tmp_path / f"t{suffix}", "\t" if suffix == ".tsv" else ","
+    lines = [["text", "label", "id"], ["NA", "1.0", "007"], ["null", "0.5", "1e3"]]
+    content = "\n".join(map(mark.join, lines)).encode() + b"\n"
+    path.write_bytes(gzip.compress(content) if suffix == ".csv.gz" else content)
+    table = read_table(path, "text", "label")
+    assert (table.texts, table.labels) == (["NA", "null"], ["1.0", "0.5"])
+    assert table.frame["id"].tolist() == ["007", "1e3"]
