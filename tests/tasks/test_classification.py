@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -190,3 +191,56 @@ def test_a_folder_without_a_usable_task_is_refused(tmp_path, content):
         (tmp_path / "softprompt.json").write_text(content)
     with pytest.raises(TaskError, match="`softprompt train` wrote"):
         load_task(tmp_path)
+
+
+def test_a_label_is_tokenized_as_it_stands_behind_the_template(tokenizer):
+    known = {"text_column": "Tweet text", "label_column": "Label", "labels": ("complaint", "no complaint")}
+    task = ClassificationTask(**known, label_prefix=" ", end_token="eos")
+    targets = Encoder(task, tokenizer).targets
+    assert targets["no complaint"] == [*tokenizer(" no complaint")["input_ids"], tokenizer.eos_token_id]
+    alone = Encoder(ClassificationTask(**known), tokenizer).targets
+    assert alone["complaint"] == [*tokenizer("complaint")["input_ids"], tokenizer.pad_token_id]
+
+
+class JoiningTokenizer:
+    """Tokens are words; a word behind no space is another token, and "up:" joins what follows it."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def __init__(self):
+        self.numbers = {}
+
+    def __call__(self, text, add_special_tokens=True):
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
+        pieces = re.findall(r"up:\S*|\s?\S+|\s", text)
+        return {"input_ids": [self.numbers.setdefault(piece, len(self.numbers) + 2) for piece in pieces]}
+
+    def decode(self, ids, **_):
+        words = {number: piece for piece, number in self.numbers.items()}
+        return "".join(words[number] for number in ids)
+
+
+@pytest.mark.parametrize(
+    "template, prefix, pieces",
+    [
+        ("{text} Label:", " ", [" yes"]),
+        ("{text}\nLabel:\n", "", ["yes"]),
+        ("{text} up:", "", ["yes"]),  # it would be one token with the template's last one
+        ("{text}", " ", [" yes"]),
+    ],
+)
+def test_no_token_of_a_label_is_one_of_the_template(template, prefix, pieces):
+    task = ClassificationTask("t", "l", ("yes", "no"), template, label_prefix=prefix)
+    encoder = Encoder(task, tokenizer := JoiningTokenizer())
+    words = {number: piece for piece, number in tokenizer.numbers.items()}
+    assert [words[number] for number in encoder.targets["yes"][:-1]] == pieces
+    assert encoder.decode(encoder.targets["yes"]) == "yes"
+
+
+def test_only_a_prefix_is_recorded_and_it_must_be_a_text():
+    task = ClassificationTask("t", "l", ("a", "b"))
+    assert "label_prefix" not in task.record()
+    assert replace(task, label_prefix="").record()["label_prefix"] == ""
+    with pytest.raises(TaskError, match="label_prefix must be a text or null, got 3"):
+        replace(task, label_prefix=3)

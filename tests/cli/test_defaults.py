@@ -1,0 +1,178 @@
+"""What a run starts from where options are left out, and what it says of itself."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from softprompt import init
+from softprompt.cli.inputs import template_of
+from softprompt.cli.notes import loss_note, result_notes
+from softprompt.cli.training_config import TrainingConfig
+from softprompt.prompts.vocabulary import scale_of
+
+MODEL = "some/model"
+
+
+@pytest.fixture
+def train(run, model_folder, table, tmp_path):
+    def call(*more):
+        common = ("--data", table, "--model", model_folder, "--output", tmp_path / "out", "--steps", 4)
+        return run("train", *common, *more)
+
+    return call
+
+
+def test_what_is_left_open_goes_by_the_model_and_the_table():
+    small = TrainingConfig(model=MODEL).with_recipe().resolved(rows=499, scale=0.136)
+    assert (small.learning_rate, small.steps, small.validation_share) == (0.034, 200, 0.0)
+    assert (small.start, small.num_virtual_tokens) == ("label-words", 20)
+    large = TrainingConfig(model=MODEL, epochs=2).resolved(rows=3200, scale=1.03)
+    assert (large.learning_rate, large.steps, large.validation_share) == (0.26, None, 0.04)
+    given = TrainingConfig(model=MODEL, learning_rate=0.5, validation_share=0.0, steps=7)
+    given = given.resolved(rows=3200, scale=1.0)
+    assert (given.learning_rate, given.steps, given.validation_share) == (0.5, 7, 0.0)
+
+
+def test_the_article_and_the_shipped_model_keep_their_settings():
+    article = TrainingConfig(model=MODEL, recipe="article").with_recipe().resolved(rows=5000, scale=9.0)
+    assert (article.template, article.end_token) == ("{text_column} : {text} Label : ", "pad")
+    assert (article.learning_rate, article.epochs, article.steps) == (0.03, 50, None)
+    assert (article.start, article.num_virtual_tokens, article.max_length) == ("text", 8, 64)
+    assert template_of(article) == ("{text_column} : {text} Label : ", None)
+    shipped = TrainingConfig().with_recipe()
+    assert (shipped.end_token, shipped.epochs, shipped.num_virtual_tokens) == ("eos", 10, 8)
+    typed = TrainingConfig(num_virtual_tokens=3, argv=["train", "--num-virtual-tokens", "3"]).with_recipe()
+    assert typed.num_virtual_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "template, prefix, expected",
+    [
+        ("{text} Label : ", None, ("{text} Label :", " ")),
+        ("{text}\nLabel:\n", None, ("{text}\nLabel:\n", "")),
+        ("{text} Label : ", "", ("{text} Label : ", None)),
+        ("{text} Label :", "\n", ("{text} Label :", "\n")),
+    ],
+)
+def test_the_space_before_a_label_belongs_to_it(template, prefix, expected):
+    assert template_of(TrainingConfig(model=MODEL, template=template, label_prefix=prefix)) == expected
+
+
+def test_the_prompt_starts_at_the_words_of_the_labels(train, model_folder, tokenizer, tmp_path):
+    code, _, err = train("--num-virtual-tokens", 7)
+    assert code == 0
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    import numpy as np
+
+    start = torch.from_numpy(np.load(tmp_path / "out" / "initial_prompt.npy"))
+    ids = [*tokenizer(" complaint")["input_ids"], *tokenizer(" no complaint")["input_ids"]]
+    embeddings = base.get_input_embeddings().weight.detach()
+    assert torch.equal(start, embeddings[(ids * 7)[:7]])
+    words = "the prompt starts at the words of the labels"
+    assert words in err
+    training = json.loads((tmp_path / "out" / "softprompt.json").read_text())["training"]
+    assert training["learning_rate"] == float(f"{0.25 * scale_of(base):.2g}")
+    assert training["init"] == "label-words"
+
+
+def test_label_words_are_cut_or_drawn(model, tokenizer):
+    ids = tokenizer(" complaint")["input_ids"] + tokenizer(" no complaint")["input_ids"]
+    table = model.get_input_embeddings().weight.detach()
+    labels = ["complaint", "no complaint"]
+    cut = init.label_words(model, 2, tokenizer, labels)
+    assert torch.equal(cut, table[ids[:2]])
+    drawn = [init.label_words(model, 12, tokenizer, labels, order=order) for order in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    rows = {tuple(row) for row in table[ids].tolist()}
+    assert all(tuple(row) in rows for row in drawn[0].tolist())
+    with pytest.raises(ValueError, match="expected a sequence of one label or more"):
+        init.label_words(model, 2, tokenizer, "complaint")
+
+
+def test_the_scale_is_the_root_mean_square_of_the_embeddings(model):
+    table = model.get_input_embeddings().weight.detach().double()
+    assert scale_of(model) == pytest.approx(float(table.square().mean().sqrt()), rel=1e-6)
+
+
+def test_a_run_says_what_the_model_sees_and_what_it_is_compared_with(train, tmp_path, read_json):
+    code, out, err = train()
+    assert code == 0
+    assert "the first row as the model sees it: 20 virtual tokens, 'Tweet text : my order never came" in err
+    assert "and to be learned ' complaint</s>'" in err
+    assert "4 steps are few for a soft prompt" in err
+    assert "4 steps of 8 rows: 2 passes over 16 rows" in err
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics["majority"] == {
+        "label": "complaint",
+        "exact_match": 0.5,
+        "macro_f1": pytest.approx(1 / 3),
+    }
+    assert metrics["zero_shot"]["rows"] == 4
+    assert 0 <= metrics["train_exact_match"] <= 1
+    assert [e["step"] for e in metrics["history"] if "eval_loss" in e] == [0, 1, 2, 3, 4]
+    assert "accuracy in training" in out
+
+
+def test_a_first_loss_above_guessing_is_said():
+    assert loss_note(6.9, 1000) is None
+    assert "the first loss, 7.0 nats per token, is above that of guessing among all 1,000" in loss_note(
+        7.0, 1000
+    )
+
+
+def metrics_of(**changed):
+    scores = {
+        "eval_exact_match": 0.8,
+        "eval_rows": 1000,
+        "eval_predicted": {"a": 500, "b": 500},
+        "train_exact_match": 0.85,
+        "majority": {"label": "a", "exact_match": 0.5},
+    }
+    return {**scores, **changed}
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({}, None),
+        ({"eval_exact_match": None}, None),
+        ({"eval_exact_match": 0.5, "eval_predicted": {"a": 1000}, "train_exact_match": 0.5}, "all 1,000 "),
+        (
+            {"eval_exact_match": 0.49, "train_exact_match": 0.5},
+            "not clearly above that of always answering 'a'",
+        ),
+        ({"eval_exact_match": 0.6, "eval_rows": 10, "train_exact_match": 0.6}, "not clearly above"),
+        ({"train_exact_match": 1.0}, "the prompt has learned its rows by heart"),
+        ({"train_exact_match": 0.95, "eval_rows": 20}, None),
+    ],
+)
+def test_a_result_that_is_none_is_said(changed, said):
+    notes = result_notes(metrics_of(**changed))
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
+
+
+def test_predict_takes_the_dtype_of_the_training(train, run, table, tmp_path, monkeypatch):
+    assert train("--bf16")[0] == 0
+    from softprompt.cli import models
+
+    loaded = []
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, dtype: loaded.append(dtype) or load(name, dtype))
+    output = tmp_path / "labelled.csv"
+    assert run("predict", "--adapter", tmp_path / "out", "--data", table, "--output", output)[0] == 0
+    assert loaded == [torch.bfloat16]
+
+
+def test_what_is_generated_is_free(train, run, table, tmp_path):
+    assert train()[0] == 0
+    arguments = ("--adapter", tmp_path / "out", "--data", table, "--output", tmp_path / "labelled.csv")
+    code, out, _ = run("predict", "--generate", *arguments)
+    assert code == 0
+    assert "20 rows labelled in" in out
+    code, _, err = run("predict", "--generate", "--score", "--overwrite", *arguments)
+    assert code == 2
+    assert "leave --generate out" in err
