@@ -100,9 +100,16 @@ def check_new(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{path} exists already: name another --output or replace it with --overwrite")
 
 
+def is_gguf(model: str) -> bool:
+    """Return whether a model is named by a GGUF file, which need not be there."""
+    return Path(model).suffix.lower() == ".gguf" and not Path(model).is_dir()
+
+
 def check_model(model: str) -> str:
-    """Return a model's name, a folder made absolute; raises UsageError for a folder that is no model."""
+    """Return a model's name, a folder or GGUF file made absolute; raises UsageError for what is no model."""
     folder = Path(model).expanduser()
+    if is_gguf(str(folder)):
+        return _check_gguf(folder)
     if not folder.is_dir():
         if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UsageError(f"the model {model} is not a folder: give a model folder or the name of a model")
@@ -117,6 +124,24 @@ def check_model(model: str) -> str:
             "download or save the whole model"
         )
     return str(folder.resolve())
+
+
+def _check_gguf(file: Path) -> str:
+    if not file.is_file():
+        raise UsageError(
+            f"the model {file} is not there: give a GGUF file, a model folder or the name of a model"
+        )
+    with file.open("rb") as content:
+        start = content.read(4)
+    if start != b"GGUF":
+        raise UsageError(f"the model {file} is no GGUF file: it starts with {start!r}; download it again")
+    if find_spec("gguf") is None:
+        raise UsageError(
+            f"the model {file} needs the package gguf: run pip install '.[real]' in the folder of "
+            "softprompt's sources"
+        )
+    # Not resolved: behind a link, as the model hub's cache has them, the file need not be called .gguf.
+    return os.path.abspath(file)
 
 
 def check_prompt_option(option: str, source: str) -> None:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from softprompt import init
 from softprompt.cli.checks import UsageError, usage_errors
+from softprompt.cli.gguf import files_of
 from softprompt.cli.inputs import Setup
 from softprompt.cli.models import patch
 from softprompt.cli.training_config import TrainingConfig
@@ -79,10 +80,16 @@ def prompt_starts(
             num_virtual_tokens=config.num_virtual_tokens,
             prompt_tuning_init=PEFT_INITS.get(kind, "RANDOM"),
             prompt_tuning_init_text=text,
-            tokenizer_name_or_path=None if text is None else setup.model_name,
+            **({} if text is None else _tokenizer_of(setup.model_name)),
         )
         starts.append(Start(adapter, config.seed + number, peft_config, prompt))
     return starts
+
+
+def _tokenizer_of(model: str) -> dict[str, Any]:
+    """Where PEFT finds the tokenizer for the words."""
+    files, arguments = files_of(model)
+    return {"tokenizer_name_or_path": files, "tokenizer_kwargs": arguments or None}
 
 
 def with_prompts(setup: Setup, starts: Sequence[Start]) -> Any:

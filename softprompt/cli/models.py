@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 import softprompt
 from softprompt.cli.checks import UsageError, check_model, check_prompt_option, usage_errors
+from softprompt.cli.gguf import files_of, load_gguf
 from softprompt.cli.options import ComputeOptions
 from softprompt.generation.stock import right_options
 from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
@@ -83,16 +84,20 @@ def choose_dtype(*, bf16: bool, fp16: bool, device: str) -> torch.dtype:
 
 def load_tokenizer(model: str) -> Any:
     """Load the tokenizer of a model."""
+    files, arguments = files_of(model)
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(files, **arguments)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the tokenizer of {model}: {_sentence(error)}") from error
 
 
 def load_model(model: str, dtype: torch.dtype | str) -> Any:
     """Load a causal language model in `dtype`, in evaluation mode; "auto" is the dtype of its files."""
+    files, arguments = files_of(model)
+    if arguments:
+        return load_gguf(files, arguments["gguf_file"], dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(files, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the model {model}: {_sentence(error)}") from error
 

@@ -118,7 +118,8 @@ class TrainingConfig:
     table: TableOptions = nested(TableOptions)
 
     model: str | None = option(
-        "the frozen causal language model: a folder or a model name (default: the shipped tiny model)",
+        "the frozen causal language model: a folder, a .gguf file or a model name (default: the shipped tiny "
+        "model)",
         given,
         "NAME",
         group="model and prompt",
