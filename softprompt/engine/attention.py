@@ -18,6 +18,7 @@ from softprompt.ops.registry import AUTO
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 
 if TYPE_CHECKING:
+    from softprompt.engine.model_spec import DecoderFacts
     from softprompt.engine.states import TextStates
 
 
@@ -30,7 +31,7 @@ class AttentionContext:
     """One packed batch, and how its attention is to be computed."""
 
     layout: PackedLayout
-    stock: str  # the attention implementation that the user chose
+    facts: DecoderFacts  # of the model
     backend: str = AUTO
     examine: bool = False  # look at the mask functions of the model, not only at their size
     states: TextStates | None = None  # of a row whose prompts are known: only its texts are computed
@@ -42,7 +43,7 @@ CALLS: list[AttentionContext] = []
 
 
 def current() -> AttentionContext:
-    """The packing of the innermost packed call.
+    """The context of the innermost packed call.
 
     Raises:
         UnsupportedAttentionError: there is none.
@@ -83,25 +84,25 @@ def attend(
     Returns:
         [1, T, Hq, Dv].
     """
-    packing = current()
+    context = current()
     num_texts = query.shape[2]
-    if packing.states is not None:
-        query, key, value = packing.states.join(query, key, value)
+    if context.states is not None:
+        query, key, value = context.states.join(query, key, value)
     out = shared_prompt_attention(
         # Not by an index, whose gradient is a tensor of zeros with a copy in it.
         query.squeeze(0),
         key.squeeze(0),
         value.squeeze(0),
-        packing.layout.attention,
+        context.layout.attention,
         scale=scale,
         sliding_window=window,
         softcap=softcap,
-        alibi_slopes=None if slopes is None else slopes(packing),
+        alibi_slopes=None if slopes is None else slopes(context),
         sinks=sinks,
         dropout_p=dropout_p,
-        backend=attention_backend(packing.backend, query.device) if dropout_p == 0 else "sdpa",
+        backend=attention_backend(context.backend, query.device) if dropout_p == 0 else "sdpa",
     )
-    if packing.states is not None:
+    if context.states is not None:
         out = out[:, out.shape[1] - num_texts :]
     return out.transpose(0, 1)[None]
 

@@ -53,7 +53,7 @@ def _bloom_attention(
     return residual + functional.dropout(out, self.hidden_dropout, self.training), None
 
 
-def _bloom_slopes(num_heads: int, device: torch.device, packing: AttentionContext) -> Tensor:
+def _bloom_slopes(num_heads: int, device: torch.device, context: AttentionContext) -> Tensor:
     return alibi_slopes("bloom", num_heads, device)
 
 
@@ -96,9 +96,9 @@ def _falcon_attention(
     return self.dense(context.flatten(2)), None
 
 
-def _falcon_slopes(num_heads: int, head_dim: int, device: torch.device, packing: AttentionContext) -> Tensor:
+def _falcon_slopes(num_heads: int, head_dim: int, device: torch.device, context: AttentionContext) -> Tensor:
     # Falcon's bias is scaled like its scores, and its eager attention adds it to the scores and to the mask.
-    times = 1 if packing.stock == "sdpa" else 2
+    times = 1 if context.facts.attention == "sdpa" else 2
     return alibi_slopes("falcon", num_heads, device, times * head_dim**-0.5)
 
 
@@ -120,7 +120,7 @@ def _mpt_attention(
     return self.out_proj(context.flatten(2)), None
 
 
-def _mpt_slopes(num_heads: int, device: torch.device, packing: AttentionContext) -> Tensor:
+def _mpt_slopes(num_heads: int, device: torch.device, context: AttentionContext) -> Tensor:
     return alibi_slopes("mpt", num_heads, device)
 
 

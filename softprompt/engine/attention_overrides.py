@@ -53,9 +53,9 @@ def _layout_mask(*args: Any, mask_function: Any, local_size: int | None = None, 
 
     The window is the tensor's shape, since attributes are lost where checkpointing or a compiler copies it.
     """
-    packing = current()
-    device = packing.layout.query_position.device
-    if packing.examine:
+    context = current()
+    device = context.layout.query_position.device
+    if context.examine:
         _check_rule(mask_function, local_size, device)
     return torch.empty(0, local_size or 0, device=device)
 
@@ -94,7 +94,7 @@ def _packed_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    packing = current()
+    context = current()
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[0] != 0:
         raise UnsupportedAttentionError(f"{type(module).__name__} was not handed the mask that was made")
     if position_bias is not None:
@@ -106,7 +106,7 @@ def _packed_attention(
         scale=scaling,
         window=attention_mask.shape[1] or None,
         # transformers' own sdpa ignores the softcap; equal to what the user chose is what is wanted here.
-        softcap=None if packing.stock == "sdpa" else softcap,
+        softcap=None if context.facts.attention == "sdpa" else softcap,
         sinks=s_aux,
         dropout_p=dropout,
     )
@@ -212,28 +212,30 @@ def describe_seam(seam: str) -> str:
 
 
 @contextlib.contextmanager
-def packed_attention(body: nn.Module, seam: str, packing: AttentionContext) -> Iterator[Tensor | None]:
+def packed_attention(body: nn.Module, seam: str, context: AttentionContext) -> Iterator[Tensor | None]:
     """Makes `body` run on the packed row inside the block; yields the attention mask to call it with.
 
     Whatever it sets is put back at the end, also after an exception. One thread at a time is inside.
     """
     with IN_USE:
-        yield from _packed_attention_alone(body, seam, packing)
+        yield from _packed_attention_alone(body, seam, context)
 
 
-def _packed_attention_alone(body: nn.Module, seam: str, packing: AttentionContext) -> Iterator[Tensor | None]:
+def _packed_attention_alone(body: nn.Module, seam: str, context: AttentionContext) -> Iterator[Tensor | None]:
     answered = attention_modules.answered(body, seam) if seam in attention_modules.FAMILIES else []
-    restore = [
-        (config, config._attn_implementation_internal) for config in model_spec.attention_configs(body)
-    ]
+    restore = [(config, config._attn_implementation_internal) for config in context.facts.attention_configs]
     # A packed call inside of a packed call of the same body finds them answered, and leaves them so.
     answered = [(module, stock, new) for module, stock, new in answered if type(module) is stock]
     mask = None
     if seam == "dense":
-        allowed = visible(packing.layout.attention, None)[None, None]
-        mask = allowed if packing.stock == "sdpa" else _additive(allowed, next(body.parameters()).dtype)
-    name = {"mask": _MASK_SDPA if packing.stock == "sdpa" else _MASK_EAGER}.get(seam, _INTERFACE)
-    CALLS.append(packing)
+        allowed = visible(context.layout.attention, None)[None, None]
+        mask = (
+            allowed
+            if context.facts.attention == "sdpa"
+            else _additive(allowed, next(body.parameters()).dtype)
+        )
+    name = {"mask": _MASK_SDPA if context.facts.attention == "sdpa" else _MASK_EAGER}.get(seam, _INTERFACE)
+    CALLS.append(context)
     try:
         if seam != "dense":
             for config, _ in restore:

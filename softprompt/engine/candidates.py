@@ -178,7 +178,7 @@ def _packed(
     place = [p for c in candidates for p in range(len(c) - 1)]
     candidate_of = torch.tensor(number, dtype=torch.int64, device=device)
 
-    layout = _layout_of(model, plan, batch, fed, candidate_of, place, compact, backend)
+    layout = _layout_of(plan, batch, fed, candidate_of, place, compact, backend)
     rows = plan.decode(model, _with_candidates(batch, fed), layout, backend=backend)
     lengths = (batch.attention_mask != 0).sum(1)
     starts = layout.cu_texts[:-1].long()
@@ -209,7 +209,6 @@ def _with_candidates(batch: Batch, fed: Tensor) -> Batch:
 
 
 def _layout_of(
-    model: CausalLM,
     plan: Plan,
     batch: Batch,
     fed: Tensor,
@@ -225,7 +224,7 @@ def _layout_of(
         whole.prompt_lengths,
         input_ids=whole.input_ids,
         prompt_of_row=whole.prompt_of_row,
-        vocab_size=vocab_size(model),
+        vocab_size=plan.known_facts.vocab_size,
         positions=positions,
         backend=backend,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.guard import GuardResult
+from softprompt.engine.model_spec import CausalLM, DecoderFacts, HeadFacts
 from softprompt.engine.packed import DecoderOutput, decode_packed, packed_layout
 from softprompt.engine.padded import padded_rows
 from softprompt.layout import PackedLayout
@@ -44,6 +45,25 @@ class Plan:
     logit_scale: float | None = None  # of the decoder's hidden states in front of the head
     counts_items: bool = False  # the model's loss is divided by num_items_in_batch
     kept_because: str | None = None  # why columns that no row uses are kept; None: they are dropped
+    # Decoder-only models: what a step asks of the model, and the state of the model that this is of.
+    facts: DecoderFacts | None = field(default=None, compare=False, repr=False)
+    state: GuardResult | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def head(self) -> HeadFacts | None:
+        """The head that `linear_cross_entropy` computes from its weight, None where the head is called."""
+        return self.known_facts.head if self.fused_head else None
+
+    @property
+    def known_facts(self) -> DecoderFacts:
+        """The facts of a model that has a fast route.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.facts is None:
+            raise ValueError(f"this model has no fast route: {self.reason}")
+        return self.facts
 
     @property
     def choice(self) -> tuple[Any, ...]:
@@ -59,21 +79,23 @@ class Plan:
         """The positions of a packed layout: the model's own, or those of rows whose pads do not exist."""
         return "compact" if compact else self.positions
 
-    def layout(
-        self, model: CausalLM, batch: Batch, *, compact: bool = False, **options: Any
-    ) -> PackedLayout | None:
+    def layout(self, batch: Batch, *, compact: bool = False, **options: Any) -> PackedLayout | None:
         """The packed layout of a batch, None on the padded route.
 
         Args:
-            model: the decoder-only model that the plan was made for.
             batch: prompts, texts and labels.
             compact: ignore pads in positions and windows (packed route only).
             options: for `packed_layout`.
         """
         if self.route != "packed":
             return None
-        positions = self.layout_positions(compact)
-        return packed_layout(model, batch, positions=positions, position_limit=self.position_limit, **options)
+        return packed_layout(
+            batch,
+            vocab_size=self.known_facts.vocab_size,
+            positions=self.layout_positions(compact),
+            position_limit=self.position_limit,
+            **options,
+        )
 
     def decode(
         self,
@@ -93,8 +115,9 @@ class Plan:
             backend: of the ops.
             options: for `decode_packed`.
         """
+        facts = self.known_facts
         if layout is None and self.route == "padded":
-            return padded_rows(model, batch, position_limit=self.position_limit, backend=backend)
+            return padded_rows(model, batch, facts, position_limit=self.position_limit, backend=backend)
         if layout is None or self.seam is None:
             raise ValueError(f"this model has no fast route: {self.reason}")
-        return decode_packed(model, batch, layout, seam=self.seam, backend=backend, **options)
+        return decode_packed(model, batch, layout, facts, seam=self.seam, backend=backend, **options)

@@ -157,7 +157,6 @@ class Guard:
 
     def __init__(self, root: nn.Module) -> None:
         self._root: weakref.ref[Any] = weakref.ref(root)
-        self._last: GuardResult | None = None
         self._kinds: list[type] = []
         self._dense: list[int] = []
         self._hooks: list[int] = []
@@ -166,7 +165,7 @@ class Guard:
 
     # -------------------------------------------------------------------------------------------- the levels
     def check(self) -> GuardResult:
-        """The state of the model as it is now; kept for `last_result`."""
+        """The state of the model as it is now."""
         now = self._reads.now()
         if now is None or not self._follows(*now):
             self._read(self._root())
@@ -176,14 +175,7 @@ class Guard:
             self._hooks, self._hooks_number = self._reads.hooks, next(_NUMBERS)
         replaced = any("forward" in vars(reference()) for reference in self._generating)
         hooked = bool(self._hooks) or self._has_forward or replaced
-        self._last = GuardResult(self._model_number, self._weights_number, self._hooks_number, hooked)
-        return self._last
-
-    def last_result(self) -> GuardResult:
-        """What `check` saw in this call of the model, which may be asked for once; else what it sees now."""
-        result = self._last or self.check()
-        self._last = None
-        return result
+        return GuardResult(self._model_number, self._weights_number, self._hooks_number, hooked)
 
     def mode(self) -> tuple[Any, ...]:
         """Training flags at the last `check`, settings of dropout and the like, and switches of adapters."""
@@ -305,13 +297,16 @@ def process_obstacle() -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ of the plan
-def plan_key(model: CausalLM) -> tuple[Any, ...]:
-    """What the route of a model depends on, in two halves: FSDP2 changes the second one."""
+def plan_key(model: CausalLM) -> tuple[tuple[Any, ...], GuardResult | None]:
+    """What the route of a model depends on, in two halves: FSDP2 changes the second one. And the state of the
+    model that was looked at, None where it has no fast route whatever its state.
+    """
     obstacle = sharding.obstacle(model)
     if obstacle is not None:  # which may be written on a weight, and copies of a step are not worth a guard
-        return (obstacle,), ()
+        return ((obstacle,), ()), None
     result = guard_of(model).check()
-    return model_records.kept(model, "plan key", result, lambda: (_lasting(model), _passing(model)))
+    key = model_records.kept(model, "plan key", result, lambda: (_lasting(model), _passing(model)))
+    return key, result
 
 
 def _lasting(model: CausalLM) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from softprompt.engine import model_spec, sharding
 from softprompt.engine.batch import integers_on
-from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.model_spec import CausalLM, HeadFacts
 from softprompt.engine.overrides import returning
 from softprompt.engine.packed import DecoderOutput
 from softprompt.layout import IGNORE_INDEX, PackedLayout
@@ -76,31 +76,33 @@ def decoder_returns(model: CausalLM, hidden: Tensor, output_class: type) -> Abst
 
 
 # ------------------------------------------------------------------------------------------------- losses
-def label_losses(model: CausalLM, rows: DecoderOutput, *, fused: bool, backend: str = AUTO) -> Tensor:
+def label_losses(
+    model: CausalLM, rows: DecoderOutput, head: HeadFacts | None, *, backend: str = AUTO
+) -> Tensor:
     """The loss of each label, as transformers' `ForCausalLMLoss` has it, from the label rows alone.
 
     Args:
         model: the causal LM.
         rows: what the decoder made of a batch.
-        fused: read the head's weight (`linear_cross_entropy`) instead of calling the head.
+        head: how logits follow from the head's weight (`linear_cross_entropy`); None: the head is called.
         backend: of `linear_cross_entropy`.
 
     Returns:
         [M] in fp32 (fp64 for fp64 models), 0 where the target is -100.
     """
-    if not fused:
+    if head is None:
         logits = own_logits(model, rows.hidden[rows.label_rows][None], rows.output_class)[0]
         return losses_of_logits(logits, rows.label_targets)
-    head, facts = model.get_output_embeddings(), model_spec.head_facts(model)
-    with sharding.whole(head):
+    module = model.get_output_embeddings()
+    with sharding.whole(module):
         losses: Tensor = linear_cross_entropy(
             rows.hidden,
-            head.weight,
+            module.weight,
             rows.label_rows,
             rows.label_targets,
-            bias=head.bias,
-            softcap=facts.softcap,
-            logit_scale=facts.logit_scale,
+            bias=module.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
             reduction="none",
             backend=backend,
         )

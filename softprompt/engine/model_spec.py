@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.engine import precision
+from softprompt.engine.overrides import IN_USE
 from softprompt.engine.structure import structure_of
 
 
@@ -65,6 +67,42 @@ class HeadFacts:
 
     logit_scale: float | None
     softcap: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderFacts:
+    """What a step asks of a causal LM and the guard would see change; keeps no module alive."""
+
+    vocab_size: int  # V of the input embeddings
+    reads_embedding: bool  # ops read the embedding's table, it is not called
+    takes_position_ids: bool  # as an argument of the decoder
+    attention: str  # the attention implementation that the user chose
+    attention_configs: tuple[Any, ...]  # the distinct configurations that choose it
+    head: HeadFacts
+    checkpointing: tuple[weakref.ref[Any], ...]  # modules with the switch, which the guard leaves out
+
+    def uses_gradient_checkpointing(self, body: nn.Module) -> bool:
+        """Whether layers of the decoder are recomputed in the backward pass, as its flags are now."""
+        return body.training and any(
+            getattr(module(), "gradient_checkpointing", False) for module in self.checkpointing
+        )
+
+
+def decoder_facts(model: CausalLM) -> DecoderFacts:
+    """The facts of a model as it is now."""
+    body = body_of(model)
+    structure, modules = structure_of(body)
+    with IN_USE:  # a packed call in another thread chooses the attention for its length
+        attention = config_of(model)._attn_implementation
+    return DecoderFacts(
+        vocab_size(model),
+        embedding_obstacle(model.get_input_embeddings()) is None,
+        takes_position_ids(body),
+        attention,
+        tuple(structure.configs),
+        head_facts(model),
+        tuple(weakref.ref(modules[place]) for place in structure.checkpointing),
+    )
 
 
 def config_of(model: CausalLM) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from softprompt.engine import model_spec, sharding
 from softprompt.engine.attention_overrides import AttentionContext, packed_attention
 from softprompt.engine.batch import Batch
-from softprompt.engine.model_spec import CausalLM
-from softprompt.engine.overrides import IN_USE
+from softprompt.engine.model_spec import CausalLM, DecoderFacts
 from softprompt.layout import PackedLayout, build_layout
 from softprompt.ops.embed_prompt import embed_prompt
 from softprompt.ops.registry import AUTO
@@ -47,9 +46,9 @@ class DecoderOutput:
 
 
 def packed_layout(
-    model: CausalLM,
     batch: Batch,
     *,
+    vocab_size: int,
     positions: str,
     position_limit: int | None,
     backend: str = AUTO,
@@ -58,8 +57,8 @@ def packed_layout(
     """The layout of a batch; the host waits here, and nowhere else in a step.
 
     Args:
-        model: the causal LM.
         batch: prompts, texts and labels.
+        vocab_size: V, for the check of ids and labels.
         positions: see `pack_layout`.
         position_limit: length of the model's position table, None where there is none.
         backend: of `pack_layout`.
@@ -76,7 +75,7 @@ def packed_layout(
         labels=batch.wanted if batch.labels is None else batch.labels,
         input_ids=batch.input_ids,
         prompt_of_row=batch.prompt_of_row,
-        vocab_size=model_spec.vocab_size(model),
+        vocab_size=vocab_size,
         positions=positions,
         backend=backend,
         **room,
@@ -93,6 +92,7 @@ def decode_packed(
     model: CausalLM,
     batch: Batch,
     layout: PackedLayout,
+    facts: DecoderFacts,
     *,
     seam: str,
     examine: bool = False,
@@ -105,21 +105,20 @@ def decode_packed(
         model: the causal LM.
         batch: prompts and texts.
         layout: which packed token is what.
+        facts: of the model as it is now.
         seam: how the attention gets in, see `attention_overrides`.
         examine: look at the model's mask functions too (self-check).
         backend: of the ops.
         call_body: the decoder as something else calls it (`torch.compile`); None: as it is.
     """
     body = model_spec.body_of(model)
-    embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
-    with IN_USE:
-        stock = model_spec.config_of(model)._attn_implementation
-    packing = AttentionContext(layout, stock, backend, examine)
-    if model_spec.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
+    embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend, readable=facts.reads_embedding)
+    context = AttentionContext(layout, facts, backend, examine)
+    if facts.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []
-        hidden = _RecomputingBody.apply(embeds, body, seam, packing, output_class)
+        hidden = _RecomputingBody.apply(embeds, body, seam, context, output_class)
         return _rows(hidden, layout, output_class[0])
-    output = run_body(body, seam, packing, embeds, call_body)
+    output = run_body(body, seam, context, embeds, call_body)
     return _rows(output.last_hidden_state, layout, type(output))
 
 
@@ -151,9 +150,9 @@ def _rows(hidden: Tensor, layout: PackedLayout, output_class: type) -> DecoderOu
     )
 
 
-def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str) -> Tensor:
-    """[1, T, H] in the embedding's dtype."""
-    if batch.input_ids is not None and model_spec.embedding_obstacle(embedding) is None:
+def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str, *, readable: bool) -> Tensor:
+    """[1, T, H] in the embedding's dtype; `readable`: its table can be read, it need not be called."""
+    if batch.input_ids is not None and readable:
         prompts = batch.joined_prompts(embedding.weight.device)
         return embed_prompt(embedding.weight, batch.input_ids, layout.token_index, prompts, backend=backend)
     index = layout.token_index[layout.prompt_tokens :].long()
@@ -173,15 +172,15 @@ def embed_rows(embedding: Any, batch: Batch, layout: PackedLayout, backend: str)
 def run_body(
     body: nn.Module,
     seam: str,
-    packing: AttentionContext,
+    context: AttentionContext,
     embeds: Tensor,
     call_body: Callable[..., Any] | None = None,
 ) -> Any:
     arguments: dict[str, Any] = {"inputs_embeds": embeds, "use_cache": False, "return_dict": True}
-    if model_spec.takes_position_ids(body):
-        position_ids = packing.layout.position_ids
+    if context.facts.takes_position_ids:
+        position_ids = context.layout.position_ids
         arguments["position_ids"] = position_ids[position_ids.shape[0] - embeds.shape[1] :].long()[None]
-    with packed_attention(body, seam, packing) as mask:
+    with packed_attention(body, seam, context) as mask:
         if mask is None:
             # Without any mask transformers would look for packed sequences in the position ids, and find
             # wrong ones.
@@ -202,13 +201,13 @@ class _RecomputingBody(torch.autograd.Function):
         embeds: Tensor,
         body: nn.Module,
         seam: str,
-        packing: AttentionContext,
+        context: AttentionContext,
         output_class: list[type],
     ) -> Tensor:
         ctx.inner = embeds.detach().requires_grad_(embeds.requires_grad)
         with torch.enable_grad():
-            output = run_body(body, seam, packing, ctx.inner)
-        ctx.hidden, ctx.again = output.last_hidden_state, (body, seam, packing)
+            output = run_body(body, seam, context, ctx.inner)
+        ctx.hidden, ctx.again = output.last_hidden_state, (body, seam, context)
         output_class.append(type(output))
         hidden: Tensor = output.last_hidden_state.detach()
         return hidden
@@ -220,7 +219,10 @@ class _RecomputingBody(torch.autograd.Function):
                 "the packed forward was already freed by a backward; pass retain_graph=True to the first one"
             )
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        with packed_attention(*ctx.again):
+        body, seam, context = ctx.again
+        # Modules may have been given other configurations since.
+        facts = replace(context.facts, attention_configs=tuple(model_spec.attention_configs(body)))
+        with packed_attention(body, seam, replace(context, facts=facts)):
             torch.autograd.backward(ctx.hidden, grads[0], retain_graph=keep)
         grad, ctx.inner.grad = ctx.inner.grad, None
         if not keep:

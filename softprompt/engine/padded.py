@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from softprompt.engine import model_spec
 from softprompt.engine.batch import Batch, prompts_of_rows
-from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.model_spec import CausalLM, DecoderFacts
 from softprompt.engine.packed import DecoderOutput, check_length
 from softprompt.layout import IGNORE_INDEX, raise_out_of_range
 from softprompt.ops.prepend_prompt import prepend_prompt
@@ -19,6 +19,7 @@ from softprompt.ops.registry import AUTO
 def padded_rows(
     model: CausalLM,
     batch: Batch,
+    facts: DecoderFacts,
     *,
     position_limit: int | None,
     backend: str = AUTO,
@@ -28,6 +29,7 @@ def padded_rows(
     Args:
         model: the causal LM.
         batch: prompts (all of one length), texts and labels.
+        facts: of the model as it is now.
         position_limit: length of the model's position table, None where there is none.
         backend: of the ops.
 
@@ -41,10 +43,10 @@ def padded_rows(
             f"{model_spec.config_of(model).model_type} takes the padded route, where all prompts of a batch "
             f"must have one length; got {list(batch.prompt_lengths)}"
         )
-    embedding, vocabulary = model.get_input_embeddings(), model_spec.vocab_size(model)
+    embedding, vocabulary = model.get_input_embeddings(), facts.vocab_size
     num_rows, row_length = batch.shape
     length = batch.prompt_lengths[0]
-    readable = batch.input_ids is not None and model_spec.embedding_obstacle(embedding) is None
+    readable = batch.input_ids is not None and facts.reads_embedding
     if readable and batch.input_ids is not None:
         prepended = prepend_prompt(
             embedding.weight,

@@ -53,12 +53,23 @@ def plan_for(model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = 
         whole = not (sharded or sharding.by_fsdp(model))
         if encoder_decoder and not whole:
             return _SHARDED
-        name, key = "encoder-decoder plan" if encoder_decoder else "plan", plan_key(model)
-        if not whole:
+        name = "encoder-decoder plan" if encoder_decoder else "plan"
+        key, state = plan_key(model)
+        if whole:
+            make = functools.partial(make_plan, model, encoder_decoder=encoder_decoder)
+            plan = model_records.kept(model, name, key, make)
+        else:
             known = model_records.last(model, name)
-            return known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
-        make = functools.partial(make_plan, model, encoder_decoder=encoder_decoder)
-        return model_records.kept(model, name, key, make)
+            plan = known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
+        if encoder_decoder or plan.route == "stock":
+            return plan
+        # What the route does not depend on may have changed, and the weights are in parts by now.
+        return model_records.kept(
+            model,
+            "plan in this state",
+            (plan, state),
+            lambda: replace(plan, facts=model_spec.decoder_facts(model), state=state),
+        )
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)
@@ -150,7 +161,8 @@ def _decoder_plan(model: CausalLM) -> Plan:
         attention_overrides.packing_obstacle(model),
     )
     heads = (True, False) if head_obstacle is None else (False,)
-    padded = Plan("padded", "", position_limit=model_spec.position_limit(model, model_spec.body_of(model)))
+    position_limit = model_spec.position_limit(model, model_spec.body_of(model))
+    padded = Plan("padded", "", position_limit=position_limit, facts=model_spec.decoder_facts(model))
 
     def first_of(routes: Iterable[Plan]) -> Verdict[Plan]:
         plans = [replace(plan, fused_head=fused) for plan in routes for fused in heads]
@@ -200,8 +212,8 @@ def _name(plan: Plan) -> str:
 
 
 def _step(model: CausalLM, plan: Plan, batch: Batch) -> dict[str, Tensor]:
-    rows = plan.decode(model, batch, plan.layout(model, batch), examine=True)
-    losses = label_losses(model, rows, fused=plan.fused_head)
+    rows = plan.decode(model, batch, plan.layout(batch), examine=True)
+    losses = label_losses(model, rows, plan.head)
     loss = weighted_sum(losses, rows.label_targets, None, None)
     return self_check.loss_and_gradient(loss, batch)
 

@@ -210,7 +210,7 @@ def record_step(
         with torch.enable_grad():
             with _uncached_autocast(loss.device.type):
                 rows = plan.decode(model, own, layout, backend=backend, call_body=call_body)
-                each = label_losses(model, rows, fused=plan.fused_head, backend=backend)
+                each = label_losses(model, rows, plan.head, backend=backend)
                 now = weighted_sum(each, rows.label_targets, inputs.weights, inputs.num_items, backend)
             # Like a backward of the user's, outside of autocast, which would narrow its products in fp32.
             with torch.autocast(loss.device.type, enabled=False):

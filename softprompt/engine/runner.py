@@ -159,7 +159,7 @@ class ModelRunner:
         """What TRL's head says of a batch on the plan's fast route; see `trl_head.token_scores`. Steps
         are not recorded.
         """
-        layout = plan.layout(self.model, batch, compact=options.compact, backend=options.backend)
+        layout = plan.layout(batch, compact=options.compact, backend=options.backend)
         rows = self._decode(plan, batch, layout, options)
         return token_scores(self.model, batch, rows, compact=options.compact, arguments=arguments)
 
@@ -169,7 +169,7 @@ class ModelRunner:
         # Whatever the host has to think about comes before it waits for the layout's counts.
         mode = self.graphs.mode_of(plan, batch)
         room = {} if mode is None else room_of(batch)._asdict()
-        layout = plan.layout(self.model, batch, compact=options.compact, backend=options.backend, **room)
+        layout = plan.layout(batch, compact=options.compact, backend=options.backend, **room)
         if mode is not None and layout is not None:
             step = self.graphs.step(plan, batch, layout, mode, weights, options.backend)
             if step is not None:
@@ -177,7 +177,7 @@ class ModelRunner:
         rows = self._decode(plan, batch, layout, options)
         if batch.labels is None:
             return Step(None, None, None, rows)
-        losses = label_losses(self.model, rows, fused=plan.fused_head, backend=options.backend)
+        losses = label_losses(self.model, rows, plan.head, backend=options.backend)
         of_labels = weights.of_labels(rows)
         values = None if of_labels is None else of_labels.values.to(losses.dtype)
         loss = weighted_sum(losses, rows.label_targets, values, weights.num_items, options.backend)

@@ -168,7 +168,7 @@ class StepGraphs:
         if batch.input_ids is None:
             return None, "the batch comes as inputs_embeds"
         guard = guard_of(model)
-        result = guard.last_result()
+        result = plan.state or guard.check()
         state = (result.model, result.weights, device)
         if state != self._state:
             self.clear()

@@ -66,9 +66,10 @@ def start_packed(
     """
     all_but_last = batch.attention_mask.clone()
     all_but_last[:, -1] = 0
+    facts = plan.known_facts
     layout = packed_layout(
-        model,
         replace(batch, attention_mask=all_but_last, labels=None),
+        vocab_size=facts.vocab_size,
         positions=positions,
         position_limit=plan.position_limit,
         backend=backend,
@@ -76,11 +77,11 @@ def start_packed(
     known = joined(prompts)
     if layout.num_tokens:
         texts = TextStates(known)
-        embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend)
-        with IN_USE:
-            implementation = model_spec.config_of(model)._attn_implementation
-        packing = AttentionContext(layout, implementation, backend, states=texts)
-        run_body(model_spec.body_of(model), str(plan.seam), packing, embeds[:, layout.prompt_tokens :])
+        embeds = embed_rows(
+            model.get_input_embeddings(), batch, layout, backend, readable=facts.reads_embedding
+        )
+        context = AttentionContext(layout, facts, backend, states=texts)
+        run_body(model_spec.body_of(model), str(plan.seam), context, embeds[:, layout.prompt_tokens :])
         known = texts.collected()
     numbers = torch.arange(1, layout.num_rows + 1, device=layout.query_position.device)
     source = layout.scatter_rows(numbers[:, None])[..., 0][:, :-1]  # [B, S], 0 for pads

@@ -117,7 +117,7 @@ def test_a_compact_batch_equals_its_rows_without_pads(name):
 def in_a_packed_call(model, num_tokens=4):
     body, plan = model_spec.body_of(model), make_plan(model)
     layout = build_layout(torch.ones(2, num_tokens, dtype=torch.int64), [3])
-    packing = AttentionContext(layout, model_spec.config_of(model)._attn_implementation)
+    packing = AttentionContext(layout, model_spec.decoder_facts(model))
     return body, packed_attention(body, plan.seam, packing), layout.num_rows
 
 

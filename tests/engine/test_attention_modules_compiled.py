@@ -7,7 +7,6 @@ from tiny_models import WINDOW, build
 
 from softprompt.engine import model_spec
 from softprompt.engine.batch import check_batch
-from softprompt.engine.packed import decode_packed, packed_layout
 from softprompt.engine.plan import make_plan
 
 pytestmark = pytest.mark.slow(seconds=20)
@@ -38,8 +37,8 @@ LATER = [
 def run(model, plan, prompt, lengths, side, call_body):
     given = make_batch(lengths, side, "everywhere", seed=sum(lengths))
     batch = check_batch([prompt], prompt.shape[1], inputs_embeds=None, prompt_of_row=None, **given)
-    layout = packed_layout(model, batch, positions=plan.positions, position_limit=None, token_bucket=16)
-    hidden = decode_packed(model, batch, layout, seam=plan.seam, call_body=call_body).hidden
+    layout = plan.layout(batch, token_bucket=16)
+    hidden = plan.decode(model, batch, layout, call_body=call_body).hidden
     return hidden.detach(), torch.autograd.grad(hidden.square().sum(), prompt)[0]
 
 

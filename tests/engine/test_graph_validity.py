@@ -246,10 +246,10 @@ def test_what_a_call_that_failed_saw_of_the_model_does_not_count_for_the_next(ta
     expected = loss_of(copy.deepcopy(base), prompt, 3, recorded=False)
     assert_close(loss_of(base, prompt, 3).detach(), expected.detach(), EXACT, "loss")
     guard = guard_of(base)
-    before = guard.last_result()
-    assert guard.last_result() == before
+    before = guard.check()
+    assert guard.check() == before
     base.lm_head.weight.data = base.lm_head.weight.data.clone()
-    after = guard.last_result()
+    after = guard.check()
     assert (after.model, after.hooked) == (before.model, False)
     assert after.weights != before.weights
 

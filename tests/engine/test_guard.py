@@ -107,7 +107,7 @@ def named(changes):
 
 def seen(model):
     guard = guard_of(model)
-    return guard.check(), plan_key(model), guard.mode()
+    return guard.check(), plan_key(model)[0], guard.mode()
 
 
 @named([nothing, call_options, equal_number, values_of_a_weight])
@@ -151,9 +151,9 @@ def test_what_a_model_computes_with_is_compared(change):
 @named([*ON_INSTANCES[:2], deleted_attribute, added_attribute])
 def test_the_route_does_not_depend_on_attributes_below_the_model(change):
     model = build("llama")
-    key = plan_key(model)
+    key, _ = plan_key(model)
     change(model)
-    assert plan_key(model) == key
+    assert plan_key(model)[0] == key
 
 
 @named(ON_CODE)

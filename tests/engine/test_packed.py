@@ -93,8 +93,8 @@ def test_dummy_tokens_and_dummy_labels_change_nothing(name):
         width = model.get_input_embeddings().embedding_dim
         prompt = torch.randn(4, width, dtype=torch.float64, requires_grad=True)
         checked = check_batch([prompt], width, **batch, inputs_embeds=None, prompt_of_row=None)
-        rows = plan.decode(model, checked, plan.layout(model, checked, **buckets))
-        losses = label_losses(model, rows, fused=plan.fused_head)
+        rows = plan.decode(model, checked, plan.layout(checked, **buckets))
+        losses = label_losses(model, rows, plan.head)
         loss = weighted_sum(losses, rows.label_targets, None, None)
         loss.backward()
         real = batch["attention_mask"].bool()

@@ -100,7 +100,7 @@ def operations_of_a_step(name, device):
     for operations in (Operations(), Operations()):  # what is made once is made in the first run
         with operations:
             rows = plan.decode(model, batch, layout)
-            losses = label_losses(model, rows, fused=plan.fused_head)
+            losses = label_losses(model, rows, plan.head)
             loss = weighted_sum(losses, rows.label_targets, None, num_items)
             (gradient,) = torch.autograd.grad(loss, prompt)
     assert gradient.device == device
