@@ -14,11 +14,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from softprompt.ops.constants import IGNORE_INDEX
 from softprompt.ops.pack_layout import LayoutTensors, pack_layout, prompt_offsets
 from softprompt.ops.registry import AUTO
 from softprompt.ops.shared_prompt_attention.layout import AttentionLayout
 
-IGNORE_INDEX = -100
 _ROW_TENSORS = ("token_index", "position_ids", "query_position", "key_position", "segments", "prefix_id")
 _LABEL_TENSORS = ("label_rows", "label_targets")
 

@@ -193,6 +193,8 @@ def prompts_of_rows(
     tasks: Sequence[int] | None,
     tokens: dict[str, Tensor],
     num_rows: int,
+    *,
+    shared: bool,
 ) -> tuple[dict[tuple[str, int | None], Tensor], list[int] | None]:
     """The distinct prompts of a call, and which of them each row sees.
 
@@ -202,12 +204,13 @@ def prompts_of_rows(
         tasks: of each row, see `tasks_of_rows`.
         tokens: [P] PEFT's virtual token ids of each adapter, on the device of its encoder.
         num_rows: B.
+        shared: whether rows of an adapter and a task share a prompt, see `unshared`.
 
     Returns:
         K prompts [P_k, H] by adapter and task (None: the adapter has no tasks) or row (where they are not
         shared), and the number of each row's prompt: None where all rows see the only one.
     """
-    if unshared(model, names) is not None:
+    if not shared:
         made = prompt_of_each_row(model, names[0], tasks, num_rows)
         return made, None if num_rows == 1 else list(range(num_rows))
     if tasks is not None and len(names) == 1:
@@ -338,7 +341,7 @@ def _prompts_of(
         note = f"{why}: it is asked for the prompt of each row, and rows share none (slower)"
         model._softprompt.say_once(note)
     tokens = {name: tokens_of(model, name) for name in dict.fromkeys(names)}
-    return *prompts_of_rows(model, names, tasks, tokens, num_rows), tasks
+    return *prompts_of_rows(model, names, tasks, tokens, num_rows, shared=why is None), tasks
 
 
 def placed(model: Any, plan: Plan, batch: Batch) -> Batch:

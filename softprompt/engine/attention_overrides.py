@@ -31,7 +31,6 @@ from softprompt.engine.structure import structure_of
 from softprompt.ops.shared_prompt_attention.reference import visible
 
 __all__ = [
-    "SEAMS",
     "AttentionContext",
     "UnsupportedAttentionError",
     "describe_seam",
@@ -40,7 +39,6 @@ __all__ = [
     "seams_for",
 ]
 
-SEAMS = ("interface", *attention_modules.FAMILIES, "mask", "dense")
 # Attention whose mask is a buffer indexed by the place in the row; too short a probe would not show it.
 _MASKS_BY_PLACE = ("gpt_neo",)
 _INTERFACE, _MASK_SDPA, _MASK_EAGER = "softprompt", "softprompt_sdpa", "softprompt_eager"

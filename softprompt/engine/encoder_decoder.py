@@ -24,7 +24,8 @@ from softprompt.engine.losses import losses_of_logits, warn_of_no_labels, weight
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE, returning
 from softprompt.engine.packed import raise_too_long
-from softprompt.layout import IGNORE_INDEX, raise_out_of_range
+from softprompt.layout import raise_out_of_range
+from softprompt.ops.constants import IGNORE_INDEX
 from softprompt.ops.linear_cross_entropy import check_num_items, linear_cross_entropy
 from softprompt.ops.prepend_prompt import prepend_prompt
 from softprompt.ops.registry import AUTO

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.packed import DecoderOutput
+from softprompt.ops.constants import IGNORE_INDEX
 
 LOGITS = ("full", "text", "labels")
-IGNORE_INDEX = -100
 
 
 def text_rows(rows: DecoderOutput, hidden: Tensor, which: str, columns: int) -> Tensor:

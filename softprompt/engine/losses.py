@@ -16,7 +16,8 @@ from softprompt.engine.batch import integers_on
 from softprompt.engine.model_spec import CausalLM, HeadFacts
 from softprompt.engine.overrides import returning
 from softprompt.engine.packed import DecoderOutput
-from softprompt.layout import IGNORE_INDEX, PackedLayout
+from softprompt.layout import PackedLayout
+from softprompt.ops.constants import IGNORE_INDEX
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.linear_cross_entropy.reduction import reduce_losses
 from softprompt.ops.registry import AUTO

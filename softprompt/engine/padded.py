@@ -11,7 +11,8 @@ from softprompt.engine import model_spec
 from softprompt.engine.batch import Batch, prompts_of_rows
 from softprompt.engine.model_spec import CausalLM, DecoderFacts
 from softprompt.engine.packed import DecoderOutput, check_length
-from softprompt.layout import IGNORE_INDEX, raise_out_of_range
+from softprompt.layout import raise_out_of_range
+from softprompt.ops.constants import IGNORE_INDEX
 from softprompt.ops.prepend_prompt import prepend_prompt
 from softprompt.ops.registry import AUTO
 

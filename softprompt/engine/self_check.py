@@ -19,7 +19,7 @@ from softprompt.engine.batch import Batch, prompts_of_rows
 from softprompt.engine.encoder_decoder import DecoderInputs, shifted
 from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.model_spec import CausalLM
-from softprompt.layout import IGNORE_INDEX
+from softprompt.ops.constants import IGNORE_INDEX
 
 LOSS, GRADIENT, LOGITS = "loss", "prompt gradient", "logits"  # what is compared
 # Largest allowed error relative to the reference forward: (loss, prompt gradient and logits). Softmax, rotary

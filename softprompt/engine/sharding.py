@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from softprompt.engine import model_records
-from softprompt.engine.overrides import override
+from softprompt.engine.overrides import HOOKS, override
 from softprompt.engine.structure import structure_of
 
 _FSDP2: tuple[type, ...] = ()
@@ -29,7 +29,6 @@ if torch.distributed.is_available():
     _FSDP2, _FSDP1, _DTENSOR = (FSDPModule,), (FullyShardedDataParallel,), (DTensor,)
 
 Answer = TypeVar("Answer")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 UNCHECKED = (
     "the weights were sharded by fully_shard before the route was checked, and a check needs whole weights: "
@@ -96,7 +95,7 @@ def has_foreign_hooks(module: nn.Module, *, known_forward: bool = False) -> bool
     """
     if "forward" in module.__dict__ and not known_forward:
         return not _only_moves(module)
-    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     if not is_fsdp(module):
         return bool(hooks)
     return any(
@@ -109,7 +108,7 @@ def _only_moves(module: nn.Module) -> bool:
     hook = module.__dict__.get("_hf_hook")
     if type(hook).__name__ != "AlignDevicesHook" or len(vars(module).get("_parameters", ())):
         return False
-    return not any(getattr(module, name) for name in _HOOKS)
+    return not any(getattr(module, name) for name in HOOKS)
 
 
 def is_offloaded(module: nn.Module) -> bool:

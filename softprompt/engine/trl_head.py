@@ -17,7 +17,7 @@ from softprompt.engine.batch import Batch
 from softprompt.engine.losses import decoder_returns
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.packed import DecoderOutput
-from softprompt.layout import IGNORE_INDEX
+from softprompt.ops.constants import IGNORE_INDEX
 
 ASKED = "fused_lm_head"
 

@@ -19,9 +19,10 @@ def check_indices(name: str, indices: Tensor, size: int) -> None:
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """Raises ValueError unless all given tensors are on one device."""
-    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        listing = ", ".join(
+            f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None
+        )
         raise ValueError(f"{op}: all tensors must be on one device, got {listing}")
 
 
