@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from gguf_files import write_gguf
 from marks import slow_unless
 
-from softprompt.cli import COMMANDS, build_parser, main
+from softprompt.cli import COMMANDS, build_parser, gguf, main
 from softprompt.tiny import eval_table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -135,7 +136,10 @@ def test_the_commands_of_a_page_run_as_typed(run, trained_folder, model_folder, 
     if begins_trained:
         shutil.copytree(trained_folder, tmp_path / "softprompt-output")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(gguf.CACHE_VARIABLE, str(tmp_path / "cache"))
     calls = typed(page)
+    for name in {word for call in calls for word in call if word.endswith(".gguf")}:
+        write_gguf(tmp_path / name)
     assert calls
     for call in calls:
         few = {"train": ["--epochs", "1"], "demo": ["--steps", "10"]}.get(call[0], [])
