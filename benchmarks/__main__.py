@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`, `report`, `short`, `tune` and `gpu`, from the root of the repository."""
+"""`python -m benchmarks run`, `report`, `short`, `tune`, `gpu` and `real`, from the root of the repository."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from benchmarks import machine
 from benchmarks.cases import CASES, FULL_SUITES, SUITES
 from benchmarks.gpu import PARTS, REHEARSED, USUAL, Pass, run_parts
 from benchmarks.kernels.cases import CPU_KERNELS, KERNEL_CASES
+from benchmarks.real import DEFAULT_ROUNDS, RealError, run_real
 from benchmarks.rehearsal import has_gpu, rehearse
 from benchmarks.report import ReportError, report
 from benchmarks.run import run, write_record
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.command(args))
-    except (ReportError, UsageError) as error:
+    except (RealError, ReportError, UsageError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
 
@@ -127,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--tiny", action="store_true", help="toy sizes; on the CPU if there is no GPU")
     sweep.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
     sweep.set_defaults(command=_tune)
+    tweets = commands.add_parser(
+        "real", help="train SmolLM2-135M on tweets, the first steps beside PEFT (about 20 minutes on 2 cores)"
+    )
+    tweets.add_argument("--model", metavar="FILE", help="another model: a .gguf file or a folder")
+    tweets.add_argument(
+        "--rounds", type=_positive, default=DEFAULT_ROUNDS, metavar="N", help="steps beside PEFT"
+    )
+    tweets.add_argument("--steps", type=_positive, metavar="N", help="of the training (default: its own)")
+    tweets.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
+    tweets.set_defaults(command=_real)
     whole = commands.add_parser("gpu", help="a GPU pass: tests, steps, kernels, report (about 8 minutes)")
     whole.add_argument(
         "--part",
@@ -269,6 +280,13 @@ def _saver(folder: Path, written: list[Path]) -> Any:
 def _report(args: argparse.Namespace) -> int:
     for path in report(args.results, args.readme, args.docs):
         print(path)
+    return 0
+
+
+def _real(args: argparse.Namespace) -> int:
+    steps = [] if args.steps is None else ["--steps", str(args.steps)]
+    record = run_real(model=args.model, rounds=args.rounds, train_options=steps)
+    print(write_record(record, args.output / "real"))
     return 0
 
 

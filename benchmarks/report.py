@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.real import draw_real, read_real, real_table
 from benchmarks.records import Device, Measured, read_devices
 from benchmarks.tables import backend_table, goal_table, kernel_table, main_table, step_tables
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+REAL_BEGIN, REAL_END = "<!-- real:begin -->", "<!-- real:end -->"
 NO_GPU = "GPU"
 _EXPLANATION = (
     "x PEFT: median over interleaved rounds of PEFT's step time / the variant's. Token limit: how many times "
@@ -42,7 +44,9 @@ def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = Non
     pages = [page for page in (readme, docs) if page is not None]
     for page in pages:
         _check(page)
-    devices = read_devices([results] if isinstance(results, Path) else results)
+    folders = [results] if isinstance(results, Path) else results
+    real = _report_real(folders, readme)
+    devices = read_devices(folders)
     pictures = {id(device): _pictures(device) for device in devices}
     measured_gpu = any(device.kind == "cuda" and not device.tiny for device in devices)
     blocks = [*devices, *([] if measured_gpu else [None])]
@@ -67,7 +71,19 @@ def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = Non
     )
     if docs is not None:
         _write(docs, [*(full(device, docs) for device in blocks), _EXPLANATION])
-    return [*(path for drawn in pictures.values() for path in drawn), *pages]
+    return [*(path for drawn in pictures.values() for path in drawn), *real, *pages]
+
+
+def _report_real(folders: Sequence[Path], readme: Path) -> list[Path]:
+    """Writes what the newest record of a real model says, where there is one and the README has its place."""
+    found = read_real(folders)
+    if found is None or REAL_BEGIN not in readme.read_text(encoding="utf-8"):
+        return []
+    folder, record = found
+    picture = draw_real(record, folder / "real.png")
+    link = f"![a real model, beside PEFT]({_link(picture, readme)})"
+    _write(readme, [link, real_table(record)], REAL_BEGIN, REAL_END)
+    return [picture]
 
 
 def _check(page: Path) -> None:
@@ -107,12 +123,12 @@ def _link(path: Path | None, page: Path) -> str:
     return "" if path is None else Path(os.path.relpath(path, page.parent)).as_posix()
 
 
-def _write(page: Path, parts: Sequence[str]) -> None:
-    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    tail = rest.split(END)[1]
+def _write(page: Path, parts: Sequence[str], begin: str = BEGIN, end: str = END) -> None:
+    head, rest = page.read_text(encoding="utf-8").split(begin)
+    tail = rest.split(end)[1]
     partial = page.with_name(f".{page.name}.partial")
     body = "\n\n".join(part for part in parts if part)
-    partial.write_text(f"{head}{BEGIN}\n{body}\n{END}{tail}", encoding="utf-8")
+    partial.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
     os.replace(partial, page)
 
 

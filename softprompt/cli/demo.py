@@ -20,7 +20,6 @@ from softprompt.cli.training_config import TrainingConfig
 if TYPE_CHECKING:
     from softprompt.tasks.compare import Side
 
-PLAIN, PATCHED = "plain PEFT", "softprompt"
 SYNTHETIC = "synthetic: a tiny model and made-up tweets"
 
 
@@ -78,16 +77,11 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
     """Train both sides on the same seeded batches; returns (plain, patched) with everything measured."""
     # The profiler that counts memory would announce its start and end; it reads this when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    import torch
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from softprompt.cli.initial import prompt_starts
     from softprompt.cli.inputs import read_tables, set_up
-    from softprompt.cli.models import load_model, patch, quiet_libraries
+    from softprompt.cli.models import quiet_libraries
     from softprompt.cli.progress import progress_bar
-    from softprompt.tasks.collate import LeftPadCollator
-    from softprompt.tasks.compare import Side, measure_peak_bytes, train_side_by_side
+    from softprompt.cli.side_by_side import seeded_batches, two_sides
+    from softprompt.tasks.compare import measure_peak_bytes, train_side_by_side
     from softprompt.tasks.inference import label_texts
     from softprompt.tasks.metrics import exact_match
 
@@ -97,34 +91,14 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
     train_table, eval_table = read_tables(training)
     table = eval_table or train_table
     setup = set_up(training, train_table, eval_table)
-    encoder, steps, batch_size = setup.encoder, config.steps, config.batch_size
-    (start,) = prompt_starts(setup, training, ["default"])
 
-    def build(name: str) -> Side:
-        base = load_model(setup.model_name, torch.float32)
-        set_seed(start.seed)
-        return Side(name, get_peft_model(base, start.config).to(setup.device))
-
-    def accuracy(side: Side) -> float:
-        predicted = label_texts(side.model, encoder, table.rows, batch_size=32)
+    def accuracy(side: "Side") -> float:
+        predicted = label_texts(side.model, setup.encoder, table.rows, batch_size=32)
         return exact_match(predicted, table.labels or [])
 
-    sides = build(PLAIN), build(PATCHED)
-    sides[1].model = patch(sides[1].model)
-    examples = encoder.examples(train_table.rows, train_table.labels or [])
-    collate = LeftPadCollator.of(encoder)
-    generator = torch.Generator().manual_seed(config.seed)
-    order: list[int] = []
-    while len(order) < steps * batch_size:
-        order += torch.randperm(len(examples), generator=generator).tolist()
-    batches = [
-        {
-            name: tensor.to(setup.device)
-            for name, tensor in collate([examples[i] for i in order[start : start + batch_size]]).items()
-        }
-        for start in range(0, steps * batch_size, batch_size)
-    ]
-    with progress_bar("training both", steps) as advance:
+    sides = two_sides(setup)
+    batches = seeded_batches(setup, config.steps, config.batch_size)
+    with progress_bar("training both", config.steps) as advance:
         for side in sides:
             side.peak_bytes = measure_peak_bytes(side.model, batches[0])
             side.accuracy_before = accuracy(side)
@@ -135,26 +109,9 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
 
 
 def _scores(plain: "Side", patched: "Side") -> dict[str, Any]:
-    from softprompt.tasks.compare import largest_difference
+    from softprompt.tasks.compare import scores_of
 
-    return {
-        "data": SYNTHETIC,
-        "largest_loss_difference": largest_difference(plain, patched),
-        "time_ratio": plain.median_milliseconds / patched.median_milliseconds,
-        "memory_ratio": plain.peak_bytes / patched.peak_bytes,
-        "sides": [
-            {
-                "name": side.name,
-                "accuracy_before": side.accuracy_before,
-                "accuracy_after": side.accuracy_after,
-                "median_milliseconds": side.median_milliseconds,
-                "peak_bytes": side.peak_bytes,
-                "losses": side.losses,
-                "milliseconds": side.milliseconds,
-            }
-            for side in (plain, patched)
-        ],
-    }
+    return {"data": SYNTHETIC, **scores_of(plain, patched)}
 
 
 def _print_comparison(plain: "Side", patched: "Side", output: Path) -> None:

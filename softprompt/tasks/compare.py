@@ -51,6 +51,27 @@ def largest_difference(first: Side, second: Side) -> float:
     return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
 
 
+def scores_of(plain: Side, patched: Side) -> dict[str, Any]:
+    """Return what was measured of both, for a JSON file."""
+    return {
+        "largest_loss_difference": largest_difference(plain, patched),
+        "time_ratio": plain.median_milliseconds / patched.median_milliseconds,
+        "memory_ratio": plain.peak_bytes / patched.peak_bytes,
+        "sides": [
+            {
+                "name": side.name,
+                "accuracy_before": side.accuracy_before,
+                "accuracy_after": side.accuracy_after,
+                "median_milliseconds": side.median_milliseconds,
+                "peak_bytes": side.peak_bytes,
+                "losses": side.losses,
+                "milliseconds": side.milliseconds,
+            }
+            for side in (plain, patched)
+        ],
+    }
+
+
 def train_side_by_side(
     sides: Sequence[Side],
     batches: Sequence[Batch],

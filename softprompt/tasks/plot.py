@@ -54,65 +54,79 @@ def draw_training(metrics: dict[str, Any], path: str | Path) -> None:
         path: of the figure.
     """
     history = metrics["history"]
-    validation = any("eval_validation_loss" in entry for entry in history)
-    prefix, rows = ("eval_validation", "validation") if validation else ("eval", "evaluation")
-    watched = [entry for entry in history if f"{prefix}_loss" in entry]
     with new_figure((9, 3.6), path) as figure:
         left, right = figure.subplots(1, 2)
         losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         left.plot(*_columns(losses), color=GREY, linewidth=1.2, label="training")
         left.set(title="Loss", xlabel="step", ylabel="nats per label token", ylim=(0, None))
-        right.set(title="Accuracy", xlabel="step", ylabel="share of rows", ylim=(-0.03, 1.05))
-        right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        for axes, score, color in ((left, "loss", BLUE), (right, "exact_match", GREEN)):
-            points = [(entry["step"], entry[f"{prefix}_{score}"]) for entry in watched]
-            if points:
-                axes.plot(*_columns(points), color=color, marker="o", markersize=4, label=f"{rows} rows")
-        accuracy = metrics["eval_exact_match"]
-        if accuracy is None:
-            right.text(0.5, 0.5, "no evaluation rows", transform=right.transAxes, ha="center", color=GREY)
-        else:
-            at = metrics["steps"] if metrics["best_step"] is None else metrics["best_step"]
-            label = f"all {metrics['eval_rows']:,} evaluation rows: {accuracy:.1%}"
-            right.plot([at], [accuracy], "*", color=ORANGE, markersize=11, label=label)
-            for name, share, style in (
-                ("without a prompt", metrics["zero_shot"]["exact_match"], ":"),
-                (f"always {metrics['majority']['label']!r}", metrics["majority"]["exact_match"], "--"),
-            ):
-                text = literal(f"{name}: {share:.1%}")
-                right.axhline(share, color=GREY, linewidth=1, linestyle=style, label=text)
+        _watched(left, metrics, "loss", BLUE)
+        draw_accuracy(right, metrics)
         for axes in (left, right):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
+
+
+def draw_accuracy(axes: Any, metrics: dict[str, Any]) -> None:
+    """Draw the accuracies over the steps of a run, and what is right without a trained prompt."""
+    axes.set(title="Accuracy", xlabel="step", ylabel="share of rows", ylim=(-0.03, 1.05))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _watched(axes, metrics, "exact_match", GREEN)
+    accuracy = metrics["eval_exact_match"]
+    if accuracy is None:
+        axes.text(0.5, 0.5, "no evaluation rows", transform=axes.transAxes, ha="center", color=GREY)
+        return
+    at = metrics["steps"] if metrics["best_step"] is None else metrics["best_step"]
+    label = f"all {metrics['eval_rows']:,} evaluation rows: {accuracy:.1%}"
+    axes.plot([at], [accuracy], "*", color=ORANGE, markersize=11, label=label)
+    for name, share, style in (
+        ("without a prompt", metrics["zero_shot"]["exact_match"], ":"),
+        (f"always {metrics['majority']['label']!r}", metrics["majority"]["exact_match"], "--"),
+    ):
+        text = literal(f"{name}: {share:.1%}")
+        axes.axhline(share, color=GREY, linewidth=1, linestyle=style, label=text)
+
+
+def _watched(axes: Any, metrics: dict[str, Any], score: str, color: str) -> None:
+    """A score over the steps, on the validation rows where there are any."""
+    history = metrics["history"]
+    validation = any("eval_validation_loss" in entry for entry in history)
+    prefix, rows = ("eval_validation", "validation") if validation else ("eval", "evaluation")
+    found = [entry for entry in history if f"{prefix}_loss" in entry]
+    if found:
+        points = [(entry["step"], entry[f"{prefix}_{score}"]) for entry in found]
+        axes.plot(*_columns(points), color=color, marker="o", markersize=4, label=f"{rows} rows")
 
 
 def draw_comparison(plain: Side, patched: Side, path: str | Path, *, title: str) -> None:
     """Draw the loss curves, the time of a step, its peak memory and the accuracy of two sides."""
     with new_figure((11, 6.2), path, title) as figure:
         axes: dict[str, Any] = figure.subplot_mosaic([["loss"] * 3, ["time", "memory", "accuracy"]])
-        steps = range(1, len(plain.losses) + 1)
-        axes["loss"].plot(steps, plain.losses, color=ORANGE, linewidth=4, alpha=0.45, label=plain.name)
-        axes["loss"].plot(steps, patched.losses, color=BLUE, linewidth=1.3, label=patched.name)
-        gap = largest_difference(plain, patched)
-        axes["loss"].set(
-            title=f"Training loss on the same batches: largest difference {gap:.1e}",
-            xlabel="step",
-            ylabel="nats per label token",
-        )
-        axes["loss"].legend()
-        times = [plain.median_milliseconds, patched.median_milliseconds]
-        memory = [plain.peak_bytes / 2**20, patched.peak_bytes / 2**20]
-        names = [plain.name, patched.name]
-        _bars(
-            axes["time"],
-            names,
-            times,
-            f"Time per step: {times[0] / times[1]:.1f} : 1",
-            "ms (median)",
-            "{:.1f}",
-        )
-        _bars(axes["memory"], names, memory, f"Peak memory: {memory[0] / memory[1]:.1f} : 1", "MiB", "{:.2f}")
+        draw_losses(axes["loss"], plain, patched)
+        draw_costs(axes["time"], axes["memory"], plain, patched)
         _accuracy_bars(axes["accuracy"], plain, patched)
+
+
+def draw_losses(axes: Any, plain: Side, patched: Side) -> None:
+    """Draw the training losses of two sides, one over the other."""
+    steps = range(1, len(plain.losses) + 1)
+    axes.plot(steps, plain.losses, color=ORANGE, linewidth=4, alpha=0.45, label=plain.name)
+    axes.plot(steps, patched.losses, color=BLUE, linewidth=1.3, label=patched.name)
+    gap = largest_difference(plain, patched)
+    axes.set(
+        title=f"Training loss on the same batches: largest difference {gap:.1e}",
+        xlabel="step",
+        ylabel="nats per label token",
+    )
+    axes.legend()
+
+
+def draw_costs(time: Any, memory: Any, plain: Side, patched: Side) -> None:
+    """Draw the time of a step of two sides, and its peak memory."""
+    names = [plain.name, patched.name]
+    times = [plain.median_milliseconds, patched.median_milliseconds]
+    sizes = [plain.peak_bytes / 2**20, patched.peak_bytes / 2**20]
+    _bars(time, names, times, f"Time per step: {times[0] / times[1]:.1f} : 1", "ms (median)", "{:,.1f}")
+    _bars(memory, names, sizes, f"Peak memory: {sizes[0] / sizes[1]:.1f} : 1", "MiB", "{:,.2f}")
 
 
 def draw_inspection(found: Inspection, tokenizer: Any, path: str | Path, *, title: str) -> None:
