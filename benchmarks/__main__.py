@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`, `report`, `short`, `tune`, `gpu` and `real`, from the root of the repository."""
+"""`python -m benchmarks COMMAND`, from the root of the repository; `--help` lists the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks real`: SmolLM2-135M on tweets, first beside PEFT on the same batches, then to the end.
+"""`python -m benchmarks real`: SmolLM2-135M on tweets, first beside PEFT on the same batches, then alone.
 
 The model is the GGUF file of a Python package, the data set is `emotion` of TweetEval: 3,257 tweets for
 training and 1,421 for measuring, four labels. Training is `softprompt train` with its defaults.
@@ -166,7 +166,7 @@ def _train(model: str, source: Tables, options: Sequence[str]) -> Record:
 def read_real(results: Sequence[Path]) -> tuple[Path, Record] | None:
     """Return the folder and the content of the newest record, None where there is none."""
     found = []
-    for path in (path for root in results for path in sorted((root / "real").glob("*.json"))):
+    for path in (path for root in results for path in sorted((root / "real").glob("*/*.json"))):
         record = json.loads(path.read_text(encoding="utf-8"))
         found.append((record["date"], path.parent, record))
     return max(found, key=lambda each: each[0])[1:] if found else None
@@ -215,10 +215,10 @@ def real_table(record: Record) -> str:
         ),
     ]
     steps = len(plain["losses"])
+    cores = f", {device['cores']} cores" if "cores" in device else ""
     text = (
         f"{_title(record)}: {real['dtype']}, {real['batch_size']} rows padded to {real['columns']} tokens, "
-        f"P = {real['num_virtual_tokens']}, {device['name']}"
-        f"{', %d cores' % device['cores'] if 'cores' in device else ''}. In {steps} steps on the same batches "
+        f"P = {real['num_virtual_tokens']}, {device['name']}{cores}. In {steps} steps on the same batches "
         f"the losses differ by {real['largest_loss_difference']:.1e} at most. `softprompt train` then took "
         f"{training['seconds'] / 60:.0f} minutes for {training['steps']:,} steps and their evaluations; of "
         f"{training['eval_rows']:,} other tweets {training['eval_exact_match']:.1%} get the right one of the "
