@@ -57,6 +57,7 @@ def train(model, batches):
     return losses
 
 
+@pytest.mark.slow(seconds=145)
 def test_the_losses_of_forty_steps_are_those_of_peft(real_base, real_folder, real_tokenizer, prompted, dtype):
     base = real_base
     if dtype != torch.float32:
