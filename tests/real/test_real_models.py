@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import softprompt
@@ -15,8 +16,9 @@ from softprompt.tasks.compare import profiled_peak_bytes
 
 COMPLAINTS = Path("../shared/data/raft/twitter_complaints/train.csv")
 STEPS = 40
-# At ten times as much, PEFT's own losses move by 1e-3 within 20 steps when its prompt starts 1e-7 elsewhere.
-LEARNING_RATE = 1e-3
+# Of the standard deviation of the embeddings. At ten times as much, the losses of PEFT itself move by 1e-3
+# within 20 steps when its prompt starts 1e-7 elsewhere.
+LEARNING_RATE = 0.0075
 ROWS = [
     ("my order never came and nobody answers", " complaint"),
     ("thanks, all good now", " no complaint"),
@@ -44,12 +46,29 @@ def batch_of(tokenizer, rows, *, length=None):
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-def train(model, batches):
-    optimizer = torch.optim.AdamW(model.prompt_encoder.parameters(), lr=LEARNING_RATE)
+def own_loss(model, batch):
+    return model(**batch).loss
+
+
+def exact_loss(model, batch):
+    """The loss of PEFT's logits in float64.
+
+    Over the 262,144 tokens of Gemma, torch's log-softmax in float32 is off by 1e-4, the same at every step.
+    That is a hundred times as much as all else of PEFT's forward.
+    """
+    logits = model(**batch).logits
+    prompt = logits.shape[1] - batch["labels"].shape[1]
+    labels = functional.pad(batch["labels"], (prompt, 0), value=-100)
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+
+
+def train(model, batches, loss_of=own_loss):
+    scale = float(model.get_input_embeddings().weight.detach().float().std())
+    optimizer = torch.optim.AdamW(model.prompt_encoder.parameters(), lr=LEARNING_RATE * scale)
     losses = []
     model.train()
     for batch in batches:
-        loss = model(**batch).loss
+        loss = loss_of(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -63,12 +82,12 @@ def test_the_losses_of_forty_steps_are_those_of_peft(real_base, real_folder, rea
     if dtype != torch.float32:
         base = AutoModelForCausalLM.from_pretrained(real_folder, dtype=dtype)
     batches = [batch_of(real_tokenizer, [ROWS[step % 6], ROWS[(step + 1) % 6]]) for step in range(STEPS)]
-    expected = train(prompted(base), batches)
+    expected = train(prompted(base), batches, exact_loss)
     fast = softprompt.patch(prompted(base), on_unsupported="error")
     got = train(fast, batches)
     assert softprompt.explain(fast).route == "packed"
     softprompt.unpatch(fast)
-    assert expected[-1] < 0.8 * expected[0], "nothing was learnt"
+    assert expected[36] < 0.9 * expected[0], "nothing was learnt"  # from the same rows
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=tolerance, atol=tolerance)
 
