@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 
 help:
 	@echo "make demo      train a soft prompt on the shipped model with PEFT and with softprompt, side by side"
-	@echo "make real      the same with SmolLM2-135M on real tweets, and then its training to the end (20 minutes)"
+	@echo "make real      the same with SmolLM2-135M on real tweets, and then its training to the end"
 	@echo "make test      the tests, but for the long ones; make test-all: those, too"
 	@echo "make check     ruff, formatting, mypy"
 	@echo "make bench     CPU benchmarks, then the tables and pictures of the README"
