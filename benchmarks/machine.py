@@ -39,15 +39,6 @@ def describe_device(device: str) -> dict[str, Any]:
     }
 
 
-def has_fast_bf16() -> bool:
-    """Whether the GPU, or the CPU where there is none, multiplies bfloat16 matrices itself."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
-
-
 def _driver() -> str | None:
     """Version of NVIDIA's driver; None where its own program does not say."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import machine
 from softprompt import cli
 from softprompt.cli.checks import UsageError
-from softprompt.cli.options import ComputeOptions, TableOptions
+from softprompt.cli.options import TableOptions
 from softprompt.cli.training_config import TrainingConfig
 from softprompt.tasks.errors import TaskError
 
@@ -90,13 +90,12 @@ def run_real(
         RealError: see the class.
     """
     model, source = model or str(model_file()), tables()
-    bf16 = machine.has_fast_bf16()
     try:
-        compared = _compare(model, source, rounds=rounds, bf16=bf16)
+        compared = _compare(model, source, rounds=rounds)
     except (UsageError, TaskError) as error:
         raise RealError(str(error)) from error
     device = compared.pop("device")
-    training = _train(model, source, [*(["--bf16"] if bf16 else []), *train_options])
+    training = _train(model, source, list(train_options))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
@@ -111,7 +110,7 @@ def run_real(
     }
 
 
-def _compare(model: str, source: Tables, *, rounds: int, bf16: bool) -> Record:
+def _compare(model: str, source: Tables, *, rounds: int) -> Record:
     from softprompt.cli.inputs import read_tables, set_up
     from softprompt.cli.models import quiet_libraries
     from softprompt.cli.progress import progress_bar
@@ -127,7 +126,6 @@ def _compare(model: str, source: Tables, *, rounds: int, bf16: bool) -> Record:
         table=TableOptions(data_config=source.config),
         model=model,
         positions="padded",  # as PEFT counts them
-        compute=ComputeOptions(bf16=bf16),
     ).with_recipe()
     setup = set_up(config, *read_tables(config))
     batch_size = setup.config.compute.batch_size

@@ -78,7 +78,7 @@ def trainer_of(
         lr_scheduler_type=config.schedule,
         max_grad_norm=0.0,
         # A bfloat16 model has nothing left to cast; a float16 one needs the Trainer's loss scaling.
-        fp16=config.compute.fp16,
+        fp16=config.compute.dtype == "float16",
         use_cpu=setup.device == "cpu",
         seed=config.seed,
         logging_steps=max(1, steps_per_epoch // LOGS_PER_EPOCH),

@@ -29,7 +29,7 @@ def usage_errors(before: str = "", after: str = "") -> Iterator[None]:
 
 OUT_OF_MEMORY = (
     "the memory is not enough for this: give a smaller --batch-size, --max-length or --num-virtual-tokens, "
-    "or --bf16"
+    "or --dtype bfloat16"
 )
 # What numpy, torch and safetensors say where a file ends too early; none of it names an error of the system.
 _CUT_SHORT = ("requested and", "inline_container", "PytorchStreamWriter", "I/O error")

@@ -87,10 +87,15 @@ def set_up(
         UsageError: they do not go together, or not with the run that `checkpoint` is from.
     """
     model_name = check_model(config.model or tiny.model_path())
-    device, dtype = prepare(config.compute, tiny=config.model is None)
+    saved = None
+    if checkpoint is not None:
+        check_whole(checkpoint)
+        saved = load_task(checkpoint)
+    trained = None if saved is None else saved[2].get("dtype")
+    device, dtype = prepare(config.compute, tiny=config.model is None, trained=trained)
     base, tokenizer = load_model(model_name, dtype), load_tokenizer(model_name)
     scale = scale_of(base)
-    config = config.resolved(rows=len(train_table), scale=scale)
+    config = config.resolved(rows=len(train_table), scale=scale, dtype=str(dtype).removeprefix("torch."))
     if config.patience is not None and not config.validation_share:
         raise UsageError("--patience needs rows to watch: give --validation-share")
     train_table, validation_table = _split_validation(config, train_table)
@@ -114,9 +119,8 @@ def set_up(
         task = replace(task, max_length=min(longest + encoder.max_target, LONGEST))
         encoder = Encoder(task, tokenizer)
     training = {**config.settings, "rows": fingerprint(train_table)}
-    if checkpoint is not None:
-        check_whole(checkpoint)
-        check_same_run(load_task(checkpoint), (task, model_name, training))
+    if saved is not None:
+        check_same_run(saved, (task, model_name, training))
     record = {"model": model_name, "training": training}
     return Setup(
         config, scale, model_name, base, device, encoder, train_table, eval_table, validation_table, record

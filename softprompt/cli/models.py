@@ -61,11 +61,19 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def prepare(compute: ComputeOptions, *, tiny: bool = False) -> tuple[str, torch.dtype]:
-    """Return the device and the dtype of the frozen model, and set the number of CPU threads."""
+def prepare(
+    compute: ComputeOptions, *, tiny: bool = False, trained: str | None = None
+) -> tuple[str, torch.dtype]:
+    """Return the device and the dtype of the frozen model, and set the number of CPU threads.
+
+    `trained` is the dtype that an existing prompt was trained in: "auto" takes it where it can be had.
+    """
     device = choose_device(compute.device)
     set_threads(compute.threads, tiny=tiny)
-    return device, choose_dtype(bf16=compute.bf16, fp16=compute.fp16, device=device)
+    dtype = compute.dtype
+    if dtype == "auto" and trained is not None and not (trained == "float16" and device == "cpu"):
+        dtype = trained
+    return device, choose_dtype(dtype, device, tiny=tiny)
 
 
 def set_threads(threads: int | None, *, tiny: bool) -> None:
@@ -75,11 +83,21 @@ def set_threads(threads: int | None, *, tiny: bool) -> None:
         torch.set_num_threads(threads or 1)
 
 
-def choose_dtype(*, bf16: bool, fp16: bool, device: str) -> torch.dtype:
-    """Return the dtype of the frozen model for `--bf16` and `--fp16`."""
-    if fp16 and device == "cpu":
-        raise UsageError("--fp16 needs a GPU; use --bf16 or full precision on the CPU")
-    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+def choose_dtype(name: str, device: str, *, tiny: bool = False) -> torch.dtype:
+    """Return the dtype of the frozen model for the value of `--dtype`."""
+    if name == "float16" and device == "cpu":
+        raise UsageError("--dtype float16 needs a GPU; use bfloat16 or float32 on the CPU")
+    if name == "auto":
+        name = "bfloat16" if has_fast_bf16(device) and not tiny else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Whether a device, "cpu" or "cuda", multiplies bfloat16 matrices itself."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def load_tokenizer(model: str) -> Any:

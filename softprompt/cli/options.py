@@ -18,6 +18,7 @@ from softprompt.tasks.text_files import DATA_SET, SEPARATORS, TEXT_TYPES, kind_o
 Options = TypeVar("Options")
 
 WIDTH = 79
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a sweep count on from it
 _DATA_SETS = ((DATA_SET,), "data sets")
 _CSV_FILES = ((".csv", ".tsv"), ".csv and .tsv files")
@@ -103,7 +104,8 @@ def option(
         default: shown in the help, unless it is None or False.
         more: `group`, the title of a group of options, which the fields behind it are in, too; `one_of`, the
             name of options that exclude each other; `only_for`, the kinds of tables that it is for, and their
-            name; anything else is for `ArgumentParser.add_argument`.
+            name; `shortcuts`, options without a value that stand for one of the values; anything else is for
+            `ArgumentParser.add_argument`.
     """
     described = {"help": text, "type": kind, "metavar": metavar, "default": default, **more}
     argument = {name: value for name, value in described.items() if value is not None or name == "default"}
@@ -135,14 +137,22 @@ def add_options(parser: Parser, options: type[Any]) -> None:
     exclusive: dict[str, argparse._ActionsContainer] = {}
     for each in option_fields(options):
         argument = dict(each.metadata)
-        title, one_of, _ = (argument.pop(name, None) for name in ("group", "one_of", "only_for"))
+        title, one_of, _, shortcuts = (
+            argument.pop(name, None) for name in ("group", "one_of", "only_for", "shortcuts")
+        )
         group = group if title is None else parser.add_argument_group(title)
         place = group
         if one_of is not None:
             if one_of not in exclusive:
                 exclusive[one_of] = group.add_mutually_exclusive_group()
             place = exclusive[one_of]
-        place.add_argument(option_name(each.name), **argument)
+        name = option_name(each.name)
+        place.add_argument(name, **argument)
+        for short, value in (shortcuts or {}).items():
+            text = f"the same as {name} {value}"
+            place.add_argument(
+                short, dest=each.name, action="store_const", const=value, help=text, default=argparse.SUPPRESS
+            )
 
 
 def read_options(options: type[Options], arguments: argparse.Namespace | dict[str, Any]) -> Options:
@@ -310,13 +320,14 @@ class ComputeOptions:
         choices=("auto", "cpu", "cuda"),
         group="computing",
     )
-    bf16: bool = flag(
-        "run the frozen model in bfloat16: half the memory, faster on GPUs (the prompt stays float32)",
+    dtype: str = option(
+        "dtype of the frozen model (the prompt stays float32); auto takes bfloat16, which halves the memory, "
+        "where the GPU, or the CPU (AVX-512 BF16, AMX), multiplies it itself, and float32 elsewhere and for "
+        "the shipped tiny model; float16 is for GPUs without bfloat16",
+        default="auto",
+        choices=DTYPES,
         one_of="precision",
-    )
-    fp16: bool = flag(
-        "run the frozen model in float16, for GPUs without bfloat16 (the prompt stays float32)",
-        one_of="precision",
+        shortcuts={"--bf16": "bfloat16", "--fp16": "float16"},
     )
     no_patch: bool = flag("run plain PEFT without the faster path of softprompt.patch")
     threads: int | None = option(
@@ -324,7 +335,7 @@ class ComputeOptions:
         whole(1),
         "N",
     )
-    batch_size: int = option("rows computed at once", whole(1), "N", default=8)
+    batch_size: int = option("rows computed at once", whole(1), "N", default=16)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """`softprompt predict`: labels for new rows."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,6 @@ def run(config: PredictConfig) -> int:
 
     from softprompt.cli import score
     from softprompt.cli.models import (
-        choose_device,
         load_adapters,
         load_model,
         load_tokenizer,
@@ -90,12 +88,7 @@ def run(config: PredictConfig) -> int:
     if not config.generate:
         score.check_outputs(config, task, table)
     check_writable(table.frame, output)
-    compute = config.compute
-    if not compute.bf16 and not compute.fp16:  # the dtype of the training, where it can be had
-        on_gpu = choose_device(compute.device) == "cuda"
-        bf16, fp16 = bool(training.get("bf16")), bool(training.get("fp16")) and on_gpu
-        compute = replace(compute, bf16=bf16, fp16=fp16)
-    device, dtype = prepare(compute)
+    device, dtype = prepare(config.compute, trained=training.get("dtype", "float32"))
     model_name = check_model(config.model or trained_model)
     encoder = Encoder(task, load_tokenizer(model_name))
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)

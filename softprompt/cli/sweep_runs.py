@@ -127,7 +127,7 @@ class Sweep:
         task, compute = self.setup.encoder.task, self.training.compute
         packed = plan_for(self.setup.base).route == "packed" and not compute.no_patch
         # In fp16 a run with too large a gradient would make every other skip the step, too.
-        together = self.together if packed and not compute.fp16 else 1
+        together = self.together if packed and compute.dtype != "float16" else 1
         # Where pads count, a row's positions depend on the longest row of its batch.
         one_order = task.positions == "padded" and task.padding == "longest"
         same = [*SAME, "seed"] if one_order else SAME
@@ -142,7 +142,11 @@ class Sweep:
 
     def _config_of(self, run: Run) -> TrainingConfig:
         config = self.training.with_values({**run.values, "seed": run.seed})
-        return config.resolved(rows=len(self.setup.train_table), scale=self.setup.scale)
+        return config.resolved(
+            rows=len(self.setup.train_table),
+            scale=self.setup.scale,
+            dtype=self.setup.config.compute.dtype,
+        )
 
     def _train_together(
         self, runs: Sequence[Run], starts: Mapping[str, Start], progress: SweepProgress

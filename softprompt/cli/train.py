@@ -117,7 +117,7 @@ def _save(
     if not all(torch.isfinite(prompt).all() for prompt in prompts.values()):
         raise UsageError(
             f"training diverged: the prompt is not finite after {trainer.state.global_step} steps and was "
-            "not saved; use a smaller --learning-rate, or --bf16 instead of --fp16"
+            "not saved; use a smaller --learning-rate, or --dtype bfloat16 instead of float16"
         )
     history = trainer.state.log_history
     eval_labels = [] if setup.eval_table is None else setup.eval_table.labels or []

@@ -39,7 +39,7 @@ INITS = (
     "random",
     "saved",
 )
-FEW_STEPS, DEFAULT_STEPS = 60, 200
+FEW_STEPS, DEFAULT_STEPS = 60, 150
 RELATIVE_RATE = 0.25  # of the model's embedding scale, see softprompt.prompts.vocabulary.scale_of
 ROWS_FOR_VALIDATION, VALIDATION_ROWS = 500, 128
 LONGEST = 256
@@ -53,6 +53,7 @@ RECIPES: dict[str | None, dict[str, Any]] = {
         "init_text": "Classify if the tweet is a complaint or not:",
         "num_virtual_tokens": 8,
         "learning_rate": 3e-2,
+        "batch_size": 8,
         "epochs": 50,
         "validation_share": 0.0,
     },
@@ -84,8 +85,7 @@ SETTINGS = (
     "ensemble_texts",
     "validation_share",
     "patience",
-    "bf16",
-    "fp16",
+    "dtype",
 )
 NOT_SWEPT = ("ensemble", "ensemble_texts", "validation_share", "patience")
 
@@ -261,12 +261,13 @@ class TrainingConfig:
         """`--init`, or what counts without it."""
         return self.init or ("label-words" if self.init_text is None and not self.ensemble_texts else "text")
 
-    def resolved(self, *, rows: int, scale: float) -> "TrainingConfig":
-        """Return the configuration with numbers for what was left open.
+    def resolved(self, *, rows: int, scale: float, dtype: str) -> "TrainingConfig":
+        """Return the configuration with values for what was left open.
 
         Args:
             rows: of the training table, before rows for validation are taken.
             scale: of the model's embeddings.
+            dtype: that of the frozen model.
         """
         rate, share, steps = self.learning_rate, self.validation_share, self.steps
         if rate is None:
@@ -275,7 +276,15 @@ class TrainingConfig:
             share = min(0.2, round(VALIDATION_ROWS / rows, 4)) if rows >= ROWS_FOR_VALIDATION else 0.0
         if steps is None and self.epochs is None:
             steps = DEFAULT_STEPS
-        return replace(self, init=self.start, learning_rate=rate, validation_share=share, steps=steps)
+        compute = replace(self.compute, dtype=dtype)
+        return replace(
+            self,
+            init=self.start,
+            learning_rate=rate,
+            validation_share=share,
+            steps=steps,
+            compute=compute,
+        )
 
     def with_recipe(self) -> "TrainingConfig":
         """Return the configuration with the settings of `--recipe` and of the shipped model.
@@ -284,7 +293,8 @@ class TrainingConfig:
         """
         typed = options_in(self.argv)
         recipe = {**(SHIPPED if self.model is None else {}), **RECIPES.get(self.recipe, {})}
-        return replace(self, **{name: v for name, v in recipe.items() if option_name(name) not in typed})
+        chosen = {name: value for name, value in recipe.items() if option_name(name) not in typed}
+        return read_options(TrainingConfig, values_of(self) | chosen)
 
     def with_values(self, values: Mapping[str, Any]) -> "TrainingConfig":
         """Return the configuration of a run of a sweep: with other values of some options."""

@@ -140,6 +140,9 @@ def load_task(folder: Path) -> tuple[ClassificationTask, str, dict[str, Any]]:
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} is {value!r}")
+        if "bf16" in training:  # how the dtype was said before it had a name
+            bf16, fp16 = training.pop("bf16"), training.pop("fp16", False)
+            training["dtype"] = "bfloat16" if bf16 else "float16" if fp16 else "float32"
         if content.pop("template_columns", None) is None and isinstance(content.get("template"), str):
             content["template"] = from_before_columns(content["template"])
         names = tuple(content.pop("label_names", {}).items())

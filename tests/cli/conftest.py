@@ -127,6 +127,12 @@ def make_table(tmp_path):
     return make
 
 
+@pytest.fixture(autouse=True)
+def without_fast_bf16(monkeypatch):
+    """`--dtype auto` is float32, whatever the processor."""
+    monkeypatch.setattr("softprompt.cli.models.has_fast_bf16", lambda device: False)
+
+
 @pytest.fixture
 def without_figure(monkeypatch):
     """Leave the drawing out of a training run: it takes longer than training a tiny model."""

@@ -7,10 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softprompt import init
+from softprompt.cli import models
 from softprompt.cli.inputs import template_of
 from softprompt.cli.notes import loss_note, result_notes
 from softprompt.cli.training_config import TrainingConfig
 from softprompt.prompts.vocabulary import scale_of
+from softprompt.tasks.classification import load_task
 
 MODEL = "some/model"
 
@@ -25,20 +27,23 @@ def train(run, model_folder, table, tmp_path):
 
 
 def test_what_is_left_open_goes_by_the_model_and_the_table():
-    small = TrainingConfig(model=MODEL).with_recipe().resolved(rows=499, scale=0.136)
-    assert (small.learning_rate, small.steps, small.validation_share) == (0.034, 200, 0.0)
+    small = TrainingConfig(model=MODEL).with_recipe().resolved(rows=499, scale=0.136, dtype="float32")
+    assert (small.learning_rate, small.steps, small.validation_share) == (0.034, 150, 0.0)
+    assert small.compute.batch_size == 16
     assert (small.start, small.num_virtual_tokens) == ("label-words", 20)
-    large = TrainingConfig(model=MODEL, epochs=2).resolved(rows=3200, scale=1.03)
+    large = TrainingConfig(model=MODEL, epochs=2).resolved(rows=3200, scale=1.03, dtype="float32")
     assert (large.learning_rate, large.steps, large.validation_share) == (0.26, None, 0.04)
     given = TrainingConfig(model=MODEL, learning_rate=0.5, validation_share=0.0, steps=7)
-    given = given.resolved(rows=3200, scale=1.0)
+    given = given.resolved(rows=3200, scale=1.0, dtype="float32")
     assert (given.learning_rate, given.steps, given.validation_share) == (0.5, 7, 0.0)
 
 
 def test_the_article_and_the_shipped_model_keep_their_settings():
-    article = TrainingConfig(model=MODEL, recipe="article").with_recipe().resolved(rows=5000, scale=9.0)
+    article = TrainingConfig(model=MODEL, recipe="article").with_recipe()
+    article = article.resolved(rows=5000, scale=9.0, dtype="float32")
     assert (article.template, article.end_token) == ("{text_column} : {text} Label : ", "pad")
     assert (article.learning_rate, article.epochs, article.steps) == (0.03, 50, None)
+    assert article.compute.batch_size == 8
     assert (article.start, article.num_virtual_tokens, article.max_length) == ("text", 8, 64)
     assert template_of(article) == ("{text_column} : {text} Label : ", None)
     shipped = TrainingConfig().with_recipe()
@@ -103,7 +108,7 @@ def test_a_run_says_what_the_model_sees_and_what_it_is_compared_with(train, tmp_
     assert "the first row as the model sees it: 20 virtual tokens, 'Tweet text : my order never came" in err
     assert "and to be learned ' complaint</s>'" in err
     assert "4 steps are few for a soft prompt" in err
-    assert "4 steps of 8 rows: 2 passes over 16 rows" in err
+    assert "4 steps of 16 rows: 4 passes over 16 rows" in err
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert metrics["majority"] == {
         "label": "complaint",
@@ -155,10 +160,51 @@ def test_a_result_that_is_none_is_said(changed, said):
     assert said is None or said in notes[0]
 
 
+@pytest.mark.parametrize(
+    "fast, asked, tiny, expected",
+    [
+        (True, "auto", False, torch.bfloat16),
+        (True, "auto", True, torch.float32),
+        (True, "float32", False, torch.float32),
+        (False, "auto", False, torch.float32),
+        (False, "bfloat16", False, torch.bfloat16),
+    ],
+)
+def test_auto_is_bfloat16_where_the_machine_multiplies_it(monkeypatch, fast, asked, tiny, expected):
+    monkeypatch.setattr(models, "has_fast_bf16", lambda device: fast)
+    assert models.choose_dtype(asked, "cpu", tiny=tiny) == expected
+
+
+def test_the_processor_says_whether_it_multiplies_bfloat16(monkeypatch):
+    monkeypatch.undo()
+    for name, expected in (("amx_bf16", True), ("avx512_bf16", True), ("avx2", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True, "amx_tile": False})
+        assert models.has_fast_bf16("cpu") is expected
+
+
+def test_a_resumed_run_goes_on_in_its_dtype(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "has_fast_bf16", lambda device: True)
+    assert train()[0] == 0
+    assert load_task(tmp_path / "out")[2]["dtype"] == "bfloat16"
+    monkeypatch.setattr(models, "has_fast_bf16", lambda device: False)
+    assert train("--resume")[0] == 0
+    code, _, err = train("--resume", "--dtype", "float32")
+    assert code == 2
+    assert "--dtype is 'float32', but the checkpoint was trained with 'bfloat16'" in err
+
+
+def test_flags_of_old_adapters_are_read_as_a_dtype(train, tmp_path, read_json):
+    assert train()[0] == 0
+    path = tmp_path / "out" / "softprompt.json"
+    content = read_json(path)
+    assert content["training"].pop("dtype") == "float32"
+    content["training"] |= {"bf16": True, "fp16": False}
+    path.write_text(json.dumps(content))
+    assert load_task(tmp_path / "out")[2]["dtype"] == "bfloat16"
+
+
 def test_predict_takes_the_dtype_of_the_training(train, run, table, tmp_path, monkeypatch):
     assert train("--bf16")[0] == 0
-    from softprompt.cli import models
-
     loaded = []
     load = models.load_model
     monkeypatch.setattr(models, "load_model", lambda name, dtype: loaded.append(dtype) or load(name, dtype))

@@ -158,6 +158,8 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(table, model_folder, tmp_path
         "0",
         "--epochs",
         "5000",
+        "--batch-size",
+        "8",
     ]
     command += ["--data", table, "--model", model_folder, "--output", output, "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

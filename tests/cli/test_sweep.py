@@ -25,7 +25,8 @@ def without_sweep_figure(monkeypatch):
 
 @pytest.fixture
 def usual(table, model_folder):
-    return ("--data", table, "--eval-data", table, "--model", model_folder, "--num-virtual-tokens", 3)
+    data = ("--batch-size", 8, "--data", table, "--eval-data", table)
+    return (*data, "--model", model_folder, "--num-virtual-tokens", 3)
 
 
 @pytest.fixture
@@ -366,7 +367,7 @@ def test_runs_in_fp16_have_a_loss_scale_of_their_own(usual, monkeypatch):
     from softprompt.cli.options import read_options
     from softprompt.cli.sweep_config import SweepConfig
 
-    monkeypatch.setattr(models, "choose_dtype", lambda **asked: torch.float32)
+    monkeypatch.setattr(models, "choose_dtype", lambda *asked, **more: torch.float32)
     sizes = {}
     for precision in ((), ("--fp16",)):
         line = ["sweep", *map(str, usual), "--over", "learning-rate", "0.1", "0.2", *precision]

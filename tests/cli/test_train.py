@@ -22,6 +22,7 @@ def train(run, table, model_folder, tmp_path):
             "--model": model_folder,
             "--output": tmp_path / "out",
             "--epochs": 1,
+            "--batch-size": 8,
         } | options
         pairs = [item for option in options.items() for item in option]
         return run("train", "--no-patch", *pairs, *more)
@@ -31,11 +32,12 @@ def train(run, table, model_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def usual_prompt(model_folder, make_tweets, tmp_path_factory):
-    """The prompt after one epoch on all rows with every other option at its default."""
+    """The prompt after one epoch in batches of 8 with every other option at its default."""
     from softprompt.cli import main
 
     folder = tmp_path_factory.mktemp("usual")
     arguments = ["train", "--no-patch", "--model", model_folder, "--data", make_tweets(folder), "--epochs", 1]
+    arguments += ["--batch-size", 8]
     assert main([str(item) for item in [*arguments, "--output", folder / "out", "--eval-share", 0]]) == 0
     return prompt_in(folder / "out")
 
@@ -243,7 +245,7 @@ def test_a_model_name_that_cannot_be_loaded_is_one_line(train, tmp_path):
 
 def test_fp16_without_a_gpu_is_one_line(train, tmp_path):
     check_refused(
-        train("--fp16", "--device", "cpu"), "--fp16 needs a GPU; use --bf16 or full", tmp_path / "out"
+        train("--fp16", "--device", "cpu"), "--dtype float16 needs a GPU; use bfloat16 or", tmp_path / "out"
     )
 
 

