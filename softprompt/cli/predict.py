@@ -67,8 +67,9 @@ def run(config: PredictConfig) -> int:
     )
     from softprompt.cli.notes import length_notes, row_notes, say
     from softprompt.cli.progress import progress_bar
+    from softprompt.nesting import base_of
     from softprompt.tasks.classification import Encoder
-    from softprompt.tasks.inference import label_texts
+    from softprompt.tasks.inference import label_texts, packs_texts
     from softprompt.tasks.table import read_table
     from softprompt.tasks.written import check_writable, check_writable_type, write_frame
 
@@ -93,7 +94,8 @@ def run(config: PredictConfig) -> int:
     encoder = Encoder(task, load_tokenizer(model_name))
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
     _check_length(adapter, model, task.max_length)
-    model = patch(model, no_patch=config.compute.no_patch)
+    positions = task.positions if config.generate and packs_texts(base_of(model)) else "padded"
+    model = patch(model, positions=positions, no_patch=config.compute.no_patch)
     trained = f"the adapter was trained with --max-length {task.max_length}"
     say(row_notes([table]) + length_notes(encoder, [table], trained))
     if not config.generate:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from softprompt.engine import model_spec
+from softprompt.engine import model_spec, plan_for
+from softprompt.generation.prefill import prefill_for
 from softprompt.generation.stock import right_options
 from softprompt.nesting import base_of
+from softprompt.state import state_of
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.collate import collate_prompts
 from softprompt.tasks.template import Row
@@ -27,9 +29,10 @@ def label_texts(
 ) -> list[str]:
     """Let the model write the label of every text, greedily, until its end token.
 
-    A text gets the same label in every batch: where pads do not count for positions, only texts of one length
-    are batched, so that there are none. Where the template reads several columns, a text stands
-    for the row with them. `progress` is called with the number of rows done in each batch.
+    A text gets the same label in every batch: where the task's positions are "compact" and pads count in
+    `generate`, only texts of one length are batched, so that there are none. Where the template reads several
+    columns, a text stands for the row with them. `progress` is called with the number of rows done in each
+    batch.
     """
     task = encoder.task
     prompts = [encoder.prompt(text) for text in texts]
@@ -66,9 +69,18 @@ def _batches(lengths: Sequence[int], batch_size: int, *, alike: bool) -> Iterato
             yield rows[start : start + batch_size]
 
 
+def packs_texts(base: Any) -> bool:
+    """Whether `generate` of the patched model leaves pads out, so that it can be patched as "compact"."""
+    plan = plan_for(base)
+    return plan.route == "packed" and prefill_for(base, plan).way == "packed"
+
+
 def _pads_never_count(model: Any) -> bool:
-    """Whether the model itself leaves pads out of its positions (BLOOM, OPT)."""
-    return model_spec.positions_from_mask(model_spec.config_of(base_of(model)))
+    """Whether the model itself leaves pads out of its positions (BLOOM, OPT), or is patched to."""
+    base, state = base_of(model), state_of(model)
+    if state is not None and state.options.positions == "compact":
+        return packs_texts(base)
+    return model_spec.positions_from_mask(model_spec.config_of(base))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def train(run, table, model_folder, tmp_path):
         return run(
             "train",
             *("--data", table, "--model", model_folder, "--output", tmp_path / output, "--init", init),
-            *("--epochs", epochs, "--eval-share", eval_share, *more),
+            *("--batch-size", 8, "--epochs", epochs, "--eval-share", eval_share, *more),
         )
 
     return call

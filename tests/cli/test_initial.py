@@ -113,6 +113,7 @@ def test_resuming_needs_no_more_than_the_checkpoint(train, tmp_path, monkeypatch
 
     np.save(tmp_path / "prompt.npy", np.full((LENGTH, 32), 0.1))
     saved = ("--init", "saved", "--init-from", tmp_path / "prompt.npy", "--epochs", 2)
+    saved += ("--batch-size", 8)
     assert train(*saved, "--output", tmp_path / "whole")[0] == 0
     step = PromptTrainer.training_step
 

@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import softprompt
+
 pytestmark = pytest.mark.usefixtures("without_figure")
 
 
@@ -44,7 +46,9 @@ def test_padding_does_not_matter_unless_pads_count(train, llama_folder, tmp_path
     for positions in ((), ("--positions", "padded")):
         for padding in ("max_length", "longest"):
             name = f"{len(positions)}-{padding}"
-            assert train(llama_folder, "--padding", padding, *positions, output=name)[0] == 0
+            assert (
+                train(llama_folder, "--padding", padding, "--batch-size", 8, *positions, output=name)[0] == 0
+            )
             prompts[len(positions), padding] = load_file(tmp_path / name / "adapter_model.safetensors")[
                 "prompt_embeddings"
             ]
@@ -88,9 +92,13 @@ def test_labels_are_written_for_rows_without_padding(llama_folder):
     model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     answers = {}
-    for positions in ("compact", "padded"):
+
+    def encoder_of(positions):
         task = ClassificationTask("text", "Label", ("complaint", "no complaint"), positions=positions)
-        encoder = Encoder(task, tokenizer)
+        return Encoder(task, tokenizer)
+
+    for positions in ("compact", "padded"):
+        encoder = encoder_of(positions)
         answers[positions] = label_texts(model, encoder, texts, batch_size=4)
     alone = [
         encoder.decode(
@@ -108,3 +116,10 @@ def test_labels_are_written_for_rows_without_padding(llama_folder):
     ]
     assert answers["compact"] == alone
     assert answers["padded"] != alone
+    widths = []
+    with softprompt.patched(model, positions="compact"):
+        generate = model.generate
+        model.generate = lambda **inputs: widths.append(inputs["input_ids"].shape) or generate(**inputs)
+        assert label_texts(model, encoder_of("compact"), texts, batch_size=4) == alone
+        del model.generate
+    assert [shape[0] for shape in widths] == [4, 2]
