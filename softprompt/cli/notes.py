@@ -109,11 +109,8 @@ def result_notes(metrics: dict[str, Any]) -> list[str]:
 
 
 def row_notes(tables: Sequence[Table]) -> list[str]:
-    """Return what is to be said of lines and cells without content."""
-    lines = {table.source: table.blank_lines for table in tables if table.blank_lines}
-    notes = [
-        f"{source}: blank lines between rows were left out: {count:,}" for source, count in lines.items()
-    ]
+    """Return what is to be said of the sources, and of cells without content."""
+    notes = list(dict.fromkeys(f"{table.source}: {note}" for table in tables for note in table.notes))
     empty: Counter[str] = Counter()
     for table in tables:
         for name, cells in table.others.items():

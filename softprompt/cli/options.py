@@ -13,15 +13,14 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from softprompt.cli.checks import UsageError
-from softprompt.tasks.text_files import DATA_SET, SEPARATORS, TEXT_TYPES, kind_of
+from softprompt.tasks.text_files import DATA_SET, SEPARATORS, TEXT_TYPES, WORKBOOK, kind_of
 
 Options = TypeVar("Options")
 
 WIDTH = 79
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SEED = 2**31 - 1  # numpy takes 32 bits, and the seeds of an ensemble or a sweep count on from it
-_DATA_SETS = ((DATA_SET,), "data sets")
-_CSV_FILES = ((".csv", ".tsv"), ".csv and .tsv files")
+_CSV_TYPES = (".csv", ".tsv")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -103,8 +102,8 @@ def option(
         metavar: how the help calls the value.
         default: shown in the help, unless it is None or False.
         more: `group`, the title of a group of options, which the fields behind it are in, too; `one_of`, the
-            name of options that exclude each other; `only_for`, the kinds of tables that it is for, and their
-            name; `shortcuts`, options without a value that stand for one of the values; anything else is for
+            name of options that exclude each other; `only_for`, the kinds of tables that it is for; `shortcuts`,
+            options without a value that stand for one of the values; anything else is for
             `ArgumentParser.add_argument`.
     """
     described = {"help": text, "type": kind, "metavar": metavar, "default": default, **more}
@@ -264,28 +263,31 @@ class TableOptions:
     """How a table is read, and which part of a data set."""
 
     data_config: str | None = option(
-        "part of a data set from the `datasets` library", given, "NAME", only_for=_DATA_SETS
+        "part of a data set from the `datasets` library", given, "NAME", only_for=(DATA_SET,)
     )
     data_split: str | None = option(
-        "split of such a data set to read (default: train)", given, "NAME", only_for=_DATA_SETS
+        "split of such a data set to read (default: train)", given, "NAME", only_for=(DATA_SET,)
     )
     encoding: str | None = option(
         "encoding of .csv, .tsv, .jsonl and .json tables, as cp1252 (default: what their byte order mark "
         "says, else UTF-8)",
         encoding_name,
         "NAME",
-        only_for=(TEXT_TYPES, ".csv, .tsv, .jsonl and .json files"),
+        only_for=TEXT_TYPES,
     )
     separator: str | None = option(
         f"what separates the cells of .csv and .tsv tables: one character, or {', '.join(SEPARATORS)} "
         "(default: comma, of .tsv tab)",
         separator_mark,
         "MARK",
-        only_for=_CSV_FILES,
+        only_for=_CSV_TYPES,
+    )
+    sheet: str | None = option(
+        "sheet of .xlsx tables to read (default: the first one)", given, "NAME", only_for=(WORKBOOK,)
     )
     no_header: bool = flag(
-        "the first line of .csv and .tsv tables is a row: their columns are called 1, 2, and so on",
-        only_for=_CSV_FILES,
+        "the first line of .csv, .tsv and .xlsx tables is a row: their columns are called 1, 2, and so on",
+        only_for=(*_CSV_TYPES, WORKBOOK),
     )
 
     def reading(self, sources: Sequence[str]) -> dict[str, Any]:
@@ -296,8 +298,11 @@ class TableOptions:
         """
         kinds, named = {kind_of(source) for source in sources}, " and ".join(sources)
         for each in fields(self):
-            wanted, spoken = each.metadata["only_for"]
+            wanted = each.metadata["only_for"]
             if getattr(self, each.name) and not kinds & set(wanted):
+                *others, last = wanted
+                files = f"{', '.join(others)} and {last} files" if others else f"{last} files"
+                spoken = "data sets" if last == DATA_SET else files
                 raise UsageError(
                     f"{option_name(each.name)} is for {spoken}, and {named} is none: leave it out"
                 )
@@ -306,6 +311,7 @@ class TableOptions:
             "split": self.data_split,
             "encoding": self.encoding,
             "separator": self.separator,
+            "sheet": self.sheet,
             "header": not self.no_header,
         }
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from softprompt.cli.options import ComputeOptions, TableOptions, flag, given, nested, option
+from softprompt.tasks.text_files import A_TABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +14,7 @@ class PredictConfig:
         "folder that `softprompt train` wrote", given, "FOLDER", required=True, group="data"
     )
     data: str = option(
-        "rows to label: a .csv, .tsv, .jsonl, .json (also .gz, .bz2, .xz, .zip of them) or .parquet file, a "
-        "data set folder, or a data set name",
+        f"rows to label: {A_TABLE}",
         given,
         "TABLE",
         required=True,

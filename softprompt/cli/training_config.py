@@ -25,6 +25,7 @@ from softprompt.cli.options import (
 from softprompt.prompt_paths import check_prompt_path
 from softprompt.tasks.classification import CHOICES, DEFAULT_TEMPLATE
 from softprompt.tasks.folders import adapter_folders
+from softprompt.tasks.text_files import A_TABLE
 
 INITS = (
     "label-words",
@@ -96,8 +97,7 @@ class TrainingConfig:
 
     argv: list[str] = field(default_factory=list)  # what was typed
     data: str | None = option(
-        "training table: a .csv, .tsv, .jsonl, .json (also .gz, .bz2, .xz, .zip of them) or .parquet file, a "
-        "data set folder, or a data set name (default: the shipped table)",
+        f"training table: {A_TABLE} (default: the shipped table)",
         given,
         "TABLE",
         group="data",

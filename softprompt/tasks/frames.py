@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.text_files import (
     DATA_SET,
+    WORKBOOK,
     Rows,
     check_source,
     foreign_format,
@@ -21,6 +22,7 @@ from softprompt.tasks.text_files import (
     parse_jsonl,
     read_text,
 )
+from softprompt.tasks.workbooks import read_workbook
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,16 @@ class Reading:
         split: split of a data set; None takes "train" where there are several.
         encoding: of a text file; None goes by its byte order mark, else takes UTF-8.
         separator: between the cells of a CSV or TSV file; None takes a comma, and a tab in TSV.
-        header: whether the first line of a CSV or TSV file has the names of its columns; they are called 1, 2
-            and so on where it has not.
+        sheet: of a workbook; None takes the first one.
+        header: whether the first line of a CSV or TSV file or of a sheet has the names of its columns; they
+            are called 1, 2 and so on where it has not.
     """
 
     subset: str | None = None
     split: str | None = None
     encoding: str | None = None
     separator: str | None = None
+    sheet: str | None = None
     header: bool = True
 
 
@@ -52,12 +56,14 @@ class Source:
         class_names: the names of the classes, for each column that is a `datasets.ClassLabel`.
         blank_lines: numbers, from 1, of the blank lines between the rows of a file.
         hint: what to do where the columns are not those that were expected; may be empty.
+        note: what is to be said of the file; may be empty.
     """
 
     frame: Any
     class_names: dict[str, list[str]] = field(default_factory=dict)
     blank_lines: list[int] = field(default_factory=list)
     hint: str = ""
+    note: str = ""
 
 
 def read_source(source: str | Path, reading: Reading) -> Source:
@@ -78,10 +84,12 @@ def read_source(source: str | Path, reading: Reading) -> Source:
     elif kind in (".jsonl", ".json"):
         parse = parse_jsonl if kind == ".jsonl" else parse_json
         found = _of_rows(parse(read_text(path, reading.encoding), path), path)
+    elif kind == WORKBOOK:
+        found = _of_rows(read_workbook(path, sheet=reading.sheet, header=reading.header), path)
     else:
         found = Source(_read_parquet(path))
     if len(found.frame) == 0:
-        raise TaskError(f"{source} has no rows: give a table with at least one")
+        raise TaskError(f"{source} has no rows: {found.hint or 'give a table with at least one'}")
     return found
 
 
@@ -99,7 +107,7 @@ def _check_names(names: Sequence[str], path: Path) -> None:
 def _of_rows(rows: Rows, path: Path) -> Source:
     _check_names(rows.names or [], path)
     frame = pd.DataFrame(rows.rows, columns=rows.names, dtype=object)
-    return Source(frame, blank_lines=rows.blank_lines, hint=rows.hint)
+    return Source(frame, blank_lines=rows.blank_lines, hint=rows.hint, note=rows.note)
 
 
 def _read_parquet(path: Path) -> Any:

@@ -30,7 +30,7 @@ class Table:
         frame: every column as it was read.
         others: the cells of the other columns that were asked for, "" where one is missing.
         label_names: what the labels are called in the table, where a model writes them otherwise.
-        blank_lines: how many blank lines between the rows were left out.
+        notes: what is to be said of the source: of blank lines that were left out, and of other sheets.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Table:
     frame: Any = field(repr=False, compare=False)
     others: dict[str, list[str]] = field(default_factory=dict)
     label_names: dict[str, str] = field(default_factory=dict)
-    blank_lines: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -81,10 +81,9 @@ def read_table(
 ) -> Table:
     """Read a table of texts and, where `label_column` is given, of labels.
 
-    `source` is a `.csv`, `.jsonl` or `.parquet` file, a folder that `datasets` can load, or the name of a
-    data set. Cells become strings. Labels lose the spaces and the characters without width around them; the
-    names of a `datasets.ClassLabel` are written with their underscores as spaces (`Table.label_names` has
-    the names).
+    `source` is a table file, a folder that `datasets` can load, or the name of a data set. Cells become
+    strings. Labels lose the spaces and the characters without width around them; the names of a
+    `datasets.ClassLabel` are written with their underscores as spaces (`Table.label_names` has the names).
 
     Args:
         source: see above.
@@ -110,6 +109,9 @@ def read_table(
             "without them the rows of the output would not be the lines of the table: fill them in or remove "
             "them"
         )
+    notes = [found.note] if found.note else []
+    if found.blank_lines:
+        notes.append(f"blank lines between rows were left out: {len(found.blank_lines):,}")
     texts = _cells(found, text_column, "text", str(source))
     labels, label_names = None, dict[str, str]()
     if label_column is not None:
@@ -126,7 +128,7 @@ def read_table(
         frame=found.frame,
         others={name: _cells(found, name, "column", str(source)) for name in columns},
         label_names=label_names,
-        blank_lines=len(found.blank_lines),
+        notes=tuple(notes),
     )
 
 

@@ -14,14 +14,21 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from softprompt.tasks.errors import TaskError
 
 TEXT_TYPES = (".csv", ".tsv", ".jsonl", ".json")
-FILE_TYPES = (*TEXT_TYPES, ".parquet")
+WORKBOOK = ".xlsx"
+FILE_TYPES = (*TEXT_TYPES, ".parquet", WORKBOOK)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")  # behind the type of a text file: .csv.gz
+# What a table may be, as the help says it.
+A_TABLE = (
+    f"a {', '.join(TEXT_TYPES)} (also {', '.join(COMPRESSED)} of them), .parquet or {WORKBOOK} file, a data "
+    "set folder, or a data set name"
+)
 DATA_SET = "data set"
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 
@@ -37,8 +44,8 @@ _FOREIGN = {
     **{b"BZh%d1AY" % level: "it is compressed with bzip2: unpack it first" for level in range(1, 10)},
     b"\xfd7zXZ": "it is compressed with xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it first",
-    b"PK\x03\x04": "it is a zip archive, as .xlsx files are: unpack it, or save the sheet as CSV in UTF-8",
-    b"\xd0\xcf\x11\xe0": "it is a workbook of old Excel: save the sheet as CSV in UTF-8",
+    b"PK\x03\x04": "it is a zip archive, as workbooks are: rename it to .xlsx if it is one, or unpack it",
+    b"\xd0\xcf\x11\xe0": "it is a workbook of old Excel: save it as .xlsx",
     b"PAR1": "it is a Parquet file: rename it to .parquet",
     b"SQLite format 3": "it is an SQLite database: write the table to a CSV file",
     b"%PDF": "it is a PDF: give the table itself",
@@ -48,26 +55,28 @@ _FOREIGN = {
 }
 _WIDE = "it looks like UTF-16: give --encoding {}, or save it as UTF-8"
 _ZERO = "it has zero bytes, which no text has: give the table itself, or its --encoding"
-TITLE = "its first line looks like a title above the header: remove the lines above the header"
+_OTHER_SHEETS = (".xls", ".xlsm", ".xlsb", ".ods")
 _END = "\x00"  # no text has it
 _SENTENCE = 4  # words: fewer may well be the name of a column
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a text file holds.
+    """What a file holds.
 
     Attributes:
         names: of the columns; None where every row names its own.
         rows: cells in the order of `names`, or objects.
         blank_lines: numbers, from 1, of the blank lines between rows.
         hint: what to do where the columns are not those that were expected; may be empty.
+        note: what is to be said of the file; may be empty.
     """
 
     names: list[str] | None
     rows: list[Any]
     blank_lines: list[int]
     hint: str = ""
+    note: str = ""
 
 
 def kind_of(source: str | Path) -> str:
@@ -107,8 +116,20 @@ def check_source(source: str | Path) -> None:
             f"{source} does not say what is compressed in it: rename it to its type, as table.csv{kind} (of "
             f"{', '.join(TEXT_TYPES)}), or unpack it"
         )
+    if kind in _OTHER_SHEETS:
+        raise TaskError(f"{source} is a workbook of another type: save it as {WORKBOOK}")
     if kind not in FILE_TYPES:
         raise TaskError(f"{source} is of the unknown type {kind!r}: give one of {types_spoken()}")
+    check_installed(Path(source))
+
+
+def check_installed(path: Path) -> None:
+    """Raise TaskError for a table file of a type whose package is not installed."""
+    if type_of(path) == WORKBOOK and find_spec("openpyxl") is None:
+        raise TaskError(
+            f"{path} needs the package openpyxl: run pip install '.[cli]' in the folder of softprompt's "
+            "sources"
+        )
 
 
 def foreign_format(start: bytes) -> str | None:
@@ -293,11 +314,11 @@ def _records(text: str, path: Path, separator: str) -> tuple[list[tuple[int, lis
             'is never closed: was the file cut short? Give the whole file, or write "" for a mark inside a '
             "text"
         )
-    return found, _between(blank, [number for number, _ in found])
+    return found, between(blank, [number for number, _ in found])
 
 
-def _between(blank: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """The blank lines that are between the lines of rows."""
+def between(blank: Sequence[int], rows: Sequence[int]) -> list[int]:
+    """Return the blank lines that are between the lines of rows."""
     return [number for number in blank if rows and rows[0] < number < rows[-1]]
 
 
@@ -319,9 +340,14 @@ def _hint(names: Sequence[str], rows: Sequence[Sequence[str]], separator: str, *
         return f"its header looks separated by {_spoken(best)}: give --separator {name}"
     if names[0].startswith(("{", "[")):
         return "its first line looks like JSON: rename it to .jsonl, with one object a line"
-    if header and title_above(names, rows):
-        return TITLE
-    if header and _is_row(names, rows):
+    return header_hint(names, rows) if header else ""
+
+
+def header_hint(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return what to do where the first line looks like a title or a row and not like a header, else ""."""
+    if _title_above(names, rows):
+        return "its first line looks like a title above the header: remove the lines above the header"
+    if _is_row(names, rows):
         return (
             "its first line looks like a row and not like a header: give --no-header, and name the columns "
             "by their numbers (1, 2, ...)"
@@ -329,13 +355,13 @@ def _hint(names: Sequence[str], rows: Sequence[Sequence[str]], separator: str, *
     return ""
 
 
-def title_above(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
+def _title_above(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
     """Whether the first line has one cell, and those below have more: a title above the header."""
     filled = sum(name != f"Unnamed: {i}" for i, name in enumerate(names))
     return filled == 1 and any(sum(cell not in ("", None) for cell in row) > 1 for row in rows[:10])
 
 
-def _is_row(names: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+def _is_row(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
     """Whether the cells of the first line look like those of a row."""
     some = rows[:1000]
     again = any(name in {row[i] for row in some if len(row) > i} for i, name in enumerate(names))
@@ -379,7 +405,7 @@ def parse_jsonl(text: str, path: Path) -> Rows:
             raise TaskError(f"{path}: line {number} is not a JSON object: write one object a line{array}")
         rows.append(row)
         numbers.append(number)
-    return Rows(None, rows, _between(blank, numbers))
+    return Rows(None, rows, between(blank, numbers))
 
 
 def parse_json(text: str, path: Path) -> Rows:

@@ -1,7 +1,8 @@
 """Data frames as files in which every cell is what it was.
 
 Text files (CSV, TSV, JSONL, JSON) have no times, decimals, bytes or (CSV, TSV) lists: these become text, in
-ISO 8601, with all digits, as UTF-8 (base64 where they are none), and as JSON.
+ISO 8601, with all digits, as UTF-8 (base64 where they are none), and as JSON. So do, in workbooks, lists,
+bytes, decimals, integers beyond 2**53, and times with a zone, before 1900 or finer than milliseconds.
 """
 
 import base64
@@ -25,7 +26,15 @@ import pyarrow.parquet as pq
 
 from softprompt.files import atomic_write
 from softprompt.tasks.errors import TaskError
-from softprompt.tasks.text_files import FILE_TYPES, TEXT_TYPES, type_of, types_spoken
+from softprompt.tasks.text_files import (
+    FILE_TYPES,
+    TEXT_TYPES,
+    WORKBOOK,
+    check_installed,
+    type_of,
+    types_spoken,
+)
+from softprompt.tasks.workbooks import holds, workbook_of
 
 
 def write_frame(frame: Any, path: str | Path) -> None:
@@ -51,6 +60,7 @@ def check_writable_type(path: str | Path) -> None:
     kind = type_of(Path(path))
     if kind not in FILE_TYPES:
         raise TaskError(f"cannot write {path}: its type {kind!r} is not one of {types_spoken()}")
+    check_installed(Path(path))
 
 
 def _encoded(frame: Any, path: Path) -> bytes:
@@ -59,9 +69,9 @@ def _encoded(frame: Any, path: Path) -> bytes:
     try:
         if kind in TEXT_TYPES:
             return _compressed(_text(frame, kind), path)
-        return _parquet(frame)
+        return _workbook(frame) if kind == WORKBOOK else _parquet(frame)
     except (ValueError, TypeError, pa.ArrowException) as error:
-        needs = {".parquet": "one type in each column"}
+        needs = {".parquet": "one type in each column", WORKBOOK: "what a sheet of Excel can hold"}
         other = needs.get(kind, "text without halves of surrogate pairs")
         raise TaskError(
             f"cannot write {path}: a {kind} file needs {other} ({' '.join(str(error).split())}): name a "
@@ -150,6 +160,21 @@ def _parquet(frame: Any) -> bytes:
     file = io.BytesIO()
     pq.write_table(table, file)
     return file.getvalue()
+
+
+def _workbook(frame: Any) -> bytes:
+    columns = [list(map(_workbook_cell, frame[name].tolist())) for name in frame.columns]
+    return workbook_of([str(name) for name in frame.columns], columns)
+
+
+def _workbook_cell(value: Any) -> Any:
+    if is_missing(value):
+        return None
+    value = value.item() if isinstance(value, np.generic) else value
+    if holds(value):
+        return value
+    plain = _plain(value)
+    return json.dumps(plain, ensure_ascii=False) if isinstance(plain, list | dict) else str(plain)
 
 
 def is_missing(value: Any) -> bool:

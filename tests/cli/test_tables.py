@@ -288,7 +288,8 @@ def test_options_of_data_sets_are_refused_for_files(
     "name, option, message",
     [
         ("t.jsonl", ("--separator", "tab"), "--separator is for .csv and .tsv files"),
-        ("t.jsonl", ("--no-header",), "--no-header is for .csv and .tsv files"),
+        ("t.jsonl", ("--no-header",), "--no-header is for .csv, .tsv and .xlsx files"),
+        ("t.csv", ("--sheet", "a"), "--sheet is for .xlsx files"),
         ("t.parquet", ("--encoding", "cp1252"), "--encoding is for .csv, .tsv, .jsonl and .json files"),
         ("folder", ("--encoding", "cp1252"), "--encoding is for .csv, .tsv, .jsonl and .json files"),
         ("t.csv", ("--separator", "ab"), "expected one character, or comma, semicolon, tab, pipe, got 'ab'"),

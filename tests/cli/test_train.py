@@ -211,10 +211,10 @@ def test_a_bad_value_is_one_line_and_writes_nothing(train, tmp_path, option, val
 
 
 def test_a_table_of_an_unknown_type_is_one_line(train, tmp_path):
-    path = tmp_path / "tweets.xlsx"
+    path = tmp_path / "tweets.docx"
     path.write_bytes(b"x")
     check_refused(
-        train_with(train, "--data", path), "is of the unknown type '.xlsx': give one of", tmp_path / "out"
+        train_with(train, "--data", path), "is of the unknown type '.docx': give one of", tmp_path / "out"
     )
 
 

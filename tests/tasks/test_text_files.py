@@ -72,7 +72,7 @@ REFUSED = {
     "gzip as JSONL": (".jsonl", gzip.compress(b"{}"), {}, "compressed with gzip", "unpack it"),
     "gzip as Parquet": (".parquet", gzip.compress(b"{}"), {}, "compressed with gzip", "unpack it"),
     "xz": (".csv", lzma.compress(BODY.encode()), {}, "compressed with xz", "unpack it"),
-    "a workbook": (".csv", b"PK\x03\x04...", {}, ".xlsx", "save the sheet as CSV"),
+    "a workbook": (".csv", b"PK\x03\x04...", {}, "as workbooks are", "rename it to .xlsx"),
     "Parquet": (".csv", b"PAR1...PAR1", {}, "is a Parquet file", "rename it to .parquet"),
     "a web page": (".csv", b"<!DOCTYPE html>\n<html>", {}, "is a web page", "download the table"),
     "JSON lines": (".csv", LINES.encode(), {}, "looks like JSON", "rename it to .jsonl"),
@@ -179,7 +179,7 @@ def test_blank_lines_between_rows_are_refused_where_every_line_counts(
         read_table(path, "text", every_line=True)
     table = read_table(path, "text")
     assert table.texts == texts
-    assert table.blank_lines == lines.count(",") + 1
+    assert table.notes == (f"blank lines between rows were left out: {lines.count(',') + 1}",)
 
 
 def test_a_cell_may_be_longer_than_the_csv_module_lets_it_be(tmp_path):
