@@ -1,11 +1,13 @@
 """Labels: their spelling, and what is said of them before training."""
 
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 # White space is not among them: str.strip knows it.
 _NO_WIDTH = "\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+_WHOLE = re.compile(r"(-?\d+)\.0*")
 _SHOWN = 20
 
 
@@ -27,6 +29,12 @@ def label_words(names: Sequence[str]) -> dict[str, str]:
     if len(set(words)) < len(words) or not all(words):
         return {name: name for name in cleaned}
     return dict(zip(cleaned, words, strict=True))
+
+
+def whole_number(text: str) -> str:
+    """Return "1" for "1.0": a whole number as a person writes it. Any other text stays as it is."""
+    found = _WHOLE.fullmatch(text)
+    return str(int(found[1])) if found else text
 
 
 def look_of(label: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.frames import Reading, Source, quoted, read_source
-from softprompt.tasks.labels import clean_label, label_words, look_of
+from softprompt.tasks.labels import clean_label, label_words, look_of, whole_number
 from softprompt.tasks.template import TEXT, Row
 from softprompt.tasks.written import is_missing
 
@@ -83,7 +83,8 @@ def read_table(
 
     `source` is a table file, a folder that `datasets` can load, or the name of a data set. Cells become
     strings. Labels lose the spaces and the characters without width around them; the names of a
-    `datasets.ClassLabel` are written with their underscores as spaces (`Table.label_names` has the names).
+    `datasets.ClassLabel` are written with their underscores as spaces, and whole numbers of a column of
+    floats as a person writes them, "1" (`Table.label_names` has the names, and "1.0").
 
     Args:
         source: see above.
@@ -115,10 +116,14 @@ def read_table(
     texts = _cells(found, text_column, "text", str(source))
     labels, label_names = None, dict[str, str]()
     if label_column is not None:
-        labels = [clean_label(cell) for cell in _cells(found, label_column, "label", str(source))]
+        cells = [clean_label(cell) for cell in _cells(found, label_column, "label", str(source))]
         words = label_words(found.class_names.get(label_column, []))
-        labels = [words.get(label, label) for label in labels]
-        label_names = {word: name for name, word in words.items() if word != name}
+        # A column of integers with gaps is one of floats in pandas, and in what it wrote.
+        floats = {str(cell) for cell in found.frame[label_column].tolist() if isinstance(cell, float)}
+        words |= {cell: whole_number(cell) for cell in floats}
+        labels, there = [words.get(cell, cell) for cell in cells], set(cells)
+        # Where some cells have the word itself, it is the table's own, too.
+        label_names = {word: name for name, word in words.items() if word != name and word not in there}
     return Table(
         source=str(source),
         text_column=text_column,

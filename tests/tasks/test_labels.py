@@ -7,6 +7,7 @@ from softprompt.tasks.labels import (
     label_words,
     look_alikes,
     look_of,
+    whole_number,
 )
 
 
@@ -42,6 +43,26 @@ def test_labels_that_differ_are_not(labels):
 def test_class_names_are_words_unless_two_would_be_the_same():
     assert label_words(["no_x", "x"]) == {"no_x": "no x", "x": "x"}
     assert label_words(["no_x", "no x"]) == {"no_x": "no_x", "no x": "no x"}
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("1.0", "1"),
+        ("-2.00", "-2"),
+        ("-0.0", "0"),
+        ("1.", "1"),
+        ("0.5", "0.5"),
+        ("1", "1"),
+        ("1e+16", "1e+16"),
+        ("1.0.0", "1.0.0"),
+        ("a.0", "a.0"),
+        ("inf", "inf"),
+        (".0", ".0"),
+    ],
+)
+def test_a_whole_number_is_written_without_its_point(text, expected):
+    assert whole_number(text) == expected
 
 
 def test_the_rows_of_each_label_are_counted_by_their_use():

@@ -12,6 +12,7 @@ from softprompt.tasks.table import (
     check_labels_known,
     read_table,
     split_table,
+    with_known_labels,
 )
 from softprompt.tasks.written import check_writable_type, write_frame
 
@@ -40,6 +41,45 @@ def test_numbers_in_cells_become_their_digits(tmp_path):
     table = read_table(path, "text", "label")
     assert table.texts == ["12", "x"]
     assert table.labels == ["0", "1"]
+
+
+FLOATS = {
+    "JSON": (".jsonl", [1.0, 0.0, 1.0], ["1", "0", "1"], {"1": "1.0", "0": "0.0"}),
+    "JSON, mixed": (".jsonl", [1.0, "1", 1], ["1", "1", "1"], {}),
+    "JSON, both forms as text": (".jsonl", [1.0, "1.0", "0"], ["1", "1", "0"], {"1": "1.0"}),
+    "JSON, halves": (".jsonl", [0.5, 1.0, -0.0], ["0.5", "1", "0"], {"1": "1.0", "0": "-0.0"}),
+    "texts stay as they are": (".jsonl", ["1.0", "1", "01"], ["1.0", "1", "01"], {}),
+    "truth is no number": (".jsonl", [True, 1.0, "yes"], ["True", "1", "yes"], {"1": "1.0"}),
+    "Parquet": (".parquet", [1.0, 0.0, 2.5], ["1", "0", "2.5"], {"1": "1.0", "0": "0.0"}),
+    "CSV": (".csv", [1.0, 0.0, 1.0], ["1.0", "0.0", "1.0"], {}),
+    "a workbook": (".xlsx", [1.0, 0.0, "1"], ["1", "0", "1"], {}),
+}
+
+
+@pytest.mark.parametrize("suffix, cells, labels, names", FLOATS.values(), ids=FLOATS)
+def test_whole_numbers_among_floats_are_labels_as_a_person_writes_them(
+    tmp_path, suffix, cells, labels, names
+):
+    path = tmp_path / f"t{suffix}"
+    column = pd.Series(cells, dtype=float if suffix == ".parquet" else object)
+    write_frame(pd.DataFrame({"text": ["a", "b", "c"], "label": column}), path)
+    table = read_table(path, "text", "label")
+    assert (table.labels, table.label_names) == (labels, names)
+
+
+def test_labels_are_known_in_any_form_of_their_numbers(tmp_path):
+    write_frame(pd.DataFrame({"text": ["a", "b"], "label": [1.0, 0.0]}), tmp_path / "floats.parquet")
+    write_frame(pd.DataFrame({"text": ["a", "b"], "label": [1, 0]}), tmp_path / "integers.csv")
+    write_frame(pd.DataFrame({"text": ["a", "b"], "label": ["1.0", "0.0"]}), tmp_path / "texts.csv")
+    floats, integers, texts = (
+        read_table(tmp_path / name, "text", "label")
+        for name in ("floats.parquet", "integers.csv", "texts.csv")
+    )
+    for other in (floats, integers, texts):
+        assert with_known_labels(other, floats.known_labels(), floats.label_names).labels == ["1", "0"]
+    assert with_known_labels(floats, texts.known_labels(), {}).labels == ["1.0", "0.0"]
+    with pytest.raises(TaskError, match="it differs from '1' in case, spaces or number form alone"):
+        with_known_labels(texts, integers.known_labels(), {})
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
