@@ -21,6 +21,7 @@ from softprompt.tasks.table import (
     read_table,
     split_table,
     with_known_labels,
+    with_words,
 )
 from softprompt.tasks.template import parse_template
 
@@ -65,6 +66,7 @@ def read_tables(config: TrainingConfig) -> tuple[Table, Table | None]:
         read_table(source, config.text_column, config.label_column, columns=columns, **reading)
         for source in sources
     ]
+    train_table = with_words(train_table, config.label_map or [])
     check_several_labels(train_table)
     if others:
         known = train_table.known_labels()

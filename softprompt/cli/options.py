@@ -13,6 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from softprompt.cli.checks import UsageError
+from softprompt.tasks.labels import clean_label
 from softprompt.tasks.text_files import DATA_SET, SEPARATORS, TEXT_TYPES, WORKBOOK, kind_of
 
 Options = TypeVar("Options")
@@ -251,6 +252,15 @@ def separator_mark(text: str) -> str:
     if len(mark) != 1 or mark in '"\n\r\0':
         raise argparse.ArgumentTypeError(f"expected one character, or {', '.join(SEPARATORS)}, got {text!r}")
     return mark
+
+
+def label_and_words(text: str) -> tuple[str, str]:
+    """An argument type: a label and the words for it, split at the first "="."""
+    label, mark, spoken = words(text).partition("=")
+    label, spoken = clean_label(label), clean_label(spoken)
+    if not (label and mark and spoken):
+        raise argparse.ArgumentTypeError(f"expected LABEL=WORDS, got {text!r}")
+    return label, spoken
 
 
 def template_text(text: str) -> str:

@@ -12,6 +12,7 @@ from softprompt.cli.options import (
     TableOptions,
     flag,
     given,
+    label_and_words,
     nested,
     number,
     option,
@@ -104,6 +105,16 @@ class TrainingConfig:
     )
     text_column: str = option("column with the texts", given, "NAME", default="Tweet text")
     label_column: str = option("column with the labels to learn", given, "NAME", default="Label")
+    label_map: list[tuple[str, str]] | None = option(
+        "words to learn in the place of labels of the table, as 0=negative 1=positive; a label ends at the "
+        "first =, and one that begins with - is given as --label-map=-1=negative, beside other --label-map. "
+        "The rows to measure on may have the labels or the words; what `softprompt predict` writes has the "
+        "labels",
+        label_and_words,
+        "LABEL=WORDS",
+        nargs="+",
+        action="extend",
+    )
     eval_data: str | None = option(
         "table to measure the accuracy on; without it, a share of the training table is kept for that",
         given,

@@ -189,21 +189,62 @@ def check_labels_known(table: Table, known: Sequence[str]) -> None:
             )
 
 
+def with_words(table: Table, label_map: Sequence[tuple[str, str]]) -> Table:
+    """Return a training table with other words for some labels; `label_names` has what the table calls them.
+
+    Args:
+        table: with labels.
+        label_map: (label, words): a label, as it was read or as the table calls it, and what to learn
+            instead.
+
+    Raises:
+        TaskError: the table has no such label, two labels would be one, or a label is there twice.
+    """
+    known, chosen = table.known_labels(), dict[str, str]()
+    names = {label: table.label_names.get(label, label) for label in known}
+    label_of = {name: label for label, name in names.items()} | {label: label for label in known}
+    for given, words in label_map:
+        option = f"--label-map {given}={words}"
+        if given not in label_of:
+            raise TaskError(f"{option}: {table.source} has no such label; its labels are {quoted(known)}")
+        if label_of[given] in chosen:
+            raise TaskError(f"{option}: the label has words already, {chosen[label_of[given]]!r}: give one")
+        if words in chosen.values():
+            raise TaskError(f"{option}: another label has these words: two labels would be one")
+        chosen[label_of[given]] = words
+    kept = [label for label in known if label not in chosen]
+    for label, words in chosen.items():
+        if words in kept or words in [names[other] for other in kept]:
+            raise TaskError(
+                f"--label-map {label}={words}: {table.source} has a label {words!r}, and two labels would be "
+                "one: name other words, or words for that label, too"
+            )
+    called = {chosen.get(label, label): name for label, name in names.items()}
+    return replace(
+        table,
+        labels=[chosen.get(label, label) for label in table.labels or []],
+        label_names={label: name for label, name in called.items() if label != name},
+    )
+
+
 def with_known_labels(table: Table, known: Sequence[str], names: Mapping[str, str]) -> Table:
     """Return the table with its labels as training has them.
 
-    Training may have got words for the names of classes, or names from where this table has words: `names` is
-    what the table of the training called the known labels where it called them otherwise.
+    Training may have got words for the names of classes or for any labels, or names from where this table has
+    words: `names` is what the table of the training called the known labels where it called them otherwise. A
+    label is taken for what that table called so, before it is taken for one that was learnt, because the
+    words of one label may be another one's name.
 
     Raises:
         TaskError: a row has a label that training does not know.
     """
     words = {name: label for label, name in names.items()}
+    numbers = {whole_number(name): label for name, label in words.items()}
 
     def recognised(label: str) -> str:
         own = table.label_names.get(label, label)
-        forms = (label, words.get(label, label), own)
-        return next((form for form in forms if form in known), label)
+        forms = (words.get(label), label, words.get(own), own, numbers.get(whole_number(label)))
+        return next((form for form in forms if form is not None and form in known), label)
 
     labels = [recognised(label) for label in table.labels or []]
     found = replace(table, labels=labels)

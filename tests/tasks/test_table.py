@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from softprompt.tasks.table import (
     read_table,
     split_table,
     with_known_labels,
+    with_words,
 )
 from softprompt.tasks.written import check_writable_type, write_frame
 
@@ -251,6 +253,62 @@ def test_a_label_that_training_does_not_know_is_refused_with_its_row():
         TaskError, match=r"row 2 has the label 'maybe', which no training row has \(known: 'a', 'b'\)"
     ):
         check_labels_known(make(["a", "maybe"]), ("a", "b"))
+
+
+def test_words_are_learnt_in_the_place_of_labels_and_the_table_keeps_its_own():
+    table = with_words(make(["0", "1", "2", "0"]), [("0", "not good"), ("1", "good")])
+    assert table.labels == ["not good", "good", "2", "not good"]
+    assert table.label_names == {"not good": "0", "good": "1"}
+    assert with_words(table, []) == table
+    floats = replace(make(["0", "1"]), label_names={"0": "0.0", "1": "1.0"})
+    for zero in ("0", "0.0"):
+        assert with_words(floats, [(zero, "no")]).label_names == {"no": "0.0", "1": "1.0"}
+
+
+# label map, evaluation labels as read -> as training has them
+EITHER_FORM = {
+    "the labels of the table": ([("0", "no"), ("1", "yes")], ["0", "1"], ["no", "yes"]),
+    "the words": ([("0", "no"), ("1", "yes")], ["no", "yes"], ["no", "yes"]),
+    "both": ([("0", "no"), ("1", "yes")], ["no", "1", "yes", "0"], ["no", "yes", "yes", "no"]),
+    "one label without words": ([("0", "no")], ["0", "1", "no"], ["no", "1", "no"]),
+    "labels in another form of number": ([("0", "no"), ("1", "yes")], ["0.0", "1.0"], ["no", "yes"]),
+    "a swap": ([("0", "1"), ("1", "0")], ["0", "1"], ["1", "0"]),
+    "words that are the next label": ([("0", "1"), ("1", "2")], ["0", "1", "2"], ["1", "2", "2"]),
+    "the same words": ([("0", "0"), ("1", "yes")], ["0", "1"], ["0", "yes"]),
+}
+
+
+@pytest.mark.parametrize("label_map, read, expected", EITHER_FORM.values(), ids=EITHER_FORM)
+def test_a_table_to_measure_on_has_the_labels_or_the_words(label_map, read, expected):
+    table = with_words(make(["0", "1"]), label_map)
+    assert with_known_labels(make(read), table.known_labels(), table.label_names).labels == expected
+
+
+def test_a_table_to_measure_on_may_have_integers_where_training_had_floats():
+    floats = with_words(
+        replace(make(["0", "1"]), label_names={"0": "0.0", "1": "1.0"}), [("0", "no"), ("1", "yes")]
+    )
+    for read in (["0", "1"], ["0.0", "1.0"]):
+        assert with_known_labels(make(read), floats.known_labels(), floats.label_names).labels == [
+            "no",
+            "yes",
+        ]
+    with pytest.raises(TaskError, match=r"row 1 has the label '2', .*known: 'no', 'yes'"):
+        with_known_labels(make(["2"]), floats.known_labels(), floats.label_names)
+
+
+@pytest.mark.parametrize(
+    "label_map, message",
+    [
+        ([("3", "a")], "--label-map 3=a: made has no such label; its labels are '0', '1', '2'"),
+        ([("0", "1")], "--label-map 0=1: made has a label '1', and two labels would be one"),
+        ([("0", "a"), ("1", "a")], "--label-map 1=a: another label has these words"),
+        ([("0", "a"), ("0", "b")], "--label-map 0=b: the label has words already, 'a': give one"),
+    ],
+)
+def test_words_that_would_lose_a_label_are_refused(label_map, message):
+    with pytest.raises(TaskError, match=message):
+        with_words(make(["0", "1", "2"]), label_map)
 
 
 def test_json_lines_keep_a_line_separator_inside_a_text(tmp_path):
