@@ -127,7 +127,7 @@ def _compare(model: str, source: Tables, *, rounds: int) -> Record:
         model=model,
         positions="padded",  # as PEFT counts them
     ).with_recipe()
-    setup = set_up(config, *read_tables(config))
+    setup = set_up(*read_tables(config))
     batch_size = setup.config.compute.batch_size
     sides, batches = two_sides(setup), seeded_batches(setup, rounds, batch_size)
     with progress_bar("training both", rounds) as advance:

@@ -11,7 +11,17 @@ from softprompt.tasks.folders import adapter_folders
 from softprompt.tasks.text_files import check_source
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
-EXTRA_PACKAGES = ("accelerate", "datasets", "matplotlib", "pandas", "rich", "scikit-learn")
+# Each with the name of its module.
+EXTRA_PACKAGES = {
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "matplotlib": "matplotlib",
+    "pandas": "pandas",
+    "rich": "rich",
+    "rouge-score": "rouge_score",
+    "sacrebleu": "sacrebleu",
+    "scikit-learn": "sklearn",
+}
 
 
 class UsageError(Exception):
@@ -51,7 +61,7 @@ def what_the_machine_lacks(error: BaseException) -> str | None:
 
 def require_extra() -> None:
     """Raise UsageError naming the packages of the extra `cli` that are not installed."""
-    missing = [name for name in EXTRA_PACKAGES if find_spec(name.replace("scikit-learn", "sklearn")) is None]
+    missing = [name for name, module in EXTRA_PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise UsageError(
             f"{', '.join(missing)} is not installed: run pip install '.[cli]' in the folder of softprompt's "

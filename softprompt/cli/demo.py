@@ -88,7 +88,7 @@ def compare(config: DemoConfig) -> "tuple[Side, Side]":
     quiet_libraries()
     compute = ComputeOptions(device=config.device)
     training = TrainingConfig(positions="padded", seed=config.seed, compute=compute).with_recipe()
-    train_table, eval_table = read_tables(training)
+    training, train_table, eval_table = read_tables(training)
     table = eval_table or train_table
     setup = set_up(training, train_table, eval_table)
 

@@ -1,6 +1,7 @@
 """What all prompts of a call share: the tables, the frozen model, its tokenizer and the task."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from softprompt.engine.runner import obstacle_to
 from softprompt.prompts.vocabulary import scale_of
 from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
 from softprompt.tasks.errors import TaskError
+from softprompt.tasks.labels import are_targets
 from softprompt.tasks.table import (
     Table,
     check_several_labels,
@@ -55,8 +57,11 @@ class Setup:
     record: dict[str, Any]
 
 
-def read_tables(config: TrainingConfig) -> tuple[Table, Table | None]:
-    """Return the training rows and the evaluation rows, None if nothing is to be measured."""
+def read_tables(config: TrainingConfig) -> tuple[TrainingConfig, Table, Table | None]:
+    """Return the training rows and the evaluation rows, None if nothing is to be measured.
+
+    The configuration before them is that of their task.
+    """
     columns = parse_template(config.template, config.text_column, config.label_column).columns
     train_source = config.data or str(tiny.train_table())
     eval_source = config.eval_data or (str(tiny.eval_table()) if config.data is None else None)
@@ -67,13 +72,29 @@ def read_tables(config: TrainingConfig) -> tuple[Table, Table | None]:
         for source in sources
     ]
     train_table = with_words(train_table, config.label_map or [])
-    check_several_labels(train_table)
+    config = config.for_task(config.task or ("classify" if config.label_map else _task_of(train_table)))
+    labelled = config.task == "classify"
+    if labelled:
+        check_several_labels(train_table)
+    if others and labelled:
+        others = [with_known_labels(others[0], train_table.known_labels(), train_table.label_names)]
     if others:
-        known = train_table.known_labels()
-        return train_table, with_known_labels(others[0], known, train_table.label_names)
+        return config, train_table, others[0]
     if config.eval_share == 0:
-        return train_table, None
-    return split_table(train_table, config.eval_share, config.seed)
+        return config, train_table, None
+    return config, *split_table(train_table, config.eval_share, config.seed, by_label=labelled)
+
+
+def _task_of(table: Table) -> str:
+    if not are_targets(table.labels or []):
+        return "classify"
+    count = f"{len(table):,}"
+    note = (
+        f"{count} rows with {count} different targets in column {table.label_column!r}: trained as a "
+        "generation task (--task generate); give --task classify if they are labels"
+    )
+    print(f"softprompt: {note}", file=sys.stderr)
+    return "generate"
 
 
 def set_up(
@@ -102,24 +123,23 @@ def set_up(
         raise UsageError("--patience needs rows to watch: give --validation-share")
     train_table, validation_table = _split_validation(config, train_table)
     template, label_prefix = template_of(config)
+    generates = config.task == "generate"
     task = ClassificationTask(
         text_column=config.text_column,
         label_column=config.label_column,
-        labels=train_table.known_labels(),
+        labels=() if generates else train_table.known_labels(),
         template=template,
         label_prefix=label_prefix,
         max_length=config.max_length or LONGEST,
         padding=config.padding,
         end_token=config.end_token or "eos",
         positions=choose_positions(config, base),
-        label_names=tuple(train_table.label_names.items()),
+        label_names=() if generates else tuple(train_table.label_names.items()),
+        max_new_tokens=(config.max_new_tokens or LONGEST) if generates else None,
     )
+    tables = [table for table in (train_table, eval_table, validation_table) if table is not None]
+    task = _with_lengths(config, task, tokenizer, tables)
     encoder = Encoder(task, tokenizer)
-    if config.max_length is None:
-        tables = [table for table in (train_table, eval_table, validation_table) if table is not None]
-        longest = max(length for table in tables for length in encoder.lengths(table.rows))
-        task = replace(task, max_length=min(longest + encoder.max_target, LONGEST))
-        encoder = Encoder(task, tokenizer)
     training = {**config.settings, "rows": fingerprint(train_table)}
     if saved is not None:
         check_same_run(saved, (task, model_name, training))
@@ -127,6 +147,23 @@ def set_up(
     return Setup(
         config, scale, model_name, base, device, encoder, train_table, eval_table, validation_table, record
     )
+
+
+def _with_lengths(
+    config: TrainingConfig, task: ClassificationTask, tokenizer: Any, tables: Sequence[Table]
+) -> ClassificationTask:
+    """Return the task with the lengths that were left open; the training rows are the first table."""
+    encoder = Encoder(replace(task, max_length=sys.maxsize), tokenizer)
+    longest_target = encoder.max_target
+    if task.generates and config.max_new_tokens is None:
+        longest_target = min(LONGEST, max(encoder.target_lengths(tables[0].labels or [])))
+        task = replace(task, max_new_tokens=longest_target)
+    if config.max_length is None:
+        longest = max(length for table in tables for length in encoder.lengths(table.rows)) + longest_target
+        # A long target takes no room from the text.
+        most = LONGEST + longest_target if task.generates else LONGEST
+        task = replace(task, max_length=min(longest, most))
+    return task
 
 
 def template_of(config: TrainingConfig) -> tuple[str, str | None]:
@@ -159,7 +196,8 @@ def _split_validation(config: TrainingConfig, table: Table) -> tuple[Table, Tabl
     if not config.validation_share:
         return table, None
     try:
-        return split_table(table, config.validation_share, config.seed)
+        by_label = config.task != "generate"
+        return split_table(table, config.validation_share, config.seed, by_label=by_label)
     except TaskError:
         raise UsageError(
             f"--validation-share {config.validation_share:g}: {table.source} has too few rows ({len(table)} "

@@ -1,6 +1,7 @@
 """What the commands say of the rows that they were given: counts, and what may not be as it was meant."""
 
 import math
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,14 +16,19 @@ from softprompt.tasks.table import Table
 
 
 def say_rows(setup: Setup) -> None:
-    """Print how many rows each label has, and the notes on the tables of a training run."""
+    """Print how many rows each label has, or how long targets are, and the notes on the tables of a run."""
     encoder, train_table = setup.encoder, setup.train_table
     kept = {"evaluation": setup.eval_table, "validation": setup.validation_table}
     used = {use: table for use, table in kept.items() if table is not None}
     tables = [train_table, *used.values()]
-    others = {f"for {use}": table.labels or [] for use, table in used.items()}
-    lines = [f"{sum(map(len, tables)):,} rows: {label_counts(train_table.labels or [], others)}"]
-    lines += look_alikes([label for table in tables for label in table.labels or []])
+    labels = [label for table in tables for label in table.labels or []]
+    if encoder.task.generates:
+        counts = [f"{len(table):,} for {use}" for use, table in {"training": train_table, **used}.items()]
+        lines = [f"{len(labels):,} rows with targets: {', '.join(counts)}", *target_notes(encoder, labels)]
+    else:
+        others = {f"for {use}": table.labels or [] for use, table in used.items()}
+        lines = [f"{len(labels):,} rows: {label_counts(train_table.labels or [], others)}"]
+        lines += look_alikes(labels)
     for use, table in used.items():
         lines += evaluation_notes(encoder.task.labels, table.labels or [], use)
     lines += row_notes(tables)
@@ -59,6 +65,8 @@ def say_training(setup: Setup) -> None:
 
 def _start_note(setup: Setup) -> str:
     config, count = setup.config, setup.config.num_virtual_tokens
+    if config.start == "counted" and setup.encoder.task.generates:
+        return "the prompt starts at tokens of the training texts (--init counted)"
     if config.start != "label-words":
         return f"the prompt starts at --init {config.start}"
     ids = label_word_ids(setup.encoder.tokenizer, setup.encoder.task.labels)
@@ -87,6 +95,15 @@ def result_notes(metrics: dict[str, Any]) -> list[str]:
     accuracy, rows = metrics["eval_exact_match"], metrics["eval_rows"]
     if accuracy is None:
         return []
+    if "eval_rouge_l" in metrics:
+        before = metrics["zero_shot"]
+        if metrics["eval_rouge_l"] > before["rouge_l"]:
+            return []
+        return [
+            f"what is written is no nearer to the targets (ROUGE-L {metrics['eval_rouge_l']:.3f}) than "
+            f"without a prompt ({before['rouge_l']:.3f}): more --steps, more rows, another --template or a "
+            "larger model may help"
+        ]
     notes, base, trained = [], metrics["majority"], metrics["train_exact_match"]
     # Two standard errors of a share of so many rows.
     error = 2 * math.sqrt(max(accuracy * (1 - accuracy), 0.25 / rows) / rows)
@@ -131,8 +148,25 @@ def length_notes(encoder: Encoder, tables: Sequence[Table], advice: str) -> list
     longest = max(lengths) + encoder.max_target
     return [
         f"{cut:,} of {len(lengths):,} rows are longer than the {encoder.task.max_length} tokens of "
-        f"--max-length and lose the end of their text (the longest has {longest:,} with its label): {advice}"
+        f"--max-length and lose the end of their text (the longest has {longest:,} with its "
+        f"{encoder.task.target_word}): {advice}"
     ]
+
+
+def target_notes(encoder: Encoder, targets: Sequence[str]) -> list[str]:
+    """Return how long the targets of a generation task are, and how many are cut."""
+    lengths, room = encoder.target_lengths(targets), encoder.max_target
+    notes = [
+        f"targets have {statistics.median(lengths):g} tokens in the middle and {max(lengths):,} at most, "
+        f"the end token included; the prompt is trained to write up to {room:,} (--max-new-tokens)"
+    ]
+    cut = sum(length > room for length in lengths)
+    if cut:
+        notes.append(
+            f"{cut:,} of {len(lengths):,} targets are longer than the {room:,} tokens of --max-new-tokens "
+            "and lose their end, with the end token: a larger one keeps them"
+        )
+    return notes
 
 
 def say(lines: Sequence[str]) -> None:

@@ -103,8 +103,8 @@ def option(
         metavar: how the help calls the value.
         default: shown in the help, unless it is None or False.
         more: `group`, the title of a group of options, which the fields behind it are in, too; `one_of`, the
-            name of options that exclude each other; `only_for`, the kinds of tables that it is for; `shortcuts`,
-            options without a value that stand for one of the values; anything else is for
+            name of options that exclude each other; `only_for`, the kinds of tables that it is for;
+            `shortcuts`, options without a value that stand for one of the values; anything else is for
             `ArgumentParser.add_argument`.
     """
     described = {"help": text, "type": kind, "metavar": metavar, "default": default, **more}

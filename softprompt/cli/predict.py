@@ -1,4 +1,4 @@
-"""`softprompt predict`: labels for new rows."""
+"""`softprompt predict`: labels or texts for new rows."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from softprompt.cli.checks import (
     require_extra,
     usage_errors,
 )
-from softprompt.cli.options import Command
+from softprompt.cli.options import Command, option_name
 from softprompt.cli.predict_config import PredictConfig
 from softprompt.prompt_paths import check_adapter_folder
 from softprompt.tasks.classification import load_task
@@ -21,15 +21,16 @@ from softprompt.tasks.folders import adapter_folders
 
 COMMAND = Command(
     PredictConfig,
-    summary="label new rows with a trained soft prompt",
-    description="Label the rows of a table with an adapter that `softprompt train` wrote. The output has "
-    "the columns of the table and one more with the labels.",
+    summary="label new rows, or write texts for them, with a trained soft prompt",
+    description="Label the rows of a table with an adapter that `softprompt train` wrote, or write what one "
+    "of --task generate has learned to write. The output has the columns of the table and one more with "
+    "the labels or the texts.",
     example="softprompt predict --adapter complaints --data new_tweets.csv --output labelled.csv",
 )
 
 
 def run(config: PredictConfig) -> int:
-    """Check what was asked, label the rows, write the table."""
+    """Check what was asked, label the rows or write their texts, write the table."""
     adapter, output = Path(config.adapter), Path(config.output)
     folders = adapter_folders(adapter)
     if not folders:
@@ -53,6 +54,12 @@ def run(config: PredictConfig) -> int:
         for folder in folders:
             check_adapter_folder(folder)
     task, trained_model, training = load_task(adapter)
+    if task.generates:
+        _check_generation(config, folders)
+    elif config.max_new_tokens is not None:
+        raise UsageError(
+            f"--max-new-tokens is for prompts of --task generate, and {adapter} labels: leave it out"
+        )
     check_inputs(config.data, model=config.model or trained_model)
     require_extra()
 
@@ -86,34 +93,55 @@ def run(config: PredictConfig) -> int:
         raise UsageError(
             f"{config.data} has a column {config.output_column!r} already: name another --output-column"
         )
-    if not config.generate:
+    if task.generates or not config.generate:
         score.check_outputs(config, task, table)
     check_writable(table.frame, output)
     device, dtype = prepare(config.compute, trained=training.get("dtype", "float32"))
     model_name = check_model(config.model or trained_model)
     encoder = Encoder(task, load_tokenizer(model_name))
+    if config.max_new_tokens is not None:  # texts are cut where training cuts them, whatever may be written
+        encoder.max_target = config.max_new_tokens
     model = load_adapters(load_model(model_name, dtype), model_name, folders).to(device)
-    _check_length(adapter, model, task.max_length)
-    positions = task.positions if config.generate and packs_texts(base_of(model)) else "padded"
+    _check_length(adapter, model, encoder.max_prompt + encoder.max_target)
+    writes = config.generate or task.generates
+    positions = task.positions if writes and packs_texts(base_of(model)) else "padded"
     model = patch(model, positions=positions, no_patch=config.compute.no_patch)
     trained = f"the adapter was trained with --max-length {task.max_length}"
     say(row_notes([table]) + length_notes(encoder, [table], trained))
-    if not config.generate:
+    if not config.generate and not task.generates:
         score.score_table(config, model, encoder, table)
         return 0
     start = time.perf_counter()
-    with progress_bar("labelling", len(table)) as advance:
+    with progress_bar("writing" if task.generates else "labelling", len(table)) as advance:
         labels = label_texts(
             model, encoder, table.rows, batch_size=config.compute.batch_size, progress=advance
         )
     names = [task.name_of(label) for label in labels]
     write_frame(table.frame.assign(**{config.output_column: names}), output)
+    seconds = time.perf_counter() - start
+    if task.generates:
+        print(f"{len(labels)} texts written in {seconds:.1f} s: {output}")
+        score.measure_texts(config, task, table, labels)
+        return 0
     foreign = sum(label not in task.labels for label in labels)
-    print(f"{len(labels)} rows labelled in {time.perf_counter() - start:.1f} s: {output}")
+    print(f"{len(labels)} rows labelled in {seconds:.1f} s: {output}")
     if foreign:
         known = ", ".join(map(task.name_of, task.labels))
         print(f"for {foreign} of them the model wrote something else than {known}")
     return 0
+
+
+def _check_generation(config: PredictConfig, folders: list[Path]) -> None:
+    if len(folders) > 1:
+        raise UsageError(
+            f"--adapter {config.adapter} holds {len(folders)} prompts that write texts, which cannot be "
+            f"combined: name one of them, {folders[0]} to {folders[-1].name}"
+        )
+    for name in ("score", "calibrate", "length_normalise"):
+        if getattr(config, name):
+            raise UsageError(
+                f"{option_name(name)} is for labels, and {config.adapter} writes texts: leave it out"
+            )
 
 
 def _check_length(adapter: Path, model: Any, max_length: int) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from softprompt.cli.options import ComputeOptions, TableOptions, flag, given, nested, option
+from softprompt.cli.options import ComputeOptions, TableOptions, flag, given, nested, option, whole
 from softprompt.tasks.text_files import A_TABLE
 
 
@@ -14,7 +14,7 @@ class PredictConfig:
         "folder that `softprompt train` wrote", given, "FOLDER", required=True, group="data"
     )
     data: str = option(
-        f"rows to label: {A_TABLE}",
+        f"rows to label, or to write texts for: {A_TABLE}",
         given,
         "TABLE",
         required=True,
@@ -25,7 +25,9 @@ class PredictConfig:
     output: str = option(
         "file to write, of a type that --data may have, by its extension", given, "FILE", required=True
     )
-    output_column: str = option("name of the column with the labels", given, "NAME", default="prediction")
+    output_column: str = option(
+        "name of the column with the labels, or the texts", given, "NAME", default="prediction"
+    )
     overwrite: bool = flag("replace the output file if there is one")
     model: str | None = option(
         "the frozen model, if it is not where it was in training (default: the one trained with)",
@@ -43,9 +45,15 @@ class PredictConfig:
         "let the model write what it wants, token by token, instead of choosing the likeliest of the labels "
         "of the training"
     )
+    max_new_tokens: int | None = option(
+        "longest text that a prompt of --task generate writes, in tokens (default: that of the training)",
+        whole(1),
+        "N",
+    )
     label_column: str | None = option(
         "column with the true labels, to measure accuracy and macro-F1 and to draw which label "
-        "was taken for which (default: the one of the training, if the table has it)",
+        "was taken for which, or with the targets, to measure exact match, ROUGE-L and BLEU (default: the "
+        "one of the training, if the table has it)",
         given,
         "NAME",
     )

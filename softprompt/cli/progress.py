@@ -1,5 +1,6 @@
 """What the commands show while they run: bars, and a line for what is done; and a table at the end."""
 
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import TrainerCallback, TrainerState
 
 from softprompt.cli.notes import loss_note, say
 from softprompt.tasks.sweep import Run
+
+SHOWN = 200  # characters of a text that was written, or of its target
 
 
 @contextmanager
@@ -82,9 +85,14 @@ class TrainingProgress(_Bars):
             return
         rows = "validation rows" if "eval_validation_loss" in metrics else "evaluation rows"
         prefix = "eval_validation" if "eval_validation_loss" in metrics else "eval"
+        labelled = ""
+        if f"{prefix}_exact_match" in metrics:
+            labelled = (
+                f"accuracy {metrics[f'{prefix}_exact_match']:.1%}, "
+                f"macro-F1 {metrics[f'{prefix}_macro_f1']:.3f}, "
+            )
         self._bars.console.print(
-            f"step {state.global_step}: accuracy {metrics[f'{prefix}_exact_match']:.1%}, "
-            f"macro-F1 {metrics[f'{prefix}_macro_f1']:.3f}, loss {metrics[f'{prefix}_loss']:.4f} "
+            f"step {state.global_step}: {labelled}loss {metrics[f'{prefix}_loss']:.4f} "
             f"on {metrics[f'{prefix}_rows']} {rows}",
             highlight=False,
         )
@@ -121,16 +129,44 @@ def print_summary(metrics: dict[str, Any], output: Path) -> None:
         + ("" if metrics["best_step"] is None else f"; the prompt of step {metrics['best_step']} was kept"),
         "training loss": _shown(metrics["train_loss"], ".4f"),
         "evaluation loss": _shown(metrics["eval_loss"], ".4f"),
-        "accuracy": _shown(metrics["eval_exact_match"], ".1%") + _beside(metrics),
-        "macro-F1": _shown(metrics["eval_macro_f1"], ".3f"),
-        "accuracy in training": _shown(metrics["train_exact_match"], ".1%"),
-        "predicted": ", ".join(f"{label} {n:,}" for label, n in (metrics["eval_predicted"] or {}).items())
-        or "-",
+        **(_written_rows(metrics) if "eval_rouge_l" in metrics else _labelled_rows(metrics)),
         "adapter": str(output),
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for sample in metrics.get("eval_samples") or []:
+        shown = (
+            f"{name:>8}: {textwrap.shorten(sample[name], SHOWN)}" for name in ("text", "target", "written")
+        )
+        console.print("\n".join(shown), highlight=False, markup=False, soft_wrap=True)
+
+
+def _labelled_rows(metrics: dict[str, Any]) -> dict[str, str]:
+    predicted = (metrics["eval_predicted"] or {}).items()
+    return {
+        "accuracy": _shown(metrics["eval_exact_match"], ".1%") + _beside(metrics),
+        "macro-F1": _shown(metrics["eval_macro_f1"], ".3f"),
+        "accuracy in training": _shown(metrics["train_exact_match"], ".1%"),
+        "predicted": ", ".join(f"{label} {n:,}" for label, n in predicted) or "-",
+    }
+
+
+def _written_rows(metrics: dict[str, Any]) -> dict[str, str]:
+    zero_shot = metrics["zero_shot"] or {}
+    rows = {
+        title: _shown(metrics[f"eval_{name}"], form)
+        + (f" (without a prompt {zero_shot[name]:{form}})" if zero_shot else "")
+        for title, name, form in (
+            ("exact match", "exact_match", ".1%"),
+            ("ROUGE-L", "rouge_l", ".3f"),
+            ("BLEU", "bleu", ".1f"),
+        )
+    }
+    if zero_shot:
+        rows["written"] = f"{metrics['eval_written_rows']} rows (without a prompt {zero_shot['rows']})"
+    return rows
 
 
 def _beside(metrics: dict[str, Any]) -> str:

@@ -57,8 +57,10 @@ def _is_whole(file: Path) -> bool:
 
 def check_same_run(saved: SavedRun, now: SavedRun) -> None:
     """Raise UsageError where (task, model, settings) of this run are not those of the checkpoint."""
-    before = {**vars(saved[0]), "model": saved[1], **saved[2]}
-    after = {**vars(now[0]), "model": now[1], **now[2]}
+    before, after = (
+        {"task": "generate" if task.generates else "classify", **vars(task), "model": model, **settings}
+        for task, model, settings in (saved, now)
+    )
     for name, value in after.items():
         # What the table calls the labels changes nothing that is learnt.
         if name == "label_names" or before.get(name) == value:

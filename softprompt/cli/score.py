@@ -1,4 +1,4 @@
-"""Labels for new rows by likelihood: `softprompt predict` without `--generate`."""
+"""Labels for new rows by likelihood, and what is measured where a table has labels or targets."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from softprompt.files import write_text
 from softprompt.tasks.classification import ClassificationTask, Encoder
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import adapter_folders
-from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts, to_json
+from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts, text_scores, to_json
 from softprompt.tasks.plot import draw_confusion
 from softprompt.tasks.scoring import (
     content_free_log_likelihoods,
@@ -31,7 +31,7 @@ def check_outputs(config: PredictConfig, task: ClassificationTask, table: Table)
             raise UsageError(f"--output-column {column} is the column of a probability: give another name")
         if column in table.frame.columns:
             raise UsageError(f"{config.data} has a column {column!r} already: rename it")
-    for path in _measured_files(config):
+    for path in _measured_files(config, task):
         check_new(path, overwrite=config.overwrite)
 
 
@@ -45,7 +45,7 @@ def probability_column(label: str) -> str:
 
 
 def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -> list[str] | None:
-    """Return the names of the true labels of the rows, None where the table has none.
+    """Return the names of the true labels of the rows, or their targets; None where the table has none.
 
     Without `--label-column` the column of the training is used if it is there and holds known labels only.
     """
@@ -56,7 +56,8 @@ def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -
     try:
         reading = config.table.reading([config.data])
         labelled = read_table(config.data, table.text_column, column, every_line=True, **reading)
-        labelled = with_known_labels(labelled, task.labels, dict(task.label_names))
+        if not task.generates:
+            labelled = with_known_labels(labelled, task.labels, dict(task.label_names))
     except TaskError as error:
         if asked:
             raise
@@ -93,8 +94,7 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     write_frame(table.frame.assign(**columns), config.output)
     print(f"{len(predicted)} rows labelled in {time.perf_counter() - start:.1f} s: {config.output}")
     if labels is None:
-        for path in _measured_files(config):
-            path.unlink(missing_ok=True)  # with --overwrite, of the table that was replaced
+        _remove_measured(config, task)
         return
     counts = confusion_counts(predicted, labels, names)
     accuracy, f1 = accuracy_and_f1(predicted, labels)
@@ -105,14 +105,33 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
         "labels": list(names),
         "confusion": counts,
     }
-    metrics_file, confusion_file = _measured_files(config)
+    metrics_file, confusion_file = _measured_files(config, task)
     write_text(metrics_file, to_json(metrics))
     draw_confusion(counts, names, confusion_file, title=f"Accuracy {accuracy:.1%}, macro-F1 {f1:.3f}")
     print(f"accuracy {accuracy:.1%}, macro-F1 {f1:.3f}: {metrics_file}")
     print(f"which label was taken for which: {confusion_file}")
 
 
-def _measured_files(config: PredictConfig) -> tuple[Path, Path]:
-    """The files beside the output: the scores, and the figure of which label was taken for which."""
-    output = Path(config.output)
-    return output.with_suffix(".metrics.json"), output.with_suffix(".confusion.png")
+def measure_texts(config: PredictConfig, task: ClassificationTask, table: Table, texts: list[str]) -> None:
+    """Compare what was written for the rows of a table with its targets, where it has them."""
+    targets = read_labels(config, task, table)
+    if targets is None:
+        _remove_measured(config, task)
+        return
+    scores = text_scores(texts, targets)
+    (metrics_file,) = _measured_files(config, task)
+    write_text(metrics_file, to_json({"rows": len(targets), **scores}))
+    near = f"ROUGE-L {scores['rouge_l']:.3f}, BLEU {scores['bleu']:.1f}"
+    print(f"exact match {scores['exact_match']:.1%}, {near}: {metrics_file}")
+
+
+def _measured_files(config: PredictConfig, task: ClassificationTask) -> list[Path]:
+    """The files beside the output: the scores, and of labels the figure of which was taken for which."""
+    endings = (".metrics.json",) if task.generates else (".metrics.json", ".confusion.png")
+    return [Path(config.output).with_suffix(ending) for ending in endings]
+
+
+def _remove_measured(config: PredictConfig, task: ClassificationTask) -> None:
+    """Remove, with `--overwrite`, what was measured of the table that was replaced."""
+    for path in _measured_files(config, task):
+        path.unlink(missing_ok=True)

@@ -47,7 +47,9 @@ class SweepConfig:
         "N",
         default=8,
     )
-    training: TrainingConfig = nested(TrainingConfig, without=(*NOT_SWEPT, "output", "overwrite", "resume"))
+    training: TrainingConfig = nested(
+        TrainingConfig, without=(*NOT_SWEPT, "max_new_tokens", "output", "overwrite", "resume")
+    )
     output: str = option(
         "folder for sweep.csv, sweep.json, sweep.png, and the adapter of each run; finished runs in it are "
         "used again",

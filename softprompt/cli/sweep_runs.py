@@ -72,7 +72,12 @@ class Sweep:
         self.training, self.together = replace(training, validation_share=0.0), config.together
         training = self.training.with_values({name: values[0] for name, values in over.items()})
         self.folder = Path(config.output) / "runs"
-        train_table, eval_table = read_tables(training)
+        training, train_table, eval_table = read_tables(training)
+        if training.task == "generate":
+            raise UsageError(
+                "a sweep compares accuracies, and generated texts have none: use softprompt train, or give "
+                "--task classify if the targets are labels"
+            )
         if eval_table is None:
             raise UsageError("a sweep compares accuracies: give --eval-data, or a larger --eval-share")
         self.setup = set_up(training, train_table, eval_table)

@@ -29,11 +29,24 @@ EVALUATED = (
     "eval_predicted",
     "eval_prompt_exact_match",
 )
+WRITTEN = (
+    "eval_loss",
+    "eval_perplexity",
+    "eval_exact_match",
+    "eval_rouge_l",
+    "eval_bleu",
+    "eval_prompt_exact_match",
+    "eval_prompt_rouge_l",
+    "eval_prompt_bleu",
+    "eval_written_rows",
+    "eval_samples",
+)
 
 COMMAND = Command(
     TrainingConfig,
-    summary="train a soft prompt on a table of texts and labels",
-    description="Train a soft prompt that makes a frozen language model write the label of a text. "
+    summary="train a soft prompt on a table of texts and labels, or texts and targets",
+    description="Train a soft prompt that makes a frozen language model write the label of a text, or its "
+    "summary, its answer, its translation. "
     "Without options it trains a tiny shipped model on a shipped synthetic table.",
     example="softprompt train --data tweets.csv --text-column text --label-column label \\\n"
     "      --model bigscience/bloomz-560m --output complaints",
@@ -58,7 +71,7 @@ def run(config: TrainingConfig) -> int:
     from softprompt.prompts.vocabulary import vocab_size_of
 
     quiet_libraries()
-    setup = set_up(config, *read_tables(config), checkpoint=checkpoint)
+    setup = set_up(*read_tables(config), checkpoint=checkpoint)
     progress = TrainingProgress(vocab_size_of(setup.base))
     trainer, stop = build.build_trainer(setup, progress, checkpoint=checkpoint)
     say_rows(setup)
@@ -81,7 +94,7 @@ def run(config: TrainingConfig) -> int:
             scores = {
                 "zero_shot": zero_shot,
                 "eval": trainer.evaluate_all(),
-                "train": trainer.evaluate_trained(),
+                "train": {} if setup.encoder.task.generates else trainer.evaluate_trained(),
             }
         _save(setup, trainer, output, scores, seconds=time.perf_counter() - start)
     return 0
@@ -121,6 +134,16 @@ def _save(
         )
     history = trainer.state.log_history
     eval_labels = [] if setup.eval_table is None else setup.eval_table.labels or []
+    evaluated: dict[str, Any]
+    if setup.encoder.task.generates:
+        evaluated = {name: scores["eval"].get(name) for name in WRITTEN} | {"zero_shot": scores["zero_shot"]}
+    else:
+        evaluated = {
+            **{name: scores["eval"].get(name) for name in EVALUATED},
+            "train_exact_match": scores["train"].get("exact_match"),
+            "zero_shot": scores["zero_shot"],
+            "majority": majority(setup.train_table.labels or [], eval_labels) if eval_labels else None,
+        }
     metrics = {
         "model": setup.model_name,
         "train_rows": len(setup.train_table),
@@ -135,10 +158,7 @@ def _save(
         "validation_loss": trainer.state.best_metric,
         "seconds": seconds,
         "train_loss": _last(history, "loss").get("loss"),
-        **{name: scores["eval"].get(name) for name in EVALUATED},
-        "train_exact_match": scores["train"].get("exact_match"),
-        "zero_shot": scores["zero_shot"],
-        "majority": majority(setup.train_table.labels or [], eval_labels) if eval_labels else None,
+        **evaluated,
         "history": history,
     }
     with staging(output) as stage:

@@ -1,7 +1,7 @@
 """The options of a training run: what each is, its default, and what it may be."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from softprompt.cli.options import (
 from softprompt.prompt_paths import check_prompt_path
 from softprompt.tasks.classification import CHOICES, DEFAULT_TEMPLATE
 from softprompt.tasks.folders import adapter_folders
+from softprompt.tasks.labels import FEWEST_TARGETS
 from softprompt.tasks.text_files import A_TABLE
 
+GENERATION_TEMPLATE = "{{text_column}}: {{text}}\n{label_column}:"
 INITS = (
     "label-words",
     "text",
@@ -69,6 +71,8 @@ RECIPES: dict[str | None, dict[str, Any]] = {
 }
 # The shipped tiny model was made for the article's words, and ends its sentences with eos.
 SHIPPED = {**RECIPES["article"], "end_token": "eos", "epochs": 10}
+# Options whose defaults are made for labels, those of the shipped model among them.
+FOR_LABELS = ("template", "label_prefix", "max_length", "init", "init_text")
 # With the task and the training rows, all that decides the trained prompt: a resumed run must have the same.
 SETTINGS = (
     "num_virtual_tokens",
@@ -104,7 +108,9 @@ class TrainingConfig:
         group="data",
     )
     text_column: str = option("column with the texts", given, "NAME", default="Tweet text")
-    label_column: str = option("column with the labels to learn", given, "NAME", default="Label")
+    label_column: str = option(
+        "column with the labels, or the target texts, to learn", given, "NAME", default="Label"
+    )
     label_map: list[tuple[str, str]] | None = option(
         "words to learn in the place of labels of the table, as 0=negative 1=positive; a label ends at the "
         "first =, and one that begins with - is given as --label-map=-1=negative, beside other --label-map. "
@@ -114,6 +120,12 @@ class TrainingConfig:
         "LABEL=WORDS",
         nargs="+",
         action="extend",
+    )
+    task: str | None = option(
+        "classify: every row has one of a few labels; generate: every row has a target of its own, as a "
+        f"summary, an answer or a translation (default: classify; generate where at least {FEWEST_TARGETS} "
+        "rows have as many different targets)",
+        choices=("classify", "generate"),
     )
     eval_data: str | None = option(
         "table to measure the accuracy on; without it, a share of the training table is kept for that",
@@ -174,6 +186,12 @@ class TrainingConfig:
     max_length: int | None = option(
         "longest row in tokens, label included; a longer text loses its end (default: that of the longest "
         f"row, at most {LONGEST})",
+        whole(1),
+        "N",
+    )
+    max_new_tokens: int | None = option(
+        "longest target of --task generate in tokens, the end token included; a longer one loses its end "
+        f"(default: that of the longest training target, at most {LONGEST})",
         whole(1),
         "N",
     )
@@ -270,7 +288,8 @@ class TrainingConfig:
     @property
     def start(self) -> str:
         """`--init`, or what counts without it."""
-        return self.init or ("label-words" if self.init_text is None and not self.ensemble_texts else "text")
+        without_text = "counted" if self.task == "generate" else "label-words"
+        return self.init or (without_text if self.init_text is None and not self.ensemble_texts else "text")
 
     def resolved(self, *, rows: int, scale: float, dtype: str) -> "TrainingConfig":
         """Return the configuration with values for what was left open.
@@ -306,6 +325,31 @@ class TrainingConfig:
         recipe = {**(SHIPPED if self.model is None else {}), **RECIPES.get(self.recipe, {})}
         chosen = {name: value for name, value in recipe.items() if option_name(name) not in typed}
         return read_options(TrainingConfig, values_of(self) | chosen)
+
+    def for_task(self, task: str) -> "TrainingConfig":
+        """Return the configuration for a task, "classify" or "generate".
+
+        Raises:
+            UsageError: options were given that belong to the other one.
+        """
+        if task == "classify":
+            if self.max_new_tokens is not None:
+                raise UsageError("--max-new-tokens is for --task generate: labels are never cut")
+            return replace(self, task=task)
+        if self.label_map:
+            raise UsageError("--label-map is for --task classify: targets stay as they are")
+        defaults: dict[str, Any] = {each.name: each.default for each in fields(self)}
+        label_column = self.label_column.replace("{", "{{").replace("}", "}}")
+        defaults["template"] = GENERATION_TEMPLATE.format(label_column=label_column)
+        chosen = {*options_in(self.argv), *map(option_name, RECIPES.get(self.recipe, {}))}
+        changed = {name: defaults[name] for name in FOR_LABELS if option_name(name) not in chosen}
+        config = replace(self, task=task, **changed)
+        if config.start in ("label-words", "labels"):
+            raise UsageError(
+                f"--init {config.start} starts at the labels, and --task generate has none: give another "
+                "--init, or none for --init counted"
+            )
+        return config
 
     def with_values(self, values: Mapping[str, Any]) -> "TrainingConfig":
         """Return the configuration of a run of a sweep: with other values of some options."""

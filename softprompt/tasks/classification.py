@@ -1,7 +1,8 @@
-"""Text classification as language modelling: the template, its tokens and its targets.
+"""Text classification and text generation as language modelling: the template, its tokens and its targets.
 
-A row becomes `prompt tokens + label tokens + end token`; only the label and the end token are targets. This
-is the preprocessing of PEFT's "prompt tuning for causal language modeling" guide for every row of the table.
+A row becomes `prompt tokens + target tokens + end token`; only the target and the end token are learned. The
+target is one of a few labels, or, for generation, a text of its own. This is the preprocessing of PEFT's
+"prompt tuning for causal language modeling" guide for every row of the table.
 """
 
 import itertools
@@ -46,6 +47,8 @@ class ClassificationTask:
         positions: "padded": pads count for the positions that the prompt was trained with, as in PEFT;
             "compact": they do not, so a row is what it is alone.
         label_names: (label, name) of the labels that the training table calls otherwise.
+        max_new_tokens: of a generation task, whose targets are texts of their own and not `labels`: the
+            tokens of the longest target, end token included. None for a classification task.
     """
 
     text_column: str
@@ -58,6 +61,7 @@ class ClassificationTask:
     label_prefix: str | None = None
     positions: str = "padded"
     label_names: tuple[tuple[str, str], ...] = ()
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field: an adapter of someone else brings them along."""
@@ -74,11 +78,28 @@ class ClassificationTask:
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise TaskError(f"max_length must be a whole number of at least 1, got {self.max_length!r}")
         parse_template(self.template, self.text_column, self.label_column)
-        if not self.labels:
+        if self.max_new_tokens is not None:
+            if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+                raise TaskError(
+                    f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}"
+                )
+            if self.labels:
+                raise TaskError(f"a generation task has no labels, got {self.labels}")
+        elif not self.labels:
             raise TaskError("a classification task needs at least one label")
         for label in self.labels:
             if not isinstance(label, str) or not label.strip():
                 raise TaskError(f"a label must be a text that is not blank, got {label!r}")
+
+    @property
+    def generates(self) -> bool:
+        """Whether every row has a target of its own."""
+        return self.max_new_tokens is not None
+
+    @property
+    def target_word(self) -> str:
+        """What a target is called in messages."""
+        return "target" if self.generates else "label"
 
     @property
     def parts(self) -> Template:
@@ -101,13 +122,14 @@ class ClassificationTask:
     def record(self) -> dict[str, Any]:
         """Return the fields as `softprompt.json` has them.
 
-        What was not there before templates read columns, class names kept their underscores and labels had a
-        prefix, is there only where it says something: other tasks are written, and told apart, as they always
-        were.
+        What was not there before templates read columns, class names kept their underscores, labels had a
+        prefix and texts could be generated, is there only where it says something: other tasks are written,
+        and told apart, as they always were.
         """
         content = asdict(self)
-        if self.label_prefix is None:
-            del content["label_prefix"]
+        for name in ("label_prefix", "max_new_tokens"):
+            if content[name] is None:
+                del content[name]
         names = dict(content.pop("label_names"))
         if from_before_columns(self.template) != self.template:
             content["template_columns"] = list(self.columns)
@@ -155,23 +177,24 @@ def load_task(folder: Path) -> tuple[ClassificationTask, str, dict[str, Any]]:
 
 
 class Encoder:
-    """Turns texts and labels into token ids with one tokenizer.
+    """Turns texts and targets (labels, or the texts of a generation task) into token ids with one tokenizer.
 
     Where the tokenizer lacks the pad or the end-of-sequence token, the other one stands in for it. A text
-    that is too long loses its end, never the template's and never the label: every prompt keeps room for the
-    longest label, so that a text is cut in the same place in training and in labelling. Where the other
+    that is too long loses its end, never the template's and never the target: every prompt keeps room for
+    the longest target, so that a text is cut in the same place in training and in prediction. Where the other
     columns of the template leave no room for the text, they lose their ends too, the last one first.
 
     Attributes:
         pad_token_id: fills batches.
-        end_token_id: ends every label.
-        stop_token_ids: end a generated label.
-        max_target: tokens of the longest label with its end token.
+        end_token_id: ends every target that is not cut.
+        stop_token_ids: end a generated target.
+        targets: the token ids of every label with its end token; none for generation.
+        max_target: tokens of the longest target with its end token.
         max_prompt: tokens that the filled template may have.
 
     Raises:
         TaskError: the tokenizer has neither token, cannot tell two labels apart, or `max_length` has no room
-            for the template, one text token and the longest label.
+            for the template, one text token and the longest target.
     """
 
     def __init__(self, task: ClassificationTask, tokenizer: Any) -> None:
@@ -181,20 +204,20 @@ class Encoder:
         eos_token_id = _first_set(tokenizer.eos_token_id, tokenizer.pad_token_id)
         self.end_token_id = eos_token_id if task.end_token == "eos" else self.pad_token_id
         self.stop_token_ids = sorted({self.end_token_id, eos_token_id})
-        self.targets = {label: [*self._label_ids(label), self.end_token_id] for label in task.labels}
+        self.targets = {label: self._whole_target(label) for label in task.labels}
         self._label_of = {self._text(target): label for label, target in self.targets.items()}
         if len(self._label_of) < len(task.labels):
             raise TaskError(
                 f"the tokenizer does not tell the labels {task.labels} apart: rename some of them"
             )
-        self.max_target = max(len(target) for target in self.targets.values())
+        self.max_target = task.max_new_tokens or max(map(len, self.targets.values()))
         self.max_prompt = task.max_length - self.max_target
         template_length = len(self._tokenize(self.filled_with("")))
         if template_length + 1 > self.max_prompt:
             raise TaskError(
                 f"max_length {task.max_length} is too small: the template takes {template_length} tokens and "
-                f"the longest label {self.max_target} with its end token, so it must be at least "
-                f"{template_length + 1 + self.max_target}"
+                f"the longest {task.target_word} {self.max_target} with its end token, so it must be at "
+                f"least {template_length + 1 + self.max_target}"
             )
 
     def prompt(self, row: Row) -> list[int]:
@@ -231,35 +254,52 @@ class Encoder:
             found += [len(self._without_end(ids)) for ids in self.tokenizer(texts)["input_ids"]]
         return found
 
-    def example(self, row: Row, label: str) -> Example:
+    def target(self, text: str) -> list[int]:
+        """Return the token ids that are learned behind a row.
+
+        Those of a label and its end token; a target of a generation task has at most `max_target` of them,
+        and none that ends it where it is cut.
+        """
+        if not self.task.generates:
+            return self.targets[text]
+        return self._whole_target(text)[: self.max_target]
+
+    def target_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of targets with their end tokens: one with more than `max_target` is cut."""
+        return [len(self._whole_target(text)) for text in texts]
+
+    def example(self, row: Row, target_text: str) -> Example:
         """Return `input_ids`, `attention_mask` and `labels` of one row, all of its own length."""
-        prompt, target = self.prompt(row), self.targets[label]
+        prompt, target = self.prompt(row), self.target(target_text)
         return {
             "input_ids": prompt + target,
             "attention_mask": [1] * (len(prompt) + len(target)),
             "labels": [IGNORED] * len(prompt) + target,
         }
 
-    def examples(self, rows: Sequence[Row], labels: Sequence[str]) -> list[Example]:
+    def examples(self, rows: Sequence[Row], target_texts: Sequence[str]) -> list[Example]:
         """Return `example` of every row."""
-        return [self.example(row, label) for row, label in zip(rows, labels, strict=True)]
+        return [self.example(row, text) for row, text in zip(rows, target_texts, strict=True)]
 
     def decode(self, generated: Sequence[int]) -> str:
         """Return the label that the generated ids spell, or their text where they spell none."""
         text = self._text(generated)
         return self._label_of.get(text, text)
 
-    def _label_ids(self, label: str) -> list[int]:
-        """The tokens of a label behind the template, whose last words may share a token with it: not then."""
+    def _whole_target(self, text: str) -> list[int]:
+        return [*self._target_ids(text), self.end_token_id]
+
+    def _target_ids(self, target: str) -> list[int]:
+        """The tokens of a target as it stands behind the template, unless both share a token."""
 
         def ids(text: str) -> list[int]:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
         prefix, before = self.task.label_prefix, self.task.parts.words[-1]
         if prefix is None:
-            return ids(label)
-        start, whole = ids(before), ids(before + prefix + label)
-        return whole[len(start) :] if whole[: len(start)] == start else ids(prefix + label)
+            return ids(target)
+        start, whole = ids(before), ids(before + prefix + target)
+        return whole[len(start) :] if whole[: len(start)] == start else ids(prefix + target)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         ids = list(itertools.takewhile(lambda token_id: token_id not in self.stop_token_ids, token_ids))
@@ -269,7 +309,7 @@ class Encoder:
         return self._without_end(self.tokenizer(self.task.fill(row))["input_ids"])
 
     def _without_end(self, token_ids: Sequence[int]) -> list[int]:
-        # Some tokenizers close every text with the end-of-sequence token; here the label comes next.
+        # Some tokenizers close every text with the end-of-sequence token; here the target comes next.
         ids = list(token_ids)
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 

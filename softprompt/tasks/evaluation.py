@@ -1,4 +1,4 @@
-"""How well prompts label the rows of a table, beside what is there without them."""
+"""How well prompts label the rows of a table or write their targets, beside what is there without them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Any
 from torch import Tensor
 
 from softprompt.ensemble import combine
+from softprompt.nesting import base_of
 from softprompt.tasks.classification import Encoder
-from softprompt.tasks.inference import Progress
-from softprompt.tasks.metrics import accuracy_and_f1, exact_match, perplexity
-from softprompt.tasks.scoring import label_log_likelihoods, zero_shot_log_likelihoods
+from softprompt.tasks.inference import Progress, label_texts
+from softprompt.tasks.metrics import accuracy_and_f1, exact_match, perplexity, text_scores
+from softprompt.tasks.scoring import label_log_likelihoods, target_loss, zero_shot_log_likelihoods
 from softprompt.tasks.table import Table
+
+SAMPLES = 5  # of what was written, kept beside its targets
 
 
 class Evaluation:
-    """Losses and scores of tables with the prompts of a model: one pass, in which every label is scored.
+    """Losses and scores of tables with the prompts of a model.
 
-    A row gets its likeliest label, of several prompts the one that most of them prefer. Losses are means over
-    the label tokens of all rows, end token included, in nats per token; of several prompts the mean of each
-    one's.
+    Classification is one pass, in which every label is scored. A row gets its likeliest label, of several
+    prompts the one that most of them prefer. For generation `measure` is the loss of the targets, and
+    `written` compares them with what the model writes. Losses are means over the target tokens of all rows,
+    end token included, in nats per token; of several prompts the mean of each one's.
 
     Args:
         model: a PEFT model, patched or not.
@@ -38,15 +42,19 @@ class Evaluation:
         """Return the scores of a table.
 
         Args:
-            table: N rows with labels of the task.
+            table: N rows with labels of the task, or targets.
             adapters: names of K adapters.
             progress: called with the number of rows done in each batch.
 
         Returns:
-            `loss`, `perplexity`, `exact_match` (the share of rows with the right label), `macro_f1` and
-            `predicted` (how many rows got each label); of several adapters also `prompt_losses` and
-            `prompt_exact_match`, [K] each.
+            `loss`, `perplexity`, and of classification `exact_match` (the share of rows with the right
+            label), `macro_f1` and `predicted` (how many rows got each label); of several adapters also
+            `prompt_losses` and `prompt_exact_match`, [K] each.
         """
+        if self.encoder.task.generates:
+            losses = [self._target_loss(table, adapter, progress) for adapter in adapters]
+            scores = _loss_scores(sum(losses) / len(losses))
+            return scores | ({"prompt_losses": losses} if len(losses) > 1 else {})
         logs = label_log_likelihoods(
             self.model,
             self.encoder,
@@ -63,11 +71,53 @@ class Evaluation:
         return scores
 
     def zero_shot(self, table: Table, progress: Progress | None = None) -> dict[str, Any]:
-        """Return the scores of a table as `measure` does, of the frozen model without any prompt."""
+        """Return what `measure` does, and of generation `written`, of the frozen model without any prompt."""
+        if self.encoder.task.generates:
+            loss = self._target_loss(table, None, progress)
+            return _loss_scores(loss) | self.written(table, [None], progress)
         logs = zero_shot_log_likelihoods(
             self.model, self.encoder, table.rows, batch_size=self.batch_size, progress=progress
         )
         return self._scores(table, logs)
+
+    def written(
+        self, table: Table, adapters: Sequence[str | None], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Return how near what is written behind the rows of a table, greedily, is to their targets.
+
+        Args:
+            table: N rows with targets.
+            adapters: names of K adapters, each of which writes; None: the frozen model without any prompt.
+            progress: called with the number of rows done in each batch.
+
+        Returns:
+            `exact_match`, `rouge_l` and `bleu`, see `text_scores`, means over the adapters; of several ones
+            also `prompt_exact_match`, `prompt_rouge_l` and `prompt_bleu`, [K] each; and `samples`, some rows
+            with their `text`, `target` and what the first adapter has `written`.
+        """
+        targets, texts, scores = table.labels or [], [], []
+        for adapter in adapters:
+            if adapter is not None:
+                self.model.set_adapter(adapter)
+            writer = base_of(self.model) if adapter is None else self.model
+            texts.append(
+                label_texts(writer, self.encoder, table.rows, batch_size=self.batch_size, progress=progress)
+            )
+            scores.append(text_scores(texts[-1], targets))
+        found: dict[str, Any] = {}
+        for name in scores[0]:
+            each = [one[name] for one in scores]
+            found[name] = sum(each) / len(each)
+            if len(each) > 1:
+                found[f"prompt_{name}"] = each
+        rows = zip(table.texts[:SAMPLES], targets, texts[0], strict=False)
+        samples = [{"text": text, "target": target, "written": words} for text, target, words in rows]
+        return {**found, "samples": samples}
+
+    def _target_loss(self, table: Table, adapter: str | None, progress: Progress | None) -> float:
+        return target_loss(
+            self.model, self.encoder, table, adapter=adapter, batch_size=self.batch_size, progress=progress
+        )
 
     def _scores(self, table: Table, logs: Tensor) -> dict[str, Any]:
         """Of the log-likelihoods [K, N, C]."""
@@ -81,12 +131,15 @@ class Evaluation:
         predicted = [known[number] for number in chosen.tolist()]
         accuracy, f1 = accuracy_and_f1(predicted, expected)
         return {
-            "loss": loss,
-            "perplexity": perplexity(loss),
+            **_loss_scores(loss),
             "exact_match": accuracy,
             "macro_f1": f1,
             "predicted": dict(Counter(predicted).most_common()),
         }
+
+
+def _loss_scores(loss: float) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": perplexity(loss)}
 
 
 def majority(train_labels: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 _NO_WIDTH = "\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _WHOLE = re.compile(r"(-?\d+)\.0*")
 _SHOWN = 20
+FEWEST_TARGETS = 20  # in fewer rows labels may all be different by chance
 
 
 def clean_label(cell: str) -> str:
@@ -17,6 +18,11 @@ def clean_label(cell: str) -> str:
     while before != after:
         before, after = after, after.strip().strip(_NO_WIDTH)
     return after
+
+
+def are_targets(labels: Sequence[str]) -> bool:
+    """Whether labels are texts to be generated: of many rows, and no two of them alike."""
+    return len(labels) >= FEWEST_TARGETS and len(set(labels)) == len(labels)
 
 
 def label_words(names: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Scores of a classifier that writes its labels."""
+"""Scores of predicted labels and of generated texts."""
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,36 @@ def accuracy_and_f1(predicted: Sequence[str], expected: Sequence[str]) -> tuple[
 
     accuracy = exact_match(predicted, expected)
     return accuracy, float(f1_score(list(expected), list(predicted), average="macro", zero_division=0.0))
+
+
+class _Words:
+    """The words of a text for ROUGE: what rouge-score takes by itself, and letters of other scripts, too."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Return how near N written texts are to their N targets.
+
+    Returns:
+        `exact_match`, the share of texts that are their targets; `rouge_l`, the mean F-measure of their
+        longest common subsequences of words, from 0 to 1 (rouge-score, without stemming); `bleu` of all
+        texts together, from 0 to 100 (sacrebleu's defaults).
+
+    Raises:
+        ValueError: the sequences are empty or differ in length.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer  # takes seconds to import
+
+    share = exact_match(written, targets)  # checks the lengths
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    rouge = [
+        scorer.score(target, text)["rougeL"].fmeasure for text, target in zip(written, targets, strict=True)
+    ]
+    bleu = sacrebleu.corpus_bleu(list(written), [list(targets)], force=True).score
+    return {"exact_match": share, "rouge_l": sum(rouge) / len(rouge), "bleu": bleu}
 
 
 def confusion_counts(

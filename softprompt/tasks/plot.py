@@ -49,6 +49,8 @@ def new_figure(size: tuple[float, float], path: str | Path, title: str = "") -> 
 def draw_training(metrics: dict[str, Any], path: str | Path) -> None:
     """Draw losses and accuracies over the steps of a run, and what is right without a trained prompt.
 
+    Of a generation task it is how near what is written is to the targets, with the prompt and without it.
+
     Args:
         metrics: the content of the run's metrics.json.
         path: of the figure.
@@ -58,9 +60,14 @@ def draw_training(metrics: dict[str, Any], path: str | Path) -> None:
         left, right = figure.subplots(1, 2)
         losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         left.plot(*_columns(losses), color=GREY, linewidth=1.2, label="training")
-        left.set(title="Loss", xlabel="step", ylabel="nats per label token", ylim=(0, None))
+        written = "eval_rouge_l" in metrics
+        unit = f"nats per {'target' if written else 'label'} token"
+        left.set(title="Loss", xlabel="step", ylabel=unit, ylim=(0, None))
         _watched(left, metrics, "loss", BLUE)
-        draw_accuracy(right, metrics)
+        if written:
+            _draw_written(right, metrics)
+        else:
+            draw_accuracy(right, metrics)
         for axes in (left, right):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8)
@@ -84,6 +91,25 @@ def draw_accuracy(axes: Any, metrics: dict[str, Any]) -> None:
     ):
         text = literal(f"{name}: {share:.1%}")
         axes.axhline(share, color=GREY, linewidth=1, linestyle=style, label=text)
+
+
+def _draw_written(axes: Any, metrics: dict[str, Any]) -> None:
+    axes.set(title="What is written, beside its targets", ylabel="of 100", ylim=(0, 115))
+    zero_shot = metrics["zero_shot"]
+    if zero_shot is None:
+        axes.text(0.5, 0.5, "no evaluation rows", transform=axes.transAxes, ha="center", color=GREY)
+        return
+    trained = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    rows, before = metrics["eval_written_rows"], zero_shot["rows"]
+    for offset, scores, color, label in (
+        (-0.2, zero_shot, GREY, f"without a prompt ({before:,} rows)"),
+        (0.2, trained, GREEN, f"with the prompt ({rows:,} rows)"),
+    ):
+        heights = [100 * scores["exact_match"], 100 * scores["rouge_l"], scores["bleu"]]
+        places = [place + offset for place in range(3)]
+        bars = axes.bar(places, heights, color=color, width=0.4, label=label)
+        axes.bar_label(bars, [f"{height:.1f}" for height in heights], padding=2)
+    axes.set_xticks(range(3), ["exact match", "ROUGE-L", "BLEU"])
 
 
 def _watched(axes: Any, metrics: dict[str, Any], score: str, color: str) -> None:

@@ -1,4 +1,4 @@
-"""Labels by their likelihood: no text is generated, every label of every row is scored in one packed forward.
+"""Likelihoods of labels and targets: no text is generated, all labels of a row are scored in one forward.
 
 The end token is part of a label, so that a label which begins like another one is told apart from it: "no"
 and its end against "no complaint" and its end.
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from softprompt.engine.candidates import score
+from softprompt.engine.forward import forward
 from softprompt.nesting import base_of
 from softprompt.prompt_encoders import prompt_of
 from softprompt.prompts.vocabulary import embed
-from softprompt.tasks.classification import Encoder
-from softprompt.tasks.collate import collate_prompts
+from softprompt.tasks.classification import IGNORED, Encoder
+from softprompt.tasks.collate import LeftPadCollator, collate_prompts
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.inference import evaluation_mode
+from softprompt.tasks.table import Table
 from softprompt.tasks.template import Row
 
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")  # of Zhao et al. 2021, section 5
@@ -79,11 +81,65 @@ def zero_shot_log_likelihoods(
     """
 
     def batch_of(ids: list[list[int]]) -> tuple[list[Tensor], list[int], list[list[int]]]:
-        first = sorted({row[0] for row in ids})
-        tokens = [embed(model, [token]) for token in first]
-        return tokens, [first.index(row[0]) for row in ids], [row[1:] for row in ids]
+        tokens, first = _first_tokens(model, ids)
+        return tokens, first, [row[1:] for row in ids]
 
     return _scored(model, encoder, texts, batch_of, 1, batch_size, progress)
+
+
+def _first_tokens(model: Any, ids: Sequence[Sequence[int]]) -> tuple[list[Tensor], list[int]]:
+    """The embeddings [1, H] of the first tokens of rows, each once, and the number of that of each row."""
+    first = sorted({row[0] for row in ids})
+    return [embed(model, [token]) for token in first], [first.index(row[0]) for row in ids]
+
+
+@torch.no_grad()
+def target_loss(
+    model: Any,
+    encoder: Encoder,
+    table: Table,
+    *,
+    adapter: str | None,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> float:
+    """The mean loss of the targets of a table, in nats per token, in packed forwards as in training.
+
+    Args:
+        model: a PEFT prompt-tuning model, patched or not.
+        encoder: of the task.
+        table: N rows with targets.
+        adapter: behind whose prompt the rows stand. None: the frozen model alone, where the first token of
+            each row stands in the place of a prompt, as in `zero_shot_log_likelihoods`.
+        batch_size: rows in a forward.
+        progress: called with the number of rows done in each batch.
+    """
+    collate = LeftPadCollator.of(encoder)
+    total, tokens = 0.0, 0
+    examples = encoder.examples(table.rows, table.labels or [])
+    with evaluation_mode(model):
+        for start in range(0, len(examples), batch_size):
+            rows = examples[start : start + batch_size]
+            prompts, prompt_of_row = [prompt_of(model, adapter)] if adapter else [], [0] * len(rows)
+            if adapter is None:
+                prompts, prompt_of_row = _first_tokens(model, [row["input_ids"] for row in rows])
+                rows = [{name: values[1:] for name, values in row.items()} for row in rows]
+            batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
+            output = forward(
+                base_of(model),
+                [prompt.to(model.device) for prompt in prompts],
+                batch["input_ids"],
+                batch["attention_mask"],
+                batch["labels"],
+                prompt_of_row,
+                positions=encoder.task.positions,
+            )
+            count = int((batch["labels"] != IGNORED).sum())
+            total += float(output.loss) * count
+            tokens += count
+            if progress is not None:
+                progress(len(rows))
+    return total / tokens
 
 
 def _scored(

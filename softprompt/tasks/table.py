@@ -137,8 +137,10 @@ def read_table(
     )
 
 
-def split_table(table: Table, share: float, seed: int) -> tuple[Table, Table]:
-    """Split off a seeded, stratified share: `round(share * rows)` of every label, but never all of its rows.
+def split_table(table: Table, share: float, seed: int, *, by_label: bool = True) -> tuple[Table, Table]:
+    """Split off a seeded share: `round(share * rows)` of every label, but never all of its rows.
+
+    Without `by_label` the share is of all rows, whatever stands in the label column.
 
     Returns (rest, split off), each in the order of the table.
 
@@ -147,8 +149,13 @@ def split_table(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     """
     generator = random.Random(seed)
     chosen: set[int] = set()
-    for label in table.known_labels():
-        rows = [i for i, value in enumerate(table.labels or []) if value == label]
+    groups = [list(range(len(table)))]
+    if by_label:
+        of_label: dict[str, list[int]] = {label: [] for label in table.known_labels()}
+        for i, label in enumerate(table.labels or []):
+            of_label[label].append(i)
+        groups = list(of_label.values())
+    for rows in groups:
         generator.shuffle(rows)
         chosen.update(rows[: min(round(share * len(rows)), len(rows) - 1)])
     if not chosen:

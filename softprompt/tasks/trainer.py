@@ -44,6 +44,7 @@ from softprompt.tasks.table import Table, sample_rows
 
 KEPT_CHECKPOINTS = 2
 WATCHED_ROWS = 128  # measured again and again while a prompt is trained
+WRITTEN_ROWS = 32  # written without a prompt, which rarely ends a text before the longest target is over
 
 
 @dataclass(frozen=True)
@@ -285,20 +286,29 @@ class PromptTrainer(Trainer):
         return metrics
 
     def evaluate_all(self) -> dict[str, Any]:
-        """Return and log the scores of the whole evaluation table, unless `evaluate` has just measured it."""
+        """Return and log the scores of the whole evaluation table, unless `evaluate` has just measured it.
+
+        Those of what is written for some of its rows, of a generation task, are with them, but not logged.
+        """
         if self.eval_table is None:
             return {}
         measured = [e for e in self.state.log_history if "eval_loss" in e]
-        last = measured[-1] if measured else {}
-        if last.get("step") == self.state.global_step and last["eval_rows"] == len(self.eval_table):
-            return last
-        return self._measured(self.eval_table, "eval")
+        scores = measured[-1] if measured else {}
+        if scores.get("step") != self.state.global_step or scores["eval_rows"] != len(self.eval_table):
+            scores = self._measured(self.eval_table, "eval")
+        if not self.encoder.task.generates:
+            return scores
+        table = sample_rows(self.eval_table, WATCHED_ROWS, self.args.seed)
+        written = self.evaluation.written(table, self._measured_adapters, self._progress(table))
+        written |= {"written_rows": len(table)}
+        return {**scores, **{f"eval_{name}": value for name, value in written.items()}}
 
     def zero_shot(self) -> dict[str, Any] | None:
         """Return the scores of the frozen model alone on some of the evaluation rows; None without any."""
         if self.eval_table is None:
             return None
-        table = sample_rows(self.eval_table, WATCHED_ROWS, self.args.seed)
+        rows = WRITTEN_ROWS if self.encoder.task.generates else WATCHED_ROWS
+        table = sample_rows(self.eval_table, rows, self.args.seed)
         return {**self.evaluation.zero_shot(table, self._progress(table)), "rows": len(table)}
 
     def evaluate_trained(self) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def test_a_record_has_the_runs_that_its_command_makes(record):
     for values in over.values():
         expected *= len(values)
     assert len(record["runs"]) == expected
-    config = values_of(read_options(TrainingConfig, args).with_recipe())
+    config = read_options(TrainingConfig, args).with_recipe().for_task("classify")
+    config = values_of(config.resolved(rows=200, scale=1.0, dtype="float32"))
     for name, value in record["fixed"].items():
         assert config[name] == value
 
