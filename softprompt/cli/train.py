@@ -27,6 +27,7 @@ EVALUATED = (
     "eval_exact_match",
     "eval_macro_f1",
     "eval_predicted",
+    "eval_confusion",
     "eval_prompt_exact_match",
 )
 WRITTEN = (
@@ -140,6 +141,7 @@ def _save(
     else:
         evaluated = {
             **{name: scores["eval"].get(name) for name in EVALUATED},
+            "labels": setup.encoder.task.labels,
             "train_exact_match": scores["train"].get("exact_match"),
             "zero_shot": scores["zero_shot"],
             "majority": majority(setup.train_table.labels or [], eval_labels) if eval_labels else None,

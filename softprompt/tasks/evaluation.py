@@ -12,7 +12,7 @@ from softprompt.ensemble import combine
 from softprompt.nesting import base_of
 from softprompt.tasks.classification import Encoder
 from softprompt.tasks.inference import Progress, label_texts
-from softprompt.tasks.metrics import accuracy_and_f1, exact_match, perplexity, text_scores
+from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts, exact_match, perplexity, text_scores
 from softprompt.tasks.scoring import label_log_likelihoods, target_loss, zero_shot_log_likelihoods
 from softprompt.tasks.table import Table
 
@@ -48,7 +48,8 @@ class Evaluation:
 
         Returns:
             `loss`, `perplexity`, and of classification `exact_match` (the share of rows with the right
-            label), `macro_f1` and `predicted` (how many rows got each label); of several adapters also
+            label), `macro_f1`, `predicted` (how many rows got each label) and `confusion` [C][C] (how many
+            rows of label c got label d, labels in the order of the task); of several adapters also
             `prompt_losses` and `prompt_exact_match`, [K] each.
         """
         if self.encoder.task.generates:
@@ -135,6 +136,7 @@ class Evaluation:
             "exact_match": accuracy,
             "macro_f1": f1,
             "predicted": dict(Counter(predicted).most_common()),
+            "confusion": confusion_counts(predicted, expected, known),
         }
 
 

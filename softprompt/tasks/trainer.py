@@ -147,6 +147,11 @@ class PromptTrainer(Trainer):
         self.diverged: set[str] = set()
         self._losses: list[Tensor] = []  # [K] of each batch, not a number for a run that was left
         self._first_logged = 0
+        self._last: tuple[int, Table | None, dict[str, Any]] = (
+            0,
+            None,
+            {},
+        )  # step, what was measured, scores
         self._evaluated = evaluated
         self._staging: Path | None = None
         if len(self.adapters) > 1:
@@ -292,9 +297,8 @@ class PromptTrainer(Trainer):
         """
         if self.eval_table is None:
             return {}
-        measured = [e for e in self.state.log_history if "eval_loss" in e]
-        scores = measured[-1] if measured else {}
-        if scores.get("step") != self.state.global_step or scores["eval_rows"] != len(self.eval_table):
+        step, table, scores = self._last
+        if step != self.state.global_step or table is not self.eval_table:
             scores = self._measured(self.eval_table, "eval")
         if not self.encoder.task.generates:
             return scores
@@ -329,7 +333,8 @@ class PromptTrainer(Trainer):
         metrics = self.evaluation.measure(table, self._measured_adapters, self._progress(table))
         metrics |= {"rows": len(table), "seconds": time.perf_counter() - start}
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
+        self.log({name: value for name, value in metrics.items() if not name.endswith("_confusion")})
+        self._last = (self.state.global_step, table, metrics)
         return metrics
 
     @property
