@@ -300,6 +300,11 @@ class TableOptions:
         only_for=(*_CSV_TYPES, WORKBOOK),
     )
 
+    skip_empty: bool = flag(
+        "leave rows without a text or a label out, with a count; `softprompt predict` writes them without a "
+        "prediction"
+    )
+
     def reading(self, sources: Sequence[str]) -> dict[str, Any]:
         """Return what `read_table` is told of the options.
 
@@ -308,7 +313,7 @@ class TableOptions:
         """
         kinds, named = {kind_of(source) for source in sources}, " and ".join(sources)
         for each in fields(self):
-            wanted = each.metadata["only_for"]
+            wanted = each.metadata.get("only_for", kinds)
             if getattr(self, each.name) and not kinds & set(wanted):
                 *others, last = wanted
                 files = f"{', '.join(others)} and {last} files" if others else f"{last} files"
@@ -323,6 +328,7 @@ class TableOptions:
             "separator": self.separator,
             "sheet": self.sheet,
             "header": not self.no_header,
+            "skip_empty": self.skip_empty,
         }
 
 

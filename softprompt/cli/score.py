@@ -44,10 +44,11 @@ def probability_column(label: str) -> str:
     return f"p({label})"
 
 
-def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -> list[str] | None:
-    """Return the names of the true labels of the rows, or their targets; None where the table has none.
+def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -> dict[int, str] | None:
+    """Return the names of the true labels, or the targets, by the rows of the table's frame.
 
-    Without `--label-column` the column of the training is used if it is there and holds known labels only.
+    None where the table has none; with `--skip-empty`, rows with an empty one are missing. Without
+    `--label-column` the column of the training is used if it is there and holds known labels only.
     """
     asked = config.label_column is not None
     column = config.label_column or task.label_column
@@ -63,7 +64,7 @@ def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -
             raise
         print(f"nothing is measured: {error}")
         return None
-    return [task.name_of(label) for label in labelled.labels or []]
+    return dict(zip(labelled.index, map(task.name_of, labelled.labels or []), strict=True))
 
 
 def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Table) -> None:
@@ -88,16 +89,18 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     chosen, shares = combine(each, config.combine or "vote")
     names = tuple(map(task.name_of, task.labels))
     predicted = [names[number] for number in chosen.tolist()]
-    columns = {config.output_column: predicted}
+    columns: dict[str, list[Any]] = {config.output_column: predicted}
     if _with_probabilities(config):
         columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}
+    columns = {name: table.column(values) for name, values in columns.items()}
     write_frame(table.frame.assign(**columns), config.output)
     print(f"{len(predicted)} rows labelled in {time.perf_counter() - start:.1f} s: {config.output}")
     if labels is None:
         _remove_measured(config, task)
         return
-    counts = confusion_counts(predicted, labels, names)
-    accuracy, f1 = accuracy_and_f1(predicted, labels)
+    predicted, expected = _measured_rows(table, predicted, labels)
+    counts = confusion_counts(predicted, expected, names)
+    accuracy, f1 = accuracy_and_f1(predicted, expected)
     metrics = {
         "rows": len(labels),
         "accuracy": accuracy,
@@ -108,7 +111,7 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     metrics_file, confusion_file = _measured_files(config, task)
     write_text(metrics_file, to_json(metrics))
     draw_confusion(counts, names, confusion_file, title=f"Accuracy {accuracy:.1%}, macro-F1 {f1:.3f}")
-    print(f"accuracy {accuracy:.1%}, macro-F1 {f1:.3f}: {metrics_file}")
+    print(f"accuracy {accuracy:.1%}, macro-F1 {f1:.3f}{_of_rows(table, labels)}: {metrics_file}")
     print(f"which label was taken for which: {confusion_file}")
 
 
@@ -118,11 +121,21 @@ def measure_texts(config: PredictConfig, task: ClassificationTask, table: Table,
     if targets is None:
         _remove_measured(config, task)
         return
-    scores = text_scores(texts, targets)
+    scores = text_scores(*_measured_rows(table, texts, targets))
     (metrics_file,) = _measured_files(config, task)
     write_text(metrics_file, to_json({"rows": len(targets), **scores}))
     near = f"ROUGE-L {scores['rouge_l']:.3f}, BLEU {scores['bleu']:.1f}"
-    print(f"exact match {scores['exact_match']:.1%}, {near}: {metrics_file}")
+    print(f"exact match {scores['exact_match']:.1%}, {near}{_of_rows(table, targets)}: {metrics_file}")
+
+
+def _measured_rows(table: Table, predicted: list[str], labels: dict[int, str]) -> tuple[list[str], list[str]]:
+    """Return what was predicted for the rows that have a label, and their labels."""
+    of_row = dict(zip(table.index, predicted, strict=True))
+    return [of_row[row] for row in labels], list(labels.values())
+
+
+def _of_rows(table: Table, labels: dict[int, str]) -> str:
+    return "" if len(labels) == len(table.frame) else f" of the {len(labels):,} rows with text and label"
 
 
 def _measured_files(config: PredictConfig, task: ClassificationTask) -> list[Path]:

@@ -27,10 +27,11 @@ class Table:
         label_column: column of the labels.
         texts: one of each row.
         labels: one of each row, as a model writes it; None for a table read without a label column.
-        frame: every column as it was read.
+        frame: every row as it was read, with all of its columns.
         others: the cells of the other columns that were asked for, "" where one is missing.
         label_names: what the labels are called in the table, where a model writes them otherwise.
-        notes: what is to be said of the source: of blank lines that were left out, and of other sheets.
+        notes: what is to be said of the source: of lines and rows that were left out, and of other sheets.
+        skipped: rows of `frame` that are not in the table, because their text or label is empty.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Table:
     others: dict[str, list[str]] = field(default_factory=dict)
     label_names: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    skipped: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -55,14 +57,26 @@ class Table:
         rows = zip(self.texts, *self.others.values(), strict=True)
         return [dict(zip(names, cells, strict=True)) for cells in rows]
 
+    @property
+    def index(self) -> list[int]:
+        """The row of `frame` that each text is in."""
+        return [row for row in range(len(self.frame)) if row not in self.skipped]
+
+    def column(self, values: Sequence[Any]) -> list[Any]:
+        """Return a column for `frame`: the value of each text, and None in the rows that were skipped."""
+        found = iter(values)
+        return [None if row in self.skipped else next(found) for row in range(len(self.frame))]
+
     def take(self, indices: Sequence[int]) -> "Table":
         """Return the rows at `indices`, in that order."""
+        index = self.index
         return replace(
             self,
             texts=[self.texts[i] for i in indices],
             labels=None if self.labels is None else [self.labels[i] for i in indices],
-            frame=self.frame.iloc[list(indices)].reset_index(drop=True),
+            frame=self.frame.iloc[[index[i] for i in indices]].reset_index(drop=True),
             others={name: [cells[i] for i in indices] for name, cells in self.others.items()},
+            skipped=frozenset(),
         )
 
     def known_labels(self) -> tuple[str, ...]:
@@ -77,6 +91,7 @@ def read_table(
     *,
     columns: Sequence[str] = (),
     every_line: bool = False,
+    skip_empty: bool = False,
     **reading: Any,
 ) -> Table:
     """Read a table of texts and, where `label_column` is given, of labels.
@@ -93,12 +108,13 @@ def read_table(
         columns: other columns that a template reads.
         every_line: refuse blank lines between the rows of a file, which are left out otherwise: for tables
             whose lines have to stand beside those of another file.
+        skip_empty: leave rows without a text or a label out of the table, though not out of its frame.
         reading: what `Reading` has.
 
     Raises:
         TaskError: the source does not exist, is of an unknown type, cannot be read or has no rows; a column
             is missing, there twice or asked for twice; rows have more cells than the header; a text or a
-            label is empty or no text (the row is named, counted from 1 without the header).
+            label is empty or no text (the row is named, counted from 1 without the header), or all are.
     """
     if label_column == text_column:
         raise TaskError(f"column {text_column!r} cannot be both the text and the label: name two columns")
@@ -113,27 +129,36 @@ def read_table(
     notes = [found.note] if found.note else []
     if found.blank_lines:
         notes.append(f"blank lines between rows were left out: {len(found.blank_lines):,}")
-    texts = _cells(found, text_column, "text", str(source))
+    empty: set[int] | None = set() if skip_empty else None
+    texts = _cells(found, text_column, "text", str(source), empty)
     labels, label_names = None, dict[str, str]()
     if label_column is not None:
-        cells = [clean_label(cell) for cell in _cells(found, label_column, "label", str(source))]
-        words = label_words(found.class_names.get(label_column, []))
-        # A column of integers with gaps is one of floats in pandas, and in what it wrote.
-        floats = {str(cell) for cell in found.frame[label_column].tolist() if isinstance(cell, float)}
-        words |= {cell: whole_number(cell) for cell in floats}
+        cells = [clean_label(cell) for cell in _cells(found, label_column, "label", str(source), empty)]
+        words = _words(found, label_column)
         labels, there = [words.get(cell, cell) for cell in cells], set(cells)
         # Where some cells have the word itself, it is the table's own, too.
         label_names = {word: name for name, word in words.items() if word != name and word not in there}
+    skipped = frozenset(empty or ())
+    needed = "a text" if label_column is None else "a text and a label"
+    if len(skipped) == len(texts):
+        raise TaskError(f"{source} has no row with {needed}: is the text in column {text_column!r}?")
+    if skipped:
+        notes.append(f"rows without {needed} were skipped: {len(skipped):,}")
+
+    def kept(cells: list[str]) -> list[str]:
+        return [cell for row, cell in enumerate(cells) if row not in skipped]
+
     return Table(
         source=str(source),
         text_column=text_column,
         label_column=label_column,
-        texts=texts,
-        labels=labels,
+        texts=kept(texts),
+        labels=None if labels is None else kept(labels),
         frame=found.frame,
-        others={name: _cells(found, name, "column", str(source)) for name in columns},
+        others={name: kept(_cells(found, name, "column", str(source))) for name in columns},
         label_names=label_names,
         notes=tuple(notes),
+        skipped=skipped,
     )
 
 
@@ -259,8 +284,19 @@ def with_known_labels(table: Table, known: Sequence[str], names: Mapping[str, st
     return found
 
 
-def _cells(found: Source, column: str, kind: str, source: str) -> list[str]:
-    """Return a column as strings; only one of the kind "column" may have empty cells."""
+def _words(found: Source, column: str) -> dict[str, str]:
+    """Return what is learnt for labels that are called otherwise in a table."""
+    # A column of integers with gaps is one of floats in pandas, and in what it wrote.
+    floats = {str(cell) for cell in found.frame[column].tolist() if isinstance(cell, float)}
+    numbers = {cell: whole_number(cell) for cell in floats}
+    return label_words(found.class_names.get(column, [])) | numbers
+
+
+def _cells(found: Source, column: str, kind: str, source: str, empty: set[int] | None = None) -> list[str]:
+    """Return a column as strings.
+
+    Only one of the kind "column" may have empty cells, unless the rows of others are to be added to `empty`.
+    """
     frame = found.frame
     if column not in frame.columns:
         there = f"{source} has no column {column!r}; its columns are {quoted(list(frame.columns))}"
@@ -275,7 +311,12 @@ def _cells(found: Source, column: str, kind: str, source: str) -> list[str]:
     for row, (value, cell) in enumerate(zip(values, cells, strict=True), start=1):
         place = f"{source}: row {row} (counted from 1, without the header)"
         if kind != "column" and not (clean_label(cell) if kind == "label" else cell.strip()):
-            raise TaskError(f"{place} has an empty {kind} in column {column!r}: fill it in or remove the row")
+            if empty is None:
+                raise TaskError(
+                    f"{place} has an empty {kind} in column {column!r}: fill it in, remove the row, or give "
+                    "--skip-empty"
+                )
+            empty.add(row - 1)
         if isinstance(value, _NO_TEXT):
             raise TaskError(
                 f"{place} has a {type(value).__name__} in column {column!r}, expected a "

@@ -178,6 +178,28 @@ def test_a_bad_file_is_refused_with_its_problem(tmp_path, name, content, message
     assert str(path) in str(error.value)
 
 
+def test_rows_with_an_empty_text_or_label_are_skipped_where_that_is_asked(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label,more\na,x,1\n ,y,2\nb,,3\n,,4\nc,y,5\n")
+    with pytest.raises(TaskError, match=r"row 2 .* has an empty text .* or give --skip-empty"):
+        read_table(path, "text", "label")
+    (tmp_path / "labels.csv").write_text("text,label\na,\n")
+    with pytest.raises(TaskError, match=r"row 1 .* has an empty label .* or give --skip-empty"):
+        read_table(tmp_path / "labels.csv", "text", "label")
+    table = read_table(path, "text", "label", columns=["more"], skip_empty=True)
+    assert (table.texts, table.labels, table.others) == (["a", "c"], ["x", "y"], {"more": ["1", "5"]})
+    assert table.notes == ("rows without a text and a label were skipped: 3",)
+    assert (len(table), len(table.frame), table.index) == (2, 5, [0, 4])
+    assert table.column(["p", "q"]) == ["p", None, None, None, "q"]
+    second = table.take([1])
+    assert (second.texts, second.frame["more"].tolist(), second.index) == (["c"], ["5"], [0])
+    unlabelled = read_table(path, "text", skip_empty=True)
+    assert (unlabelled.texts, unlabelled.index) == (["a", "b", "c"], [0, 2, 4])
+    path.write_text("text,label\n,x\na,\n")
+    with pytest.raises(TaskError, match="has no row with a text and a label: is the text in column 'text'"):
+        read_table(path, "text", "label", skip_empty=True)
+
+
 def test_one_column_is_not_text_and_label(tmp_path):
     (tmp_path / "t.csv").write_text("text,label\na,b\n")
     with pytest.raises(TaskError, match="column 'text' cannot be both the text and the label"):
