@@ -62,7 +62,7 @@ class ExportConfig:
         "the name of the model on the server (default: the name of --model)", given, "NAME"
     )
     max_tokens: int | None = option(
-        f"longest answer in tokens (default: that of the longest label, or {DEFAULT_MAX_TOKENS})",
+        f"longest answer in tokens (default: that of the longest label or target, or {DEFAULT_MAX_TOKENS})",
         whole(1),
         "N",
     )

@@ -68,6 +68,8 @@ class TrainingProgress(_Bars):
 
     def evaluated(self, rows: int, total: int) -> None:
         """Move the bar of the evaluation by `rows` of all the `total` rows that it goes through."""
+        if self._bars.tasks[self._evaluation].finished:  # another evaluation follows at once
+            self._bars.reset(self._evaluation)
         self._bars.update(self._evaluation, advance=rows, total=total, visible=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:

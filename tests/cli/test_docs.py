@@ -94,6 +94,7 @@ READERS = {
             "new_tweets.jsonl": ("text",),
             "train.csv": ("Tweet text", "Label"),
             "pairs.csv": ("premise", "label", "hypothesis"),
+            "questions.csv": ("question", "answer"),
         },
         False,
     ),

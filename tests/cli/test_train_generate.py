@@ -170,6 +170,16 @@ def test_the_shipped_model_takes_targets_that_are_longer_than_its_own_rows(run, 
     assert load_task(tmp_path)[0].max_length > 64
 
 
+@pytest.mark.parametrize("more", [(), ("--no-patch",), ("--positions", "padded")])
+def test_a_model_that_cannot_be_packed_is_trained_and_measured(
+    train, tmp_path, read_json, unpacked_folder, more
+):
+    code, _, err = train(*more, **{"--model": unpacked_folder})
+    assert code == 0, err
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics["eval_loss"] < metrics["zero_shot"]["loss"]
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
