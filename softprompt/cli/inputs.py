@@ -27,6 +27,8 @@ from softprompt.tasks.table import (
 )
 from softprompt.tasks.template import parse_template
 
+MANY_LABELS = 10  # of which some may be texts to be written, where most rows have one of their own
+
 
 @dataclass(frozen=True, eq=False)
 class Setup:
@@ -86,15 +88,22 @@ def read_tables(config: TrainingConfig) -> tuple[TrainingConfig, Table, Table | 
 
 
 def _task_of(table: Table) -> str:
-    if not are_targets(table.labels or []):
-        return "classify"
-    count = f"{len(table):,}"
-    note = (
-        f"{count} rows with {count} different targets in column {table.label_column!r}: trained as a "
-        "generation task (--task generate); give --task classify if they are labels"
-    )
-    print(f"softprompt: {note}", file=sys.stderr)
-    return "generate"
+    rows, different = len(table), len(table.known_labels())
+    said = f"softprompt: {rows:,} rows with {different:,} different"
+    if are_targets(table.labels or []):
+        print(
+            f"{said} targets in column {table.label_column!r}: trained as a generation task "
+            "(--task generate); give --task classify if they are labels",
+            file=sys.stderr,
+        )
+        return "generate"
+    if different >= MANY_LABELS and different > rows / 2:
+        print(
+            f"{said} labels in column {table.label_column!r}: give --task generate if they are texts to be "
+            "written",
+            file=sys.stderr,
+        )
+    return "classify"
 
 
 def set_up(

@@ -107,6 +107,7 @@ def test_other_tables_are_labels(train, tmp_path, rows, more):
     code, _, err = train("--eval-share", 0, *more, rows=rows)
     assert code == 0
     assert "generation" not in err
+    assert ("different labels in column 'answer': give --task generate if" in err) is (more == ())
     assert not load_task(tmp_path / "out")[0].generates
 
 
