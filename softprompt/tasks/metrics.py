@@ -43,20 +43,21 @@ def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, flo
     Returns:
         `exact_match`, the share of texts that are their targets; `rouge_l`, the mean F-measure of their
         longest common subsequences of words, from 0 to 1 (rouge-score, without stemming); `bleu` of all
-        texts together, from 0 to 100 (sacrebleu's defaults).
+        texts together, from 0 to 100 (sacrebleu's defaults; n-grams longer than everything written do not
+        count, without which short texts would score 0 whatever they are).
 
     Raises:
         ValueError: the sequences are empty or differ in length.
     """
-    import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer  # takes seconds to import
+    from sacrebleu.metrics import BLEU
 
     share = exact_match(written, targets)  # checks the lengths
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     rouge = [
         scorer.score(target, text)["rougeL"].fmeasure for text, target in zip(written, targets, strict=True)
     ]
-    bleu = sacrebleu.corpus_bleu(list(written), [list(targets)], force=True).score
+    bleu = BLEU(effective_order=True, force=True).corpus_score(list(written), [list(targets)]).score
     return {"exact_match": share, "rouge_l": sum(rouge) / len(rouge), "bleu": bleu}
 
 

@@ -170,9 +170,10 @@ def test_what_is_written_does_not_depend_on_the_padding(family, encoder):
 
     small = Small(replace(encoder.task, padding="longest"), encoder.tokenizer)
     small.stop_token_ids, small.pad_token_id = [size - 1], size - 1
-    alone, together = (label_texts(made, small, TEXTS, batch_size=size_of) for size_of in (1, len(TEXTS)))
-    assert alone == together
-    assert len(set(alone)) > 1
+    for writer in (made, made.get_base_model()):
+        alone, together = (label_texts(writer, small, TEXTS, batch_size=of) for of in (1, len(TEXTS)))
+        assert alone == together
+        assert len(set(alone)) > 1
 
 
 def test_scores_of_texts_are_those_of_the_libraries():
@@ -184,6 +185,10 @@ def test_scores_of_texts_are_those_of_the_libraries():
     assert scores["exact_match"] == 0.25
     assert scores["rouge_l"] == pytest.approx(sum(rouge) / 4)
     assert scores["bleu"] == pytest.approx(sacrebleu.corpus_bleu(written, [targets]).score)
+
+
+def test_short_texts_that_are_right_have_the_best_score():
+    assert text_scores(["a dog", "Paris, Sam"], ["a dog", "Paris, Sam"])["bleu"] == pytest.approx(100)
 
 
 def test_words_of_other_scripts_count_for_rouge():
