@@ -76,9 +76,12 @@ def packs_texts(base: Any) -> bool:
 
 
 def _pads_never_count(model: Any) -> bool:
-    """Whether the model itself leaves pads out of its positions (BLOOM, OPT), or is patched to."""
+    """Whether the model itself leaves pads out of its positions (BLOOM, OPT), or is patched to.
+
+    Without a prompt in front, the `generate` of transformers leaves them out.
+    """
     base, state = base_of(model), state_of(model)
-    if state is not None and state.options.positions == "compact":
+    if model is base or (state is not None and state.options.positions == "compact"):
         return packs_texts(base)
     return model_spec.positions_from_mask(model_spec.config_of(base))
 

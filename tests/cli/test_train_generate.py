@@ -187,6 +187,7 @@ def test_a_model_that_cannot_be_packed_is_trained_and_measured(
         (("--init", "label-words"), "--init label-words starts at the labels, and --task generate has none"),
         (("--init", "labels"), "--init labels starts at the labels, and --task generate has none"),
         (("--task", "classify", "--max-new-tokens", 4), "--max-new-tokens is for --task generate"),
+        (("--task", "generate", "--label-map", "see you 2=a"), "--label-map is for --task classify"),
         (("--max-new-tokens", 0), "must be at least 1, got 0"),
         (("--max-length", 6, "--max-new-tokens", 5), "the longest target 5 with its end token"),
     ],
