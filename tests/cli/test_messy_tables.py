@@ -219,3 +219,23 @@ def test_rows_without_a_label_are_labelled_and_not_measured(call, run, tmp_path,
     metrics = read_json(tmp_path / "p.metrics.json")
     assert metrics["rows"] == 11
     assert metrics["accuracy"] == (table["prediction"] == table["label"])[2:].mean()
+
+
+def test_a_generation_task_with_empty_texts_and_targets(call, run, tmp_path, read_json):
+    targets = [f"{word} {i}" for i, word in enumerate(WORDS)]
+    path = tmp_path / "t.csv"
+    pd.DataFrame({"text": TEXTS, "label": targets}).to_csv(path, index=False)
+    rows = rows_hash(call("train", path, "--task", "generate"))
+    pd.DataFrame({"text": ["", *TEXTS], "label": ["x", *targets]}).to_csv(path, index=False)
+    adapter = call("train", path, "--task", "generate", "--skip-empty")
+    assert rows_hash(adapter) == rows
+    pd.DataFrame({"text": ["", *TEXTS], "label": ["x", "", *targets[1:]]}).to_csv(path, index=False)
+    place = ["--adapter", adapter, "--data", path, "--output", tmp_path / "p.jsonl", "--skip-empty"]
+    code, out, _ = run("predict", *place)
+    assert code == 0
+    assert "12 texts written" in out
+    assert "of the 11 rows with text and label" in out
+    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text("utf-8").splitlines()]
+    assert [row["prediction"] is None for row in written] == [True] + [False] * 12
+    metrics = read_json(tmp_path / "p.metrics.json")
+    assert metrics["rows"] == 11
