@@ -16,16 +16,18 @@ from benchmarks import machine
 from benchmarks.cases import CASES, FULL_SUITES, SUITES
 from benchmarks.gpu import PARTS, REHEARSED, USUAL, Pass, run_parts
 from benchmarks.kernels.cases import CPU_KERNELS, KERNEL_CASES
-from benchmarks.real import DEFAULT_ROUNDS, RealError, run_real
+from benchmarks.real import DEFAULT_ROUNDS, RealError, model_file, run_real
 from benchmarks.rehearsal import has_gpu, rehearse
 from benchmarks.report import ReportError, report
 from benchmarks.run import run, write_record
 from benchmarks.short import short_table
+from benchmarks.tasks import SETTINGS, SOURCES, cells_of, measure_cells
 from benchmarks.variants import variants_of
 
 _HERE = Path(__file__).parent
 _RESULTS, _README = _HERE / "results", _HERE.parent / "README.md"
 _DOCS = _HERE.parent / "docs" / "benchmarks.md"
+_TASKS = _HERE.parent / "docs" / "results.md"
 KERNELS = "kernels"
 
 Record = dict[str, Any]
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument(
         "--docs", type=Path, default=_DOCS, metavar="FILE", help="file with the two markers, for all tables"
     )
+    render.add_argument("--tasks", type=Path, default=_TASKS, metavar="FILE", help="the same for `tasks`")
     render.set_defaults(command=_report)
     brief = commands.add_parser("short", help="print the main numbers of records in at most 30 lines")
     brief.add_argument(
@@ -138,6 +141,25 @@ def _parser() -> argparse.ArgumentParser:
     tweets.add_argument("--steps", type=_positive, metavar="N", help="of the training (default: its own)")
     tweets.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
     tweets.set_defaults(command=_real)
+    cells = commands.add_parser(
+        "tasks",
+        help="accuracies of a real model on real tables, run by run: hours, which may be measured in parts",
+    )
+    cells.add_argument("--model", metavar="FILE", help="a .gguf file or a folder (default: SmolLM2-135M)")
+    cells.add_argument("--name", type=_name, metavar="NAME", help="of its records (default: of the file)")
+    cells.add_argument("--tables", nargs="+", choices=list(SOURCES), default=list(SOURCES), metavar="TABLE")
+    cells.add_argument(
+        "--settings",
+        nargs="+",
+        choices=list(SETTINGS),
+        default=["defaults"],
+        metavar="SETTING",
+        help=f"of {', '.join(map(repr, SETTINGS))} (default: defaults)",
+    )
+    cells.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    cells.add_argument("--minutes", type=float, metavar="N", help="begin no further run after so many")
+    cells.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
+    cells.set_defaults(command=_tasks)
     whole = commands.add_parser("gpu", help="a GPU pass: tests, steps, kernels, report (about 8 minutes)")
     whole.add_argument(
         "--part",
@@ -278,7 +300,7 @@ def _saver(folder: Path, written: list[Path]) -> Any:
 
 
 def _report(args: argparse.Namespace) -> int:
-    for path in report(args.results, args.readme, args.docs):
+    for path in report(args.results, args.readme, args.docs, args.tasks):
         print(path)
     return 0
 
@@ -287,6 +309,14 @@ def _real(args: argparse.Namespace) -> int:
     steps = [] if args.steps is None else ["--steps", str(args.steps)]
     record = run_real(model=args.model, rounds=args.rounds, train_options=steps)
     print(write_record(record, args.output / "real"))
+    return 0
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    model = args.model or str(model_file())
+    name = args.name or Path(model).name.split(".")[0]
+    cells = list(cells_of(args.tables, args.settings, args.seeds))
+    print(measure_cells(model, name, cells, args.output, minutes=args.minutes))
     return 0
 
 

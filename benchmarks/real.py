@@ -95,7 +95,7 @@ def run_real(
     except (UsageError, TaskError) as error:
         raise RealError(str(error)) from error
     device = compared.pop("device")
-    training = _train(model, source, list(train_options))
+    training = train_metrics(model, [*source.arguments, *train_options])
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
@@ -153,10 +153,14 @@ def _compare(model: str, source: Tables, *, rounds: int) -> Record:
     return found
 
 
-def _train(model: str, source: Tables, options: Sequence[str]) -> Record:
+def train_metrics(model: str, options: Sequence[str]) -> Record:
+    """Return the `metrics.json` of a run of `softprompt train`.
+
+    Raises:
+        RealError: it ended early.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--model", model, *source.arguments, *options, "--output", folder]
-        if cli.main(["train", *arguments]) != 0:
+        if cli.main(["train", "--model", model, *options, "--output", folder]) != 0:
             raise RealError("`softprompt train` ended early, see above")
         return dict(json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8")))
 

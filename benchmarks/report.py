@@ -8,10 +8,12 @@ from pathlib import Path
 
 from benchmarks.real import draw_real, read_real, real_table
 from benchmarks.records import Device, Measured, read_devices
-from benchmarks.tables import backend_table, goal_table, kernel_table, main_table, step_tables
+from benchmarks.tables import NOT_MEASURED, backend_table, goal_table, kernel_table, main_table, step_tables
+from benchmarks.tasks import tasks_page
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 REAL_BEGIN, REAL_END = "<!-- real:begin -->", "<!-- real:end -->"
+TASKS_BEGIN, TASKS_END = "<!-- tasks:begin -->", "<!-- tasks:end -->"
 NO_GPU = "GPU"
 _EXPLANATION = (
     "x PEFT: median over interleaved rounds of PEFT's step time / the variant's. Token limit: how many times "
@@ -27,13 +29,16 @@ class ReportError(RuntimeError):
     """A page cannot take the tables."""
 
 
-def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = None) -> list[Path]:
-    """Writes the main tables into the README, all tables into the page of the docs, and the pictures.
+def report(
+    results: Path | Sequence[Path], readme: Path, docs: Path | None = None, tasks: Path | None = None
+) -> list[Path]:
+    """Writes the main tables into the README, all tables into the pages of the docs, and the pictures.
 
     Args:
         results: folders with one folder of records a device.
         readme: file with the two markers; what stands between them is replaced.
         docs: the same for all tables; None: left out.
+        tasks: the same for the accuracies on real tables; None: left out.
 
     Returns:
         The files written.
@@ -44,6 +49,9 @@ def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = Non
     pages = [page for page in (readme, docs) if page is not None]
     for page in pages:
         _check(page)
+    if tasks is not None:
+        _check(tasks, TASKS_BEGIN, TASKS_END)
+        pages.append(tasks)
     folders = [results] if isinstance(results, Path) else results
     real = _report_real(folders, readme)
     devices = read_devices(folders)
@@ -71,6 +79,8 @@ def report(results: Path | Sequence[Path], readme: Path, docs: Path | None = Non
     )
     if docs is not None:
         _write(docs, [*(full(device, docs) for device in blocks), _EXPLANATION])
+    if tasks is not None:
+        _write(tasks, tasks_page(folders) or [f"{NOT_MEASURED.capitalize()} yet."], TASKS_BEGIN, TASKS_END)
     return [*(path for drawn in pictures.values() for path in drawn), *real, *pages]
 
 
@@ -86,12 +96,12 @@ def _report_real(folders: Sequence[Path], readme: Path) -> list[Path]:
     return [picture]
 
 
-def _check(page: Path) -> None:
+def _check(page: Path, begin: str = BEGIN, end: str = END) -> None:
     if not page.is_file():
         raise ReportError(f"{page} is not there")
     text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"{page} must have one {BEGIN} and after it one {END}: the tables go between them")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{page} must have one {begin} and after it one {end}: the tables go between them")
 
 
 def _pictures(device: Device) -> list[Path]:

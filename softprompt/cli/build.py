@@ -65,7 +65,7 @@ def trainer_of(
 ) -> PromptTrainer:
     """Return a trainer of the prompts of a model; `more` is for `TrainingArguments`."""
     streams = len({member.seed for member in members}) or 1  # each has its own order of the rows
-    steps_per_epoch = math.ceil(len(setup.train_table) / config.compute.batch_size)
+    steps_per_epoch = math.ceil(len(setup.drawn_table) / config.compute.batch_size)
     arguments = TrainingArguments(
         output_dir=config.output,
         num_train_epochs=config.epochs or 1,
@@ -99,6 +99,7 @@ def trainer_of(
         args=arguments,
         encoder=setup.encoder,
         train_table=setup.train_table,
+        drawn_table=setup.drawn_table,
         eval_table=setup.eval_table,
         validation_table=setup.validation_table,
         record=setup.record,

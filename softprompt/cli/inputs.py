@@ -19,6 +19,7 @@ from softprompt.tasks.errors import TaskError
 from softprompt.tasks.labels import are_targets
 from softprompt.tasks.table import (
     Table,
+    balanced_rows,
     check_several_labels,
     read_table,
     split_table,
@@ -42,6 +43,7 @@ class Setup:
         device: "cpu" or "cuda".
         encoder: of the task, with the tokenizer.
         train_table: rows to train on.
+        drawn_table: the same as they are drawn, see `--balance-labels`.
         eval_table: rows to measure on; None measures nothing.
         validation_table: rows that decide when to stop; None trains to the end.
         record: the model, and the settings of the run with a hash of its rows.
@@ -54,6 +56,7 @@ class Setup:
     device: str
     encoder: Encoder
     train_table: Table
+    drawn_table: Table
     eval_table: Table | None
     validation_table: Table | None
     record: dict[str, Any]
@@ -74,7 +77,8 @@ def read_tables(config: TrainingConfig) -> tuple[TrainingConfig, Table, Table | 
         for source in sources
     ]
     train_table = with_words(train_table, config.label_map or [])
-    config = config.for_task(config.task or ("classify" if config.label_map else _task_of(train_table)))
+    for_labels = config.label_map or config.balance_labels
+    config = config.for_task(config.task or ("classify" if for_labels else _task_of(train_table)))
     labelled = config.task == "classify"
     if labelled:
         check_several_labels(train_table)
@@ -131,7 +135,7 @@ def set_up(
     if config.patience is not None and not config.validation_share:
         raise UsageError("--patience needs rows to watch: give --validation-share")
     train_table, validation_table = _split_validation(config, train_table)
-    template, label_prefix = template_of(config)
+    template, label_prefix = template_of(config, tokenizer)
     generates = config.task == "generate"
     task = ClassificationTask(
         text_column=config.text_column,
@@ -149,12 +153,23 @@ def set_up(
     tables = [table for table in (train_table, eval_table, validation_table) if table is not None]
     task = _with_lengths(config, task, tokenizer, tables)
     encoder = Encoder(task, tokenizer)
-    training = {**config.settings, "rows": fingerprint(train_table)}
+    drawn_table = balanced_rows(train_table) if config.balance_labels else train_table
+    training = {**config.settings, "rows": fingerprint(drawn_table)}
     if saved is not None:
         check_same_run(saved, (task, model_name, training))
     record = {"model": model_name, "training": training}
     return Setup(
-        config, scale, model_name, base, device, encoder, train_table, eval_table, validation_table, record
+        config=config,
+        scale=scale,
+        model_name=model_name,
+        base=base,
+        device=device,
+        encoder=encoder,
+        train_table=train_table,
+        drawn_table=drawn_table,
+        eval_table=eval_table,
+        validation_table=validation_table,
+        record=record,
     )
 
 
@@ -175,15 +190,44 @@ def _with_lengths(
     return task
 
 
-def template_of(config: TrainingConfig) -> tuple[str, str | None]:
+def template_of(config: TrainingConfig, tokenizer: Any) -> tuple[str, str | None]:
     """Return the template, and what stands between it and a label; None for labels tokenized by themselves.
 
-    A space before a label belongs to the label, as in running text, where tokenizers join both.
+    A space before a label belongs to the label, as in running text, where tokenizers join both. In a chat the
+    label is the answer to the template, and begins it.
     """
+    if config.chat_template:
+        return _in_chat(config.template.strip(" "), tokenizer), config.label_prefix or ""
     if config.label_prefix is not None:
         return config.template, config.label_prefix or None
     template = config.template.rstrip(" ")
     return template, "" if template[-1:].isspace() else " "
+
+
+def _in_chat(template: str, tokenizer: Any) -> str:
+    """The chat of a tokenizer, with a template as the message of the user, up to where the answer begins."""
+    place = "SOFTPROMPT-MESSAGE"
+    if not tokenizer.chat_template:
+        raise UsageError("--chat-template: the model's tokenizer has no chat template: leave it out")
+    try:
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # the template is a program of the model's, with errors of its own
+        raise UsageError(
+            f"--chat-template: the model's chat template takes no message of a user alone ({error}): write "
+            "the chat as --template"
+        ) from error
+    if chat.count(place) != 1:
+        raise UsageError(
+            "--chat-template: the model's chat template does not put a message into the chat once: write "
+            "the chat as --template"
+        )
+    bos = tokenizer.bos_token
+    if bos and chat.startswith(bos) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        chat = chat.removeprefix(bos)  # the tokenizer puts one before every text
+    before, after = (part.replace("{", "{{").replace("}", "}}") for part in chat.split(place))
+    return f"{before}{template}{after}"
 
 
 def choose_positions(config: TrainingConfig, base: Any) -> str:

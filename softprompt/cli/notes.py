@@ -39,7 +39,7 @@ def say_rows(setup: Setup) -> None:
 def say_training(setup: Setup) -> None:
     """Print what a model sees of a row, where the prompt starts, and how it is trained."""
     config, encoder = setup.config, setup.encoder
-    rows, batch_size = len(setup.train_table), config.compute.batch_size
+    rows, batch_size = len(setup.drawn_table), config.compute.batch_size
     steps = config.steps or (config.epochs or 1) * math.ceil(rows / batch_size)
     example = encoder.example(setup.train_table.rows[0], (setup.train_table.labels or [""])[0])
     label = sum(target != IGNORED for target in example["labels"])
@@ -55,6 +55,11 @@ def say_training(setup: Setup) -> None:
         f"({setup.scale:.3g}, their root mean square)",
         f"{steps:,} steps of {batch_size} rows: {steps * batch_size / rows:.2g} passes over {rows:,} rows",
     ]
+    if config.balance_labels:
+        lines.append(
+            f"rows of rarer labels are drawn again: a pass has {rows:,} rows, made of "
+            f"{len(setup.train_table):,}"
+        )
     if steps < FEW_STEPS:
         lines.append(
             f"{steps} steps are few for a soft prompt, which learns in hundreds: give more --epochs or "

@@ -35,7 +35,7 @@ def two_sides(setup: Setup) -> tuple[Side, Side]:
 
 def seeded_batches(setup: Setup, steps: int, batch_size: int) -> list[dict[str, Tensor]]:
     """Return the batches of as many steps: the training rows in a new order of the seed in each pass."""
-    table = setup.train_table
+    table = setup.drawn_table
     examples = setup.encoder.examples(table.rows, table.labels or [])
     collate = LeftPadCollator.of(setup.encoder)
     generator = torch.Generator().manual_seed(setup.config.seed)

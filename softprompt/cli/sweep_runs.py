@@ -89,7 +89,7 @@ class Sweep:
             **_swept(training.settings),
             "model": SHIPPED if training.model is None else self.setup.model_name,
             "task": task,
-            "rows": fingerprint(train_table),
+            "rows": fingerprint(self.setup.drawn_table),
             "eval_rows": fingerprint(eval_table),
             **marks_of(self.setup),
         }
@@ -179,7 +179,7 @@ class Sweep:
         """Measure a run and write its folder; returns its record."""
         prompt, losses = trainer.prompts()[run.name], trainer.losses_of_run(run.name)
         diverged = run.name in trainer.diverged or not bool(torch.isfinite(prompt).all())
-        steps_per_epoch = math.ceil(len(self.setup.train_table) / run.settings["batch_size"])
+        steps_per_epoch = math.ceil(len(self.setup.drawn_table) / run.settings["batch_size"])
         last = losses[-steps_per_epoch:]
         scores: dict[str, Any] = {"loss": None, "perplexity": None, "exact_match": None}
         if not diverged:

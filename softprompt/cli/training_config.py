@@ -121,6 +121,10 @@ class TrainingConfig:
         nargs="+",
         action="extend",
     )
+    balance_labels: bool = flag(
+        "draw rows of rarer labels more often, so that all labels are learned from as many rows as the most "
+        "frequent one"
+    )
     task: str | None = option(
         "classify: every row has one of a few labels; generate: every row has a target of its own, as a "
         f"summary, an answer or a translation (default: classify; generate where at least {FEWEST_TARGETS} "
@@ -175,6 +179,10 @@ class TrainingConfig:
         "}} are braces, \\n is a new line, \\t a tab, \\\\ a backslash",
         template_text,
         default=DEFAULT_TEMPLATE,
+    )
+    chat_template: bool = flag(
+        "put a row before the model in its own chat format: --template is the message of the user, and the "
+        "label the answer; for instruction-tuned models"
     )
     label_prefix: str | None = option(
         "what stands between the template and the label, and is learned with it (default: a space, which "
@@ -336,8 +344,9 @@ class TrainingConfig:
             if self.max_new_tokens is not None:
                 raise UsageError("--max-new-tokens is for --task generate: labels are never cut")
             return replace(self, task=task)
-        if self.label_map:
-            raise UsageError("--label-map is for --task classify: targets stay as they are")
+        if self.label_map or self.balance_labels:
+            name = "--label-map" if self.label_map else "--balance-labels"
+            raise UsageError(f"{name} is for --task classify: every target of --task generate is another")
         defaults: dict[str, Any] = {each.name: each.default for each in fields(self)}
         label_column = self.label_column.replace("{", "{{").replace("}", "}}")
         defaults["template"] = GENERATION_TEMPLATE.format(label_column=label_column)

@@ -192,6 +192,20 @@ def split_table(table: Table, share: float, seed: int, *, by_label: bool = True)
     return table.take(rest), table.take(sorted(chosen))
 
 
+def balanced_rows(table: Table) -> Table:
+    """Return the table with rows of rarer labels again, until every label has as many as the most frequent.
+
+    No row is there twice before each of its label is there once.
+    """
+    labels = table.labels or []
+    places: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        places.setdefault(label, []).append(row)
+    most = max(map(len, places.values()))
+    more = [own[i % len(own)] for own in places.values() for i in range(len(own), most)]
+    return table.take([*range(len(table)), *more])
+
+
 def sample_rows(table: Table, count: int, seed: int) -> Table:
     """Return `count` random rows in the order of the table, or the table where it has no more."""
     if len(table) <= count:

@@ -79,7 +79,8 @@ class PromptTrainer(Trainer):
         model: a PEFT model; all of its adapters are trained.
         args: as for Trainer.
         encoder: of the task.
-        train_table: its rows are those of a step, in the order of the seed.
+        train_table: the rows to learn.
+        drawn_table: the same rows as often as an epoch draws them, in the order of the seed; None: once.
         eval_table: None measures nothing.
         validation_table: see above.
         record: `model` and `training` for `softprompt.json`.
@@ -107,6 +108,7 @@ class PromptTrainer(Trainer):
         args: TrainingArguments,
         encoder: Encoder,
         train_table: Table,
+        drawn_table: Table | None = None,
         eval_table: Table | None,
         validation_table: Table | None = None,
         record: dict[str, Any],
@@ -120,11 +122,12 @@ class PromptTrainer(Trainer):
                 "be the same on all ranks; transformers' Trainer with a patched model trains in several"
             )
         collate = LeftPadCollator.of(encoder)
+        drawn_table = train_table if drawn_table is None else drawn_table
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=encoder.examples(train_table.rows, train_table.labels or []),
+            train_dataset=encoder.examples(drawn_table.rows, drawn_table.labels or []),
             eval_dataset=[],  # `evaluate` reads the tables
             callbacks=callbacks,
         )

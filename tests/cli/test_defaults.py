@@ -1,10 +1,11 @@
 """What a run starts from where options are left out, and what it says of itself."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import init
 from softprompt.cli import models
@@ -12,7 +13,7 @@ from softprompt.cli.inputs import template_of
 from softprompt.cli.notes import loss_note, result_notes
 from softprompt.cli.training_config import TrainingConfig
 from softprompt.prompts.vocabulary import scale_of
-from softprompt.tasks.classification import load_task
+from softprompt.tasks.classification import Encoder, load_task
 
 MODEL = "some/model"
 
@@ -45,7 +46,7 @@ def test_the_article_and_the_shipped_model_keep_their_settings():
     assert (article.learning_rate, article.epochs, article.steps) == (0.03, 50, None)
     assert article.compute.batch_size == 8
     assert (article.start, article.num_virtual_tokens, article.max_length) == ("text", 8, 64)
-    assert template_of(article) == ("{text_column} : {text} Label : ", None)
+    assert template_of(article, None) == ("{text_column} : {text} Label : ", None)
     shipped = TrainingConfig().with_recipe()
     assert (shipped.end_token, shipped.epochs, shipped.num_virtual_tokens) == ("eos", 10, 8)
     typed = TrainingConfig(num_virtual_tokens=3, argv=["train", "--num-virtual-tokens", "3"]).with_recipe()
@@ -62,7 +63,8 @@ def test_the_article_and_the_shipped_model_keep_their_settings():
     ],
 )
 def test_the_space_before_a_label_belongs_to_it(template, prefix, expected):
-    assert template_of(TrainingConfig(model=MODEL, template=template, label_prefix=prefix)) == expected
+    config = TrainingConfig(model=MODEL, template=template, label_prefix=prefix)
+    assert template_of(config, None) == expected
 
 
 def test_the_prompt_starts_at_the_words_of_the_labels(train, model_folder, tokenizer, tmp_path):
@@ -222,3 +224,104 @@ def test_what_is_generated_is_free(train, run, table, tmp_path):
     code, _, err = run("predict", "--generate", "--score", "--overwrite", *arguments)
     assert code == 2
     assert "leave --generate out" in err
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|> {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_folder(model_folder, tmp_path):
+    """The model with a tokenizer that has a chat template."""
+    folder = tmp_path / "chat"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_is_the_format_of_the_model(train, run, table, chat_folder, tmp_path):
+    code, _, err = train("--chat-template", "--model", chat_folder, "--template", "{text}, {{label}}? ")
+    assert code == 0
+    task = load_task(tmp_path / "out")[0]
+    # The tokenizer puts no BOS before a text, so the one of the chat stays.
+    assert task.template == "<s><|user|> {text}, {{label}}?\n<|assistant|>\n"
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    message = [{"role": "user", "content": "my order never came, {label}?"}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+    encoder = Encoder(task, tokenizer)
+    assert encoder.prompt("my order never came") == ids
+    assert encoder.targets["complaint"] == [*tokenizer("complaint")["input_ids"], tokenizer.eos_token_id]
+    assert "<|assistant|>\\n', and to be learned 'complaint</s>'" in err.replace("\\\\n", "\\n")
+    output = tmp_path / "labelled.csv"
+    assert run("predict", "--adapter", tmp_path / "out", "--data", table, "--output", output)[0] == 0
+
+
+def test_a_chat_has_one_bos(chat_folder):
+    class AddsBos:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def __call__(self, text):
+            return {"input_ids": [self.bos_token_id, *self.tokenizer(text)["input_ids"]]}
+
+    config = TrainingConfig(model=MODEL, chat_template=True, template="{text}")
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    assert template_of(config, AddsBos(tokenizer)) == ("<|user|> {text}\n<|assistant|>\n", "")
+    assert template_of(config, tokenizer) == ("<s><|user|> {text}\n<|assistant|>\n", "")
+
+
+@pytest.mark.parametrize(
+    "chat, said",
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('system first') }}", "takes no message of a user alone (system first)"),
+        ("{{ bos_token }}", "does not put a message into the chat once"),
+    ],
+)
+def test_a_chat_that_cannot_be_made_is_one_line(train, chat_folder, chat, said):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer.chat_template = chat
+    if chat is None:
+        (chat_folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(chat_folder)
+    code, _, err = train("--chat-template", "--model", chat_folder)
+    assert code == 2
+    assert "softprompt: --chat-template: the model's" in err
+    assert said in err.splitlines()[-1]
+
+
+def test_rarer_labels_are_drawn_as_often(train, tmp_path, monkeypatch, read_json):
+    from softprompt.tasks.trainer import PromptTrainer
+
+    drawn = []
+    step = PromptTrainer.training_step
+
+    def keeping(self, model, inputs, *more):
+        drawn.extend(inputs["labels"].tolist())
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(PromptTrainer, "training_step", keeping)
+    code, _, err = train("--balance-labels", "--batch-size", 10, "--steps", 2)
+    assert code == 0
+    assert "rows of rarer labels are drawn again: a pass has 20 rows, made of 16" in err
+    lengths = [sum(label != -100 for label in labels) for labels in drawn]
+    assert len(drawn) == 20
+    assert sorted(map(lengths.count, set(lengths))) == [10, 10]
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert (metrics["train_rows"], metrics["majority"]["label"]) == (16, "complaint")
+    code, _, err = train("--resume", "--batch-size", 10, "--steps", 2)
+    assert code == 2
+    assert "the training rows are not those of the checkpoint" in err
+
+
+def test_targets_are_not_balanced(train):
+    code, _, err = train("--balance-labels", "--task", "generate")
+    assert code == 2
+    assert "--balance-labels is for --task classify" in err
