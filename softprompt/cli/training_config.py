@@ -159,8 +159,8 @@ class TrainingConfig:
         "(common), of the 5,000 most frequent tokens of the training texts (counted), or of all tokens "
         "(vocab); at random numbers that resemble the model's tokens (matched), lie between -0.5 and 0.5 "
         "(uniform), or are normal with variance 1 (random); or at --init-from (saved). Behind the words of "
-        "text-once and labels stand tokens of common (default: label-words; text where --init-text is "
-        "given)",
+        "text-once and labels stand tokens of common (default: label-words, counted for --task "
+        "generate; text where --init-text is given)",
         choices=INITS,
     )
     init_text: str | None = option("the words for --init text and text-once", words, "TEXT")
@@ -193,7 +193,7 @@ class TrainingConfig:
     )
     max_length: int | None = option(
         "longest row in tokens, label included; a longer text loses its end (default: that of the longest "
-        f"row, at most {LONGEST})",
+        f"row, at most {LONGEST}; of --task generate {LONGEST} and the longest target)",
         whole(1),
         "N",
     )

@@ -319,3 +319,18 @@ def test_the_figure_shows_what_is_written(tmp_path):
     for zero_shot in (scores, None):
         draw_training({**metrics, "history": history, "zero_shot": zero_shot}, tmp_path / "training.png")
         assert (tmp_path / "training.png").stat().st_size > 10_000
+
+
+def test_the_prompt_with_the_lowest_validation_loss_is_kept_and_measured_on_another_table(
+    train, make_table, tmp_path, read_json
+):
+    others = make_table([("what is new", "nothing"), ("and now", "nothing")], "e.csv", ("question", "answer"))
+    watched = {"--validation-share": 0.25, "--learning-rate": 100, "--steps": 10}
+    code, _, err = train(**{"--eval-data": others}, **watched)
+    assert code == 0, err
+    assert "26 rows with targets: 18 for training, 2 for evaluation, 6 for validation" in err
+    assert "on 6 validation rows" in err
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert metrics["eval_written_rows"] == metrics["zero_shot"]["rows"] == 2
+    losses = {e["step"]: e["eval_validation_loss"] for e in metrics["history"] if "eval_validation_loss" in e}
+    assert metrics["best_step"] == min(losses, key=losses.get)
