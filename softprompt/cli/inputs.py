@@ -14,7 +14,7 @@ from softprompt.cli.training_config import LONGEST, TrainingConfig
 from softprompt.engine import plan_for
 from softprompt.engine.runner import obstacle_to
 from softprompt.prompts.vocabulary import scale_of
-from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
+from softprompt.tasks.classification import Encoder, TextTask, load_task
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.labels import are_targets
 from softprompt.tasks.table import (
@@ -137,7 +137,7 @@ def set_up(
     train_table, validation_table = _split_validation(config, train_table)
     template, label_prefix = template_of(config, tokenizer)
     generates = config.task == "generate"
-    task = ClassificationTask(
+    task = TextTask(
         text_column=config.text_column,
         label_column=config.label_column,
         labels=() if generates else train_table.known_labels(),
@@ -174,8 +174,8 @@ def set_up(
 
 
 def _with_lengths(
-    config: TrainingConfig, task: ClassificationTask, tokenizer: Any, tables: Sequence[Table]
-) -> ClassificationTask:
+    config: TrainingConfig, task: TextTask, tokenizer: Any, tables: Sequence[Table]
+) -> TextTask:
     """Return the task with the lengths that were left open; the training rows are the first table."""
     encoder = Encoder(replace(task, max_length=sys.maxsize), tokenizer)
     longest_target = encoder.max_target

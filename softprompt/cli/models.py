@@ -23,7 +23,7 @@ from softprompt.cli.options import ComputeOptions
 from softprompt.generation.stock import right_options
 from softprompt.prompts.adapters import check_prompt, read_adapter, read_npy
 from softprompt.prompts.vocabulary import width_of
-from softprompt.tasks.classification import ClassificationTask, load_task
+from softprompt.tasks.classification import TextTask, load_task
 from softprompt.tasks.folders import TASK_FILE
 
 
@@ -42,7 +42,7 @@ class SavedPrompt:
     source: Path
     prompt: Tensor
     config: PromptTuningConfig | None
-    task: ClassificationTask | None
+    task: TextTask | None
     model: str | None
 
 

@@ -17,14 +17,14 @@ from softprompt.cli.checks import UsageError, usage_errors
 from softprompt.cli.options import option_name
 from softprompt.prompts.adapters import read_adapter
 from softprompt.tasks.callbacks import StopAtStepEnd
-from softprompt.tasks.classification import ClassificationTask
+from softprompt.tasks.classification import TextTask
 from softprompt.tasks.folders import adapter_folders
 from softprompt.tasks.table import Table
 
 # Without them Trainer goes on with a new optimizer and other rows, and says nothing.
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
-SavedRun = tuple[ClassificationTask, str, dict[str, Any]]
+SavedRun = tuple[TextTask, str, dict[str, Any]]
 
 
 def fingerprint(table: Table) -> str:

@@ -9,7 +9,7 @@ from softprompt.cli.predict_config import PredictConfig
 from softprompt.cli.progress import progress_bar
 from softprompt.ensemble import combine
 from softprompt.files import write_text
-from softprompt.tasks.classification import ClassificationTask, Encoder
+from softprompt.tasks.classification import Encoder, TextTask
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.folders import adapter_folders
 from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts, text_scores, to_json
@@ -23,7 +23,7 @@ from softprompt.tasks.table import Table, read_table, with_known_labels
 from softprompt.tasks.written import write_frame
 
 
-def check_outputs(config: PredictConfig, task: ClassificationTask, table: Table) -> None:
+def check_outputs(config: PredictConfig, task: TextTask, table: Table) -> None:
     """Raise UsageError where a column or a file that scoring writes is there already, or would be twice."""
     columns = map(probability_column, map(task.name_of, task.labels)) if _with_probabilities(config) else ()
     for column in columns:
@@ -44,7 +44,7 @@ def probability_column(label: str) -> str:
     return f"p({label})"
 
 
-def read_labels(config: PredictConfig, task: ClassificationTask, table: Table) -> dict[int, str] | None:
+def read_labels(config: PredictConfig, task: TextTask, table: Table) -> dict[int, str] | None:
     """Return the names of the true labels, or the targets, by the rows of the table's frame.
 
     None where the table has none; with `--skip-empty`, rows with an empty one are missing. Without
@@ -115,7 +115,7 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     print(f"which label was taken for which: {confusion_file}")
 
 
-def measure_texts(config: PredictConfig, task: ClassificationTask, table: Table, texts: list[str]) -> None:
+def measure_texts(config: PredictConfig, task: TextTask, table: Table, texts: list[str]) -> None:
     """Compare what was written for the rows of a table with its targets, where it has them."""
     targets = read_labels(config, task, table)
     if targets is None:
@@ -138,13 +138,13 @@ def _of_rows(table: Table, labels: dict[int, str]) -> str:
     return "" if len(labels) == len(table.frame) else f" of the {len(labels):,} rows with text and label"
 
 
-def _measured_files(config: PredictConfig, task: ClassificationTask) -> list[Path]:
+def _measured_files(config: PredictConfig, task: TextTask) -> list[Path]:
     """The files beside the output: the scores, and of labels the figure of which was taken for which."""
     endings = (".metrics.json",) if task.generates else (".metrics.json", ".confusion.png")
     return [Path(config.output).with_suffix(ending) for ending in endings]
 
 
-def _remove_measured(config: PredictConfig, task: ClassificationTask) -> None:
+def _remove_measured(config: PredictConfig, task: TextTask) -> None:
     """Remove, with `--overwrite`, what was measured of the table that was replaced."""
     for path in _measured_files(config, task):
         path.unlink(missing_ok=True)

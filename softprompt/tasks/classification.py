@@ -29,13 +29,13 @@ Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
-class ClassificationTask:
+class TextTask:
     """What has to be known to turn a text into the input that an adapter was trained on.
 
     Attributes:
         text_column: name of the text column in the training table; fills `{text_column}` of the template.
         label_column: name of the label column in the training table.
-        labels: the labels of the training rows.
+        labels: those of the training rows, none for a generation task.
         template: the text of the input, with `{text}` once, and `{text_column}` and other columns at will;
             see `softprompt.tasks.template`.
         max_length: number of tokens of the longest row, prompt, label and end token together.
@@ -143,11 +143,11 @@ class ClassificationTask:
         )
 
 
-def load_task(folder: Path) -> tuple[ClassificationTask, str, dict[str, Any]]:
+def load_task(folder: Path) -> tuple[TextTask, str, dict[str, Any]]:
     """Read `softprompt.json`: the task, the base model and the settings of the training run.
 
     Raises:
-        TaskError: the file is missing or is not what `ClassificationTask.save` wrote.
+        TaskError: the file is missing or is not what `TextTask.save` wrote.
     """
     path = folder / TASK_FILE
     if not path.is_file():
@@ -168,7 +168,7 @@ def load_task(folder: Path) -> tuple[ClassificationTask, str, dict[str, Any]]:
         if content.pop("template_columns", None) is None and isinstance(content.get("template"), str):
             content["template"] = from_before_columns(content["template"])
         names = tuple(content.pop("label_names", {}).items())
-        task = ClassificationTask(**content, labels=tuple(labels), label_names=names)
+        task = TextTask(**content, labels=tuple(labels), label_names=names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TaskError(
             f"{path} is not a file that `softprompt train` wrote ({error}): train again"
@@ -197,7 +197,7 @@ class Encoder:
             for the template, one text token and the longest target.
     """
 
-    def __init__(self, task: ClassificationTask, tokenizer: Any) -> None:
+    def __init__(self, task: TextTask, tokenizer: Any) -> None:
         self.task = task
         self.tokenizer = tokenizer
         self.pad_token_id = _first_set(tokenizer.pad_token_id, tokenizer.eos_token_id)

@@ -10,7 +10,7 @@ import torch
 
 from softprompt import __version__
 from softprompt.cli import build_parser, checks, main
-from softprompt.tasks.classification import ClassificationTask
+from softprompt.tasks.classification import TextTask
 
 
 def test_help_does_not_import_torch():
@@ -134,7 +134,7 @@ def said_of_nowhere(tmp_path_factory):
     shutil.copytree(folder / "half", folder / "half" / "full")
     for name in ("whole", "half/full"):
         (folder / name / "adapter_model.safetensors").write_bytes(b"")
-    task = ClassificationTask("Tweet text", "Label", ("complaint", "no complaint"))
+    task = TextTask("Tweet text", "Label", ("complaint", "no complaint"))
     task.save(folder / "whole", model="/nowhere/bloom", training={})
     for name in ("rows.csv", "rows.txt"):
         (folder / name).write_text("Tweet text,Label\nhello,complaint\nbye,no complaint\n")

@@ -83,7 +83,7 @@ def test_compact_positions_that_cannot_be_had_are_one_line(train, model_folder, 
 def test_labels_are_written_for_rows_without_padding(llama_folder):
     from peft import PromptTuningConfig, get_peft_model
 
-    from softprompt.tasks.classification import ClassificationTask, Encoder
+    from softprompt.tasks.classification import Encoder, TextTask
     from softprompt.tasks.inference import label_texts
 
     texts = ["my order never came", "a", "thanks for the quick help", "b", "see you at the game", "order it"]
@@ -94,7 +94,7 @@ def test_labels_are_written_for_rows_without_padding(llama_folder):
     answers = {}
 
     def encoder_of(positions):
-        task = ClassificationTask("text", "Label", ("complaint", "no complaint"), positions=positions)
+        task = TextTask("text", "Label", ("complaint", "no complaint"), positions=positions)
         return Encoder(task, tokenizer)
 
     for positions in ("compact", "padded"):

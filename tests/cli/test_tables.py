@@ -49,15 +49,15 @@ def train(run, model_folder, tmp_path):
 
 def prompts_seen(monkeypatch):
     """The texts that the tokenizer of the task sees, from here on."""
-    from softprompt.tasks.classification import ClassificationTask
+    from softprompt.tasks.classification import TextTask
 
-    seen, fill = [], ClassificationTask.fill
+    seen, fill = [], TextTask.fill
 
     def record(self, row):
         seen.append(fill(self, row))
         return seen[-1]
 
-    monkeypatch.setattr(ClassificationTask, "fill", record)
+    monkeypatch.setattr(TextTask, "fill", record)
     return seen
 
 

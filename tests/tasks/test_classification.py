@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from softprompt.tasks.classification import IGNORED, ClassificationTask, Encoder, load_task
+from softprompt.tasks.classification import IGNORED, Encoder, TextTask, load_task
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.errors import TaskError
 
-TASK = ClassificationTask("Tweet text", "Label", ("complaint", "no complaint"))
+TASK = TextTask("Tweet text", "Label", ("complaint", "no complaint"))
 PAD = 3
 
 
@@ -195,10 +195,10 @@ def test_a_folder_without_a_usable_task_is_refused(tmp_path, content):
 
 def test_a_label_is_tokenized_as_it_stands_behind_the_template(tokenizer):
     known = {"text_column": "Tweet text", "label_column": "Label", "labels": ("complaint", "no complaint")}
-    task = ClassificationTask(**known, label_prefix=" ", end_token="eos")
+    task = TextTask(**known, label_prefix=" ", end_token="eos")
     targets = Encoder(task, tokenizer).targets
     assert targets["no complaint"] == [*tokenizer(" no complaint")["input_ids"], tokenizer.eos_token_id]
-    alone = Encoder(ClassificationTask(**known), tokenizer).targets
+    alone = Encoder(TextTask(**known), tokenizer).targets
     assert alone["complaint"] == [*tokenizer("complaint")["input_ids"], tokenizer.pad_token_id]
 
 
@@ -231,7 +231,7 @@ class JoiningTokenizer:
     ],
 )
 def test_no_token_of_a_label_is_one_of_the_template(template, prefix, pieces):
-    task = ClassificationTask("t", "l", ("yes", "no"), template, label_prefix=prefix)
+    task = TextTask("t", "l", ("yes", "no"), template, label_prefix=prefix)
     encoder = Encoder(task, tokenizer := JoiningTokenizer())
     words = {number: piece for piece, number in tokenizer.numbers.items()}
     assert [words[number] for number in encoder.targets["yes"][:-1]] == pieces
@@ -239,7 +239,7 @@ def test_no_token_of_a_label_is_one_of_the_template(template, prefix, pieces):
 
 
 def test_only_a_prefix_is_recorded_and_it_must_be_a_text():
-    task = ClassificationTask("t", "l", ("a", "b"))
+    task = TextTask("t", "l", ("a", "b"))
     assert "label_prefix" not in task.record()
     assert replace(task, label_prefix="").record()["label_prefix"] == ""
     with pytest.raises(TaskError, match="label_prefix must be a text or null, got 3"):

@@ -7,7 +7,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt.tasks.classification import ClassificationTask, Encoder
+from softprompt.tasks.classification import Encoder, TextTask
 from softprompt.tasks.evaluation import Evaluation, majority
 from softprompt.tasks.table import Table, sample_rows
 from softprompt.tiny import model_path
@@ -28,7 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def encoder():
     labels = ("complaint", "no complaint")
-    task = ClassificationTask("Tweet text", "Label", labels, positions="compact", label_prefix=" ")
+    task = TextTask("Tweet text", "Label", labels, positions="compact", label_prefix=" ")
     return Encoder(task, AutoTokenizer.from_pretrained(model_path()))
 
 

@@ -13,7 +13,7 @@ from tiny_models import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softprompt
-from softprompt.tasks.classification import ClassificationTask, Encoder, load_task
+from softprompt.tasks.classification import Encoder, TextTask, load_task
 from softprompt.tasks.collate import LeftPadCollator
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.evaluation import Evaluation
@@ -24,9 +24,7 @@ from softprompt.tasks.scoring import target_loss
 from softprompt.tasks.table import Table, split_table
 from softprompt.tiny import model_path
 
-TASK = ClassificationTask(
-    "text", "summary", (), template="{text} :", max_length=12, end_token="eos", max_new_tokens=3
-)
+TASK = TextTask("text", "summary", (), template="{text} :", max_length=12, end_token="eos", max_new_tokens=3)
 TEXTS = ["the app crashed again", "lovely weather", "where is my parcel", "thanks", "it broke today"]
 TARGETS = ["it crashed", "a lovely day at the lake", "no parcel", "thanks", "it broke and nobody helps"]
 
@@ -76,7 +74,7 @@ def test_a_generation_task_is_read_back(tmp_path):
 
 
 def test_a_task_from_before_generation_classifies(tmp_path):
-    old = ClassificationTask("text", "label", ("no", "yes"), label_prefix=" ")
+    old = TextTask("text", "label", ("no", "yes"), label_prefix=" ")
     old.save(tmp_path, model="some/model", training={})
     assert "max_new_tokens" not in json.loads((tmp_path / "softprompt.json").read_text())
     assert load_task(tmp_path)[0] == old

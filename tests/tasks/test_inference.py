@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from softprompt.tasks.classification import ClassificationTask, Encoder
+from softprompt.tasks.classification import Encoder, TextTask
 from softprompt.tasks.inference import label_texts
 
 
@@ -28,9 +28,7 @@ class Speller(torch.nn.Module):
 @pytest.fixture
 def build(tokenizer):
     def make(padding):
-        task = ClassificationTask(
-            "Tweet text", "Label", ("complaint", "no complaint"), max_length=16, padding=padding
-        )
+        task = TextTask("Tweet text", "Label", ("complaint", "no complaint"), max_length=16, padding=padding)
         return Encoder(task, tokenizer)
 
     return make

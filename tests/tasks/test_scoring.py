@@ -5,7 +5,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt.tasks.classification import ClassificationTask, Encoder
+from softprompt.tasks.classification import Encoder, TextTask
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.metrics import accuracy_and_f1, confusion_counts
 from softprompt.tasks.scoring import (
@@ -36,7 +36,7 @@ def encoder_for():
     tokenizer = AutoTokenizer.from_pretrained(model_path())
 
     def make(**options):
-        task = ClassificationTask("Tweet text", "Label", LABELS, end_token="eos", **options)
+        task = TextTask("Tweet text", "Label", LABELS, end_token="eos", **options)
         return Encoder(task, tokenizer)
 
     return make

@@ -4,7 +4,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import softprompt
-from softprompt.tasks.classification import ClassificationTask, Encoder
+from softprompt.tasks.classification import Encoder, TextTask
 from softprompt.tasks.table import Table
 from softprompt.tasks.trainer import PromptTrainer
 from softprompt.tiny import model_path
@@ -16,7 +16,7 @@ LABELS = ["complaint", "no complaint at all"] * 3  # of different lengths
 @pytest.fixture
 def train(tmp_path):
     """Train without a step of evaluation; returns what was logged and the prompts."""
-    task = ClassificationTask(
+    task = TextTask(
         "Tweet text",
         "Label",
         tuple(sorted(set(LABELS))),
