@@ -5,6 +5,7 @@ import csv
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from softprompt.tasks import plot
+
+SAVE_FIGURE = plot.save_figure
 GOOD = ("thanks for the quick help", "lovely day at the lake", "my new phone is here", "see you at the game")
 BAD = ("my order never came", "the app crashes again", "no answer from support", "this flight is late again")
 
@@ -133,17 +137,18 @@ def without_fast_bf16(monkeypatch):
     monkeypatch.setattr("softprompt.cli.models.has_fast_bf16", lambda device: False)
 
 
-@pytest.fixture
-def without_figure(monkeypatch):
-    """Leave the drawing out of a training run: it takes longer than training a tiny model."""
-    monkeypatch.setattr("softprompt.tasks.plot.draw_training", lambda history, path: path.write_bytes(b""))
+@pytest.fixture(scope="module", autouse=True)
+def without_rendering():
+    """Figures are drawn, and empty files: rendering takes longer than training a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "save_figure", lambda figure, path, whole=False: Path(path).write_bytes(b""))
+        yield
 
 
 @pytest.fixture
-def without_inspection_figure(monkeypatch):
-    monkeypatch.setattr(
-        "softprompt.tasks.plot.draw_inspection", lambda found, tokenizer, path, title: path.write_bytes(b"")
-    )
+def rendered(monkeypatch):
+    """Figures are what they are without tests."""
+    monkeypatch.setattr(plot, "save_figure", SAVE_FIGURE)
 
 
 @pytest.fixture

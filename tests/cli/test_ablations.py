@@ -74,9 +74,6 @@ def test_the_settings_of_the_length_record_learn_as_the_page_says():
 
 @pytest.mark.slow
 def test_a_run_of_a_record_can_be_made_again(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "softprompt.tasks.sweep_plot.draw_sweep", lambda rows, fields, path, title: path.write_bytes(b"")
-    )
     options = ("--num-virtual-tokens", 8, "--steps", 10, "--seeds", 1, "--output", tmp_path / "out")
     assert run("sweep", "--over", "init", "matched", *options)[0] == 0
     record = json.loads((DOCS / "ablations" / "initialiser" / "sweep.json").read_text())

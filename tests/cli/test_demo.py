@@ -14,7 +14,7 @@ def few_rows(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("few_rows", "rendered")
 def test_both_sides_train_the_same_and_softprompt_needs_less_memory(run, tmp_path, read_json):
     code, out, _ = run("demo", "--steps", 16, "--output", tmp_path / "demo")
     assert code == 0

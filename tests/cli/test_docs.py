@@ -120,7 +120,6 @@ def trained_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.usefixtures("without_figure", "without_inspection_figure")
 @pytest.mark.parametrize(
     "page",
     slow_unless(lambda page: page.name not in ("ensemble.md", "train.md", "initialise.md"), READERS),

@@ -10,8 +10,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.usefixtures("without_figure")
-
 
 def prompt_in(folder):
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
@@ -125,7 +123,6 @@ def test_one_prompt_of_an_ensemble_can_be_used_alone(ensemble, predict):
     assert len(frame) == 20
 
 
-@pytest.mark.usefixtures("without_inspection_figure")
 def test_one_prompt_of_an_ensemble_can_be_inspected_and_exported(run, ensemble, tmp_path, read_json):
     prompt = prompt_in(ensemble / "prompt-2")
     start = torch.from_numpy(np.load(ensemble / "prompt-2" / "initial_prompt.npy"))

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from softprompt import init
 
-pytestmark = pytest.mark.usefixtures("without_figure")
 SEED, LENGTH = 42, 6
 
 

@@ -31,6 +31,7 @@ def inspect(run, tmp_path, read_json):
     return call
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_trained_prompt_is_compared_with_the_vocabulary_and_its_start(
     inspect, trained, model, tokenizer, tmp_path
 ):
@@ -59,7 +60,6 @@ def test_labels_among_the_nearest_tokens_are_named(inspect, trained, tokenizer):
     assert f"label 'complaint' among the nearest of virtual tokens: {where}" in out
 
 
-@pytest.mark.usefixtures("without_inspection_figure")
 def test_words_that_plain_peft_started_from_are_looked_up_again(inspect, model, model_folder, tmp_path):
     config = PromptTuningConfig(
         task_type="CAUSAL_LM",
@@ -78,7 +78,6 @@ def test_words_that_plain_peft_started_from_are_looked_up_again(inspect, model, 
         assert entry["movement"]["distance"] == pytest.approx(32**0.5, rel=1e-5)
 
 
-@pytest.mark.usefixtures("without_inspection_figure")
 def test_where_nothing_says_the_start_nothing_is_said_of_the_way(inspect, model, tmp_path):
     export.save_peft(model, init.random(model, 3, seed=0), tmp_path / "adapter")
     out, content = inspect(tmp_path / "adapter")
@@ -87,7 +86,6 @@ def test_where_nothing_says_the_start_nothing_is_said_of_the_way(inspect, model,
     assert "nothing says where the prompt started" in out
 
 
-@pytest.mark.usefixtures("without_inspection_figure")
 def test_a_start_that_is_given_wins(inspect, trained, tmp_path):
     prompt = export_prompt(trained)
     np.save(tmp_path / "start.npy", prompt.numpy())
@@ -103,7 +101,6 @@ def export_prompt(folder):
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
 
 
-@pytest.mark.usefixtures("without_inspection_figure")
 def test_an_array_is_inspected_where_the_model_is_given(inspect, trained, model_folder, tmp_path):
     np.save(tmp_path / "prompt.npy", export_prompt(trained).numpy())
     _, from_array = inspect(tmp_path / "prompt.npy", "--model", model_folder, "--neighbours", 2)

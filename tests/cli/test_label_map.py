@@ -12,7 +12,7 @@ def rows():
 
 
 @pytest.fixture
-def train(run, model_folder, tmp_path, without_figure):
+def train(run, model_folder, tmp_path):
     def call(data, *more, command="train"):
         names = ["--text-column", "text", "--label-column", "label", "--model", model_folder, "--epochs", 1]
         return run(command, "--data", data, *names, "--output", tmp_path / "out", *more)

@@ -38,14 +38,6 @@ def call(model_folder, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softprompt.tasks.plot.draw_training", lambda history, path: path.write_bytes(b""))
-        patch.setattr("softprompt.cli.score.draw_confusion", lambda counts, names, path, title: None)
-        yield
-
-
 def rows_hash(folder):
     """Of the texts and labels that were trained on, in their order."""
     return json.loads((folder / "softprompt.json").read_text(encoding="utf-8"))["training"]["rows"]

@@ -7,8 +7,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import softprompt
 
-pytestmark = pytest.mark.usefixtures("without_figure")
-
 
 @pytest.fixture(scope="module")
 def llama_folder(model_folder, tmp_path_factory):

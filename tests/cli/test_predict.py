@@ -185,6 +185,7 @@ def test_scoring_gives_the_probabilities_of_peft(predict, adapter, model_folder,
         assert frame["p(x)"][number] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_scoring_measures_a_table_with_labels(predict, adapter, tmp_path, read_json):
     code, out, _ = predict("--score", data=adapter.parent / "rows.csv")
     assert code == 0

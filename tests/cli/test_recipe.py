@@ -6,8 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.usefixtures("without_figure")
-
 
 def prompt_in(folder):
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]

@@ -9,18 +9,9 @@ import torch
 from marks import slow_unless
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.usefixtures("without_figure", "without_sweep_figure")
-
 
 def prompt_in(folder):
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
-
-
-@pytest.fixture
-def without_sweep_figure(monkeypatch):
-    monkeypatch.setattr(
-        "softprompt.tasks.sweep_plot.draw_sweep", lambda rows, fields, path, title: path.write_bytes(b"")
-    )
 
 
 @pytest.fixture

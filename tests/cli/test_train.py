@@ -50,6 +50,7 @@ def prompt_in(folder):
     return load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, tmp_path, read_json):
     code, out, err = train(**{"--epochs": 3})
     folder = tmp_path / "out"
@@ -71,6 +72,7 @@ def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, t
         "softprompt.json",
         "training.png",
     ]
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert torch.equal(prompt_in(folder / "checkpoint-6"), prompt_in(folder))
     metrics = read_json(folder / "metrics.json")
     assert (metrics["train_rows"], metrics["eval_rows"], metrics["steps"]) == (16, 4, 6)
@@ -80,7 +82,6 @@ def test_a_run_saves_an_adapter_that_peft_loads_bit_equal(train, model_folder, t
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_the_evaluation_loss_is_that_of_the_loaded_adapter(
     train, model_folder, make_table, tmp_path, read_json
 ):
@@ -101,7 +102,6 @@ def test_the_evaluation_loss_is_that_of_the_loaded_adapter(
     assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_the_prompt_starts_at_the_embeddings_of_the_init_text(train, model_folder, tmp_path):
     train(
         **{
@@ -117,7 +117,6 @@ def test_the_prompt_starts_at_the_embeddings_of_the_init_text(train, model_folde
     torch.testing.assert_close(prompt_in(tmp_path / "out"), embeddings[ids].detach(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("without_figure")
 @pytest.mark.parametrize(
     "option, value",
     [
@@ -139,13 +138,11 @@ def test_every_training_option_changes_the_prompt(train, tmp_path, usual_prompt,
         assert not torch.allclose(prompt, usual_prompt)
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_the_same_run_gives_the_same_prompt(train, tmp_path, usual_prompt):
     assert train(**{"--eval-share": 0})[0] == 0
     assert torch.equal(prompt_in(tmp_path / "out"), usual_prompt)
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_bf16_keeps_the_prompt_in_float32(train, tmp_path):
     assert train("--bf16")[0] == 0
     prompt = prompt_in(tmp_path / "out")
@@ -153,14 +150,12 @@ def test_bf16_keeps_the_prompt_in_float32(train, tmp_path):
     assert not torch.equal(prompt, prompt.bfloat16().float())
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_without_an_evaluation_share_nothing_is_measured(train, tmp_path, read_json):
     assert train(**{"--eval-share": 0})[0] == 0
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert (metrics["train_rows"], metrics["eval_rows"], metrics["eval_exact_match"]) == (20, 0, None)
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_the_articles_table_trains(train, tmp_path, read_json):
     if not RAFT.is_file():
         pytest.skip(f"{RAFT} is not there")
@@ -264,7 +259,6 @@ def test_an_output_folder_with_an_adapter_is_left_alone(train, tmp_path, kind):
     assert [(path.name, path.stat().st_mtime_ns) for path in folder.iterdir()] == before
 
 
-@pytest.mark.usefixtures("without_figure")
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)], ids=str)
 def test_two_runs_do_not_write_to_one_folder_and_a_killed_one_holds_nothing(
     train, tmp_path, held_by_another, more
@@ -281,7 +275,6 @@ def test_two_runs_do_not_write_to_one_folder_and_a_killed_one_holds_nothing(
     assert train(*more)[0] == 0
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_a_run_that_another_has_overtaken_does_not_start(train, tmp_path, monkeypatch):
     from softprompt.cli import build
 
@@ -306,7 +299,6 @@ def test_a_run_that_another_has_overtaken_does_not_start(train, tmp_path, monkey
     assert "--resume: another run has gone on from" in error
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_overwrite_replaces_adapter_and_checkpoints_and_keeps_other_files(train, tmp_path):
     assert train(**{"--epochs": 3})[0] == 0
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -342,7 +334,6 @@ def check_refused(result, message, output):
     assert not output.exists()
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_softprompt_trains_the_prompt_that_plain_peft_trains(run, table, model_folder, tmp_path, read_json):
     for name, more in (("plain", ["--no-patch"]), ("patched", [])):
         output = ["--output", tmp_path / name, "--epochs", 3]
@@ -354,7 +345,6 @@ def test_softprompt_trains_the_prompt_that_plain_peft_trains(run, table, model_f
     )
 
 
-@pytest.mark.usefixtures("without_figure")
 def test_without_a_table_and_a_model_the_shipped_ones_are_trained_and_load_as_documented(
     run, tmp_path, monkeypatch, read_json
 ):

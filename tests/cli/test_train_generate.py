@@ -22,8 +22,6 @@ NOTE = (
     "(--task generate); give --task classify if they are labels\n"
 )
 
-pytestmark = pytest.mark.usefixtures("without_figure")
-
 
 @pytest.fixture
 def train(run, make_table, model_folder, tmp_path):
@@ -312,6 +310,7 @@ def test_an_ensemble_is_trained_and_each_of_its_prompts_writes(train, predict, t
     assert predict(adapter=tmp_path / "both" / "prompt-2")[0] == 0
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_figure_shows_what_is_written(tmp_path):
     history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.0}]
     scores = {"exact_match": 0.1, "rouge_l": 0.3, "bleu": 4.0, "rows": 3}
