@@ -278,19 +278,20 @@ def with_known_labels(table: Table, known: Sequence[str], names: Mapping[str, st
 
     Training may have got words for the names of classes or for any labels, or names from where this table has
     words: `names` is what the table of the training called the known labels where it called them otherwise. A
-    label is taken for what that table called so, before it is taken for one that was learnt, because the
-    words of one label may be another one's name.
+    label is taken for what that table called so, be it written as another form of a number, before it is
+    taken for one that was learnt, because the words of one label may be another one's name.
 
     Raises:
         TaskError: a row has a label that training does not know.
     """
-    words = {name: label for label, name in names.items()}
-    numbers = {whole_number(name): label for name, label in words.items()}
+    called = {names.get(label, label): label for label in known}
+    numbers = {whole_number(name): label for label, name in names.items()}
 
     def recognised(label: str) -> str:
         own = table.label_names.get(label, label)
-        forms = (words.get(label), label, words.get(own), own, numbers.get(whole_number(label)))
-        return next((form for form in forms if form is not None and form in known), label)
+        found = (called.get(label), called.get(own), numbers.get(whole_number(label)))
+        written = (form for form in (label, own) if form in known)
+        return next((form for form in (*found, *written) if form is not None), label)
 
     labels = [recognised(label) for label in table.labels or []]
     found = replace(table, labels=labels)

@@ -319,6 +319,19 @@ def test_a_table_to_measure_on_may_have_integers_where_training_had_floats():
         with_known_labels(make(["2"]), floats.known_labels(), floats.label_names)
 
 
+@pytest.mark.parametrize("other", ["floats", "integers"])
+def test_words_that_are_other_numbers_are_not_taken_for_the_numbers_of_a_float_column(tmp_path, other):
+    for name, kind in (("floats", float), ("integers", int)):
+        frame = pd.DataFrame({"text": ["a", "b", "c"], "label": pd.Series([1, 2, 3], dtype=kind)})
+        write_frame(frame, tmp_path / f"{name}.parquet")
+    floats, measured = (
+        read_table(tmp_path / f"{name}.parquet", "text", "label") for name in ("floats", other)
+    )
+    table = with_words(floats, [("1", "2"), ("2", "3"), ("3", "4")])
+    assert table.labels == ["2", "3", "4"]
+    assert with_known_labels(measured, table.known_labels(), table.label_names).labels == ["2", "3", "4"]
+
+
 @pytest.mark.parametrize(
     "label_map, message",
     [
