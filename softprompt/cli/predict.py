@@ -117,7 +117,7 @@ def run(config: PredictConfig) -> int:
             model, encoder, table.rows, batch_size=config.compute.batch_size, progress=advance
         )
     names = [task.name_of(label) for label in labels]
-    write_frame(table.frame.assign(**{config.output_column: table.column(names)}), output)
+    write_frame(table.frame_with({config.output_column: names}), output)
     seconds = time.perf_counter() - start
     if task.generates:
         print(f"{len(labels)} texts written in {seconds:.1f} s: {output}")

@@ -92,8 +92,7 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     columns: dict[str, list[Any]] = {config.output_column: predicted}
     if _with_probabilities(config):
         columns |= {probability_column(name): shares[:, i].tolist() for i, name in enumerate(names)}
-    columns = {name: table.column(values) for name, values in columns.items()}
-    write_frame(table.frame.assign(**columns), config.output)
+    write_frame(table.frame_with(columns), config.output)
     print(f"{len(predicted)} rows labelled in {time.perf_counter() - start:.1f} s: {config.output}")
     if labels is None:
         _remove_measured(config, task)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from softprompt.tasks.errors import TaskError
 from softprompt.tasks.frames import Reading, Source, quoted, read_source
@@ -62,10 +63,14 @@ class Table:
         """The row of `frame` that each text is in."""
         return [row for row in range(len(self.frame)) if row not in self.skipped]
 
-    def column(self, values: Sequence[Any]) -> list[Any]:
-        """Return a column for `frame`: the value of each text, and None in the rows that were skipped."""
-        found = iter(values)
-        return [None if row in self.skipped else next(found) for row in range(len(self.frame))]
+    def frame_with(self, columns: Mapping[str, Sequence[Any]]) -> Any:
+        """Return `frame` and further columns: the value of each text, and None in rows that were skipped."""
+        index, rows = self.index, range(len(self.frame))
+        added = {}
+        for name, values in columns.items():
+            of_row = dict(zip(index, values, strict=True))
+            added[name] = [of_row.get(row) for row in rows]
+        return pd.concat([self.frame, pd.DataFrame(added, index=self.frame.index)], axis=1)
 
     def take(self, indices: Sequence[int]) -> "Table":
         """Return the rows at `indices`, in that order."""
@@ -225,12 +230,12 @@ def check_several_labels(table: Table) -> None:
 
 def check_labels_known(table: Table, known: Sequence[str]) -> None:
     """Raise TaskError naming the first row of `table` whose label is not among `known`."""
-    for row, label in enumerate(table.labels or [], start=1):
+    for row, label in zip(table.index, table.labels or [], strict=False):
         if label not in known:
             alike = [other for other in known if look_of(other) == look_of(label)]
             like = f"; it differs from {quoted(alike)} in case, spaces or number form alone" if alike else ""
             raise TaskError(
-                f"{table.source}: row {row} has the label {label!r}, which no training row has "
+                f"{table.source}: row {row + 1} has the label {label!r}, which no training row has "
                 f"(known: {quoted(known)}{like}): correct it or add training rows with it"
             )
 

@@ -190,7 +190,10 @@ def test_rows_with_an_empty_text_or_label_are_skipped_where_that_is_asked(tmp_pa
     assert (table.texts, table.labels, table.others) == (["a", "c"], ["x", "y"], {"more": ["1", "5"]})
     assert table.notes == ("rows without a text and a label were skipped: 3",)
     assert (len(table), len(table.frame), table.index) == (2, 5, [0, 4])
-    assert table.column(["p", "q"]) == ["p", None, None, None, "q"]
+    frame = table.frame_with({"self": ["p", "q"], "share": [0.5, 1.0]})
+    assert frame["self"].dropna().to_dict() == {0: "p", 4: "q"}
+    assert frame["share"].dropna().to_dict() == {0: 0.5, 4: 1.0}
+    assert list(frame) == [*table.frame, "self", "share"]
     second = table.take([1])
     assert (second.texts, second.frame["more"].tolist(), second.index) == (["c"], ["5"], [0])
     unlabelled = read_table(path, "text", skip_empty=True)
@@ -275,6 +278,13 @@ def test_a_label_that_training_does_not_know_is_refused_with_its_row():
         TaskError, match=r"row 2 has the label 'maybe', which no training row has \(known: 'a', 'b'\)"
     ):
         check_labels_known(make(["a", "maybe"]), ("a", "b"))
+
+
+def test_the_row_of_an_unknown_label_is_that_of_the_file_where_rows_were_skipped(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\n,a\nx,\ny,a\nz,maybe\n")
+    with pytest.raises(TaskError, match="row 4 has the label 'maybe'"):
+        check_labels_known(read_table(path, "text", "label", skip_empty=True), ("a",))
 
 
 def test_words_are_learnt_in_the_place_of_labels_and_the_table_keeps_its_own():
