@@ -1,5 +1,6 @@
 """What all prompts of a call share: the tables, the frozen model, its tokenizer and the task."""
 
+import datetime
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from softprompt.tasks.table import (
 )
 from softprompt.tasks.template import parse_template
 
+# Some chats begin with the date: a run must be the same, and can be resumed, on another day.
+DAY_OF_CHATS = datetime.date(2024, 7, 26)
 MANY_LABELS = 10  # of which some may be texts to be written, where most rows have one of their own
 
 
@@ -211,7 +214,10 @@ def _in_chat(template: str, tokenizer: Any) -> str:
         raise UsageError("--chat-template: the model's tokenizer has no chat template: leave it out")
     try:
         chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": place}],
+            chat_template=_without_clock(tokenizer.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except Exception as error:  # the template is a program of the model's, with errors of its own
         raise UsageError(
@@ -228,6 +234,16 @@ def _in_chat(template: str, tokenizer: Any) -> str:
         chat = chat.removeprefix(bos)  # the tokenizer puts one before every text
     before, after = (part.replace("{", "{{").replace("}", "}}") for part in chat.split(place))
     return f"{before}{template}{after}"
+
+
+def _without_clock(chat_template: str) -> str:
+    """Return a chat template in which `strftime_now`, which transformers gives it, tells `DAY_OF_CHATS`."""
+    if "strftime_now" not in chat_template:
+        return chat_template
+    marks = [f"%{mark}" for mark in "aAbBdeHIjmMpSyY"]
+    said = "".join(f".replace('{mark}', '{DAY_OF_CHATS.strftime(mark)}')" for mark in marks)
+    # What is written behind the macro keeps a new line at the start of the template.
+    return f"{{% macro strftime_now(form) %}}{{{{ form{said} }}}}{{% endmacro %}}{{{{ '' }}}}{chat_template}"
 
 
 def choose_positions(config: TrainingConfig, base: Any) -> str:

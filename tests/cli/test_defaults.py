@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softprompt import init
 from softprompt.cli import models
-from softprompt.cli.inputs import template_of
+from softprompt.cli.inputs import DAY_OF_CHATS, template_of
 from softprompt.cli.notes import loss_note, result_notes
 from softprompt.cli.training_config import TrainingConfig
 from softprompt.prompts.vocabulary import scale_of
@@ -275,6 +275,18 @@ def test_a_chat_has_one_bos(chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     assert template_of(config, AddsBos(tokenizer)) == ("<|user|> {text}\n<|assistant|>\n", "")
     assert template_of(config, tokenizer) == ("<s><|user|> {text}\n<|assistant|>\n", "")
+
+
+def test_a_chat_with_the_date_is_the_same_on_every_day(chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    config = TrainingConfig(model=MODEL, chat_template=True, template="{text}")
+    for form in ("%d %b %Y", "%Y-%m-%d", "%A, %B %e"):
+        tokenizer.chat_template = (
+            f"\n{{% if strftime_now is defined %}}{{{{ strftime_now('{form}') }}}}{{% endif %}}: {CHAT}"
+        )
+        assert template_of(config, tokenizer)[0] == (
+            f"\n{DAY_OF_CHATS.strftime(form)}: <s><|user|> {{text}}\n<|assistant|>\n"
+        )
 
 
 @pytest.mark.parametrize(
