@@ -67,7 +67,8 @@ def check_same_run(saved: SavedRun, now: SavedRun) -> None:
             continue
         if name in ("rows", "labels"):
             raise UsageError(
-                "--resume: the training rows are not those of the checkpoint: give the same table"
+                "--resume: the training rows are not those of the checkpoint: give the same table, and the "
+                "same --eval-data, --eval-share, --label-map, --balance-labels and --skip-empty"
             )
         raise UsageError(
             f"--resume: {option_name(name)} is {value!r}, but the checkpoint was trained with "
