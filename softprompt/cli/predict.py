@@ -123,6 +123,8 @@ def run(config: PredictConfig) -> int:
         print(f"{len(labels)} texts written in {seconds:.1f} s: {output}")
         score.measure_texts(config, task, table, labels)
         return 0
+    if config.overwrite:
+        score.remove_measured(config, task)
     foreign = sum(label not in task.labels for label in labels)
     print(f"{len(labels)} rows labelled in {seconds:.1f} s: {output}")
     if foreign:

@@ -95,7 +95,7 @@ def score_table(config: PredictConfig, model: Any, encoder: Encoder, table: Tabl
     write_frame(table.frame_with(columns), config.output)
     print(f"{len(predicted)} rows labelled in {time.perf_counter() - start:.1f} s: {config.output}")
     if labels is None:
-        _remove_measured(config, task)
+        remove_measured(config, task)
         return
     predicted, expected = _measured_rows(table, predicted, labels)
     counts = confusion_counts(predicted, expected, names)
@@ -118,7 +118,7 @@ def measure_texts(config: PredictConfig, task: TextTask, table: Table, texts: li
     """Compare what was written for the rows of a table with its targets, where it has them."""
     targets = read_labels(config, task, table)
     if targets is None:
-        _remove_measured(config, task)
+        remove_measured(config, task)
         return
     scores = text_scores(*_measured_rows(table, texts, targets))
     (metrics_file,) = _measured_files(config, task)
@@ -143,7 +143,7 @@ def _measured_files(config: PredictConfig, task: TextTask) -> list[Path]:
     return [Path(config.output).with_suffix(ending) for ending in endings]
 
 
-def _remove_measured(config: PredictConfig, task: TextTask) -> None:
+def remove_measured(config: PredictConfig, task: TextTask) -> None:
     """Remove, with `--overwrite`, what was measured of the table that was replaced."""
     for path in _measured_files(config, task):
         path.unlink(missing_ok=True)

@@ -247,9 +247,10 @@ def test_measurements_are_not_replaced_without_overwrite(predict, tmp_path):
     assert "labelled.metrics.json exists already" in err
 
 
-def test_measurements_of_a_replaced_table_go_with_it(predict, adapter, tmp_path):
+@pytest.mark.parametrize("way", ["--score", "--generate"])
+def test_measurements_of_a_replaced_table_go_with_it(predict, adapter, tmp_path, way):
     assert predict("--score", data=adapter.parent / "rows.csv")[0] == 0
-    assert predict("--score", "--overwrite")[0] == 0
+    assert predict(way, "--overwrite")[0] == 0
     assert len(pd.read_csv(tmp_path / "labelled.csv")) == 2
     assert not list(tmp_path.glob("labelled.metrics.json")) + list(tmp_path.glob("labelled.confusion.png"))
 
