@@ -17,6 +17,7 @@ from softprompt.cli.gguf import files_of
 from softprompt.cli.inputs import Setup
 from softprompt.cli.models import patch
 from softprompt.cli.training_config import TrainingConfig
+from softprompt.engine.model_spec import config_of
 from softprompt.prompts.adapters import INITIAL_PROMPT, prompt_parameter, read_npy, set_prompt
 from softprompt.tasks.folders import adapter_folders
 
@@ -78,6 +79,8 @@ def prompt_starts(
         peft_config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=config.num_virtual_tokens,
+            # PEFT asks for them and prompts do not use them: Mamba has none.
+            num_attention_heads=getattr(config_of(setup.base), "num_attention_heads", 1),
             prompt_tuning_init=PEFT_INITS.get(kind, "RANDOM"),
             prompt_tuning_init_text=text,
             **({} if text is None else _tokenizer_of(setup.model_name)),

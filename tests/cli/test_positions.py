@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 import softprompt
 
@@ -66,6 +66,16 @@ def test_a_model_that_cannot_be_packed_counts_pads_and_says_so(train, unpacked_f
     assert code == 0
     assert "softprompt: pads count for positions (--positions padded): rows stay padded" in err
     assert read_json(tmp_path / "out" / "softprompt.json")["positions"] == "padded"
+
+
+def test_a_model_without_attention_heads_trains_and_labels(train, run, model_folder, table, tmp_path):
+    folder = tmp_path / "mamba"
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1)).save_pretrained(folder)
+    assert train(folder)[0] == 0
+    output = tmp_path / "labelled.csv"
+    assert run("predict", "--adapter", tmp_path / "out", "--data", table, "--output", output)[0] == 0
+    assert output.read_text().count("complaint") >= 40
 
 
 def test_compact_positions_that_cannot_be_had_are_one_line(train, model_folder, unpacked_folder):
