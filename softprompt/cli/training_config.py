@@ -151,7 +151,7 @@ class TrainingConfig:
         "NAME",
         group="model and prompt",
     )
-    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=50)
+    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=20)
     init: str | None = option(
         "where the soft prompt starts: at the words of the labels, repeated to its length (label-words); at "
         "those of --init-text, repeated to its length (text) or once (text-once); at one token for each "
