@@ -18,7 +18,7 @@
 #include <optional>
 
 // Of the arguments. softprompt/ops/library.py refuses a module whose number is not its own.
-#define SOFTPROMPT_INTERFACE 3
+#define SOFTPROMPT_INTERFACE 4
 
 namespace softprompt {
 

@@ -39,6 +39,7 @@ struct Sums {
 };
 
 namespace baseline {
+#include "conversions.h"
 #include "elementary.h"
 #include "cross_entropy_rows.h"
 }
@@ -47,6 +48,7 @@ namespace baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#include "conversions.h"
 #include "elementary.h"
 #include "cross_entropy_rows.h"
 }
@@ -54,6 +56,7 @@ namespace avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
+#include "conversions.h"
 #include "elementary.h"
 #include "cross_entropy_rows.h"
 }

@@ -51,3 +51,17 @@ def check_table_and_prompts(table: Tensor, prompts: Tensor) -> None:
     for name, tensor in (("table", table), ("prompts", prompts)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raises ValueError unless all given tensors are floating point, of 16 bits or more."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+
+
+def check_frozen(**tensors: Tensor) -> None:
+    """Raises ValueError where a tensor wants a gradient that the op does not give."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise ValueError(f"{name} gets no gradient; pass it detached, got a tensor that requires grad")

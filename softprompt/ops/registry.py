@@ -30,7 +30,7 @@ BACKENDS = ("reference", "triton", "native")
 PREFERRED = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 BUILD_COMMAND = "pip install --no-build-isolation ."
 _NATIVE_MODULES = {"cpu": "softprompt._native_cpu", "cuda": "softprompt._native_cuda"}
-_NATIVE_INTERFACE = 3  # SOFTPROMPT_INTERFACE in csrc/tensors.h
+_NATIVE_INTERFACE = 4  # SOFTPROMPT_INTERFACE in csrc/tensors.h
 # Numbers of csrc/cpu/lanes.h: of the compiled ops that are there for several sets of instructions.
 INSTRUCTIONS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 _LIBRARY = torch.library.Library("softprompt", "DEF")
