@@ -42,6 +42,7 @@ def patch(
     backend: str = AUTO,
     cuda_graphs: bool = True,
     compile: bool = False,
+    fused: bool = True,
     placement: str = "prefix",
     logits: str = "full",
 ) -> Model:
@@ -65,6 +66,9 @@ def patch(
         cuda_graphs: on a GPU, record a training step as one CUDA graph when its size comes the second time,
             and replay it afterwards. Steps that cannot be recorded run as without, with one warning.
         compile: run the decoder of training steps through `torch.compile`; pays on a GPU, after minutes.
+        fused: compute RMSNorm, gated MLPs and rotary embeddings in one op each where the model writes them
+            out as many and a probe gives the same numbers (`explain` lists them); False: the modules' own
+            code. Off under `compile`, since a compiler does the same.
         placement: "prefix": the prompt stands in front of the text; "after_bos": behind the text's first
             token, which has to be the model's BOS token in every row.
         logits: "full": `out.logits` is [B, P + L, V], as PEFT gives it; "text": [B, L, V], column c is the
@@ -89,6 +93,7 @@ def patch(
     check_option("backend", backend, (AUTO, *BACKENDS))
     check_switch("cuda_graphs", cuda_graphs)
     check_switch("compile", compile)
+    check_switch("fused", fused)
     if not isinstance(model, PeftModel):
         raise TypeError(
             "softprompt.patch takes a PEFT model (get_peft_model(...) or PeftModel.from_pretrained(...)), "
@@ -101,6 +106,7 @@ def patch(
         on_unsupported=on_unsupported,
         cuda_graphs=cuda_graphs,
         compile=compile,
+        fused=fused,
         placement=placement,
     )
     known: PatchState | None = model.__dict__.get(STATE)

@@ -15,6 +15,7 @@ from softprompt.engine import Plan, model_spec, sharding
 from softprompt.engine.attention import attention_backend
 from softprompt.engine.attention_overrides import runs_the_op
 from softprompt.engine.encoder_decoder import early_end_obstacle
+from softprompt.engine.fused_modules import describe as describe_fusion
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.trl_head import scores_tokens
 from softprompt.generation.prefill import describe, prefill_for
@@ -166,6 +167,8 @@ def _details(base: CausalLM, plan: Plan, state: PatchState | None) -> tuple[tupl
         rows.append(("TRL's fused head", "called with the label rows of the packed row; not recorded"))
     if plan.encoder_decoder:
         rows += _left_out(base, plan)
+    if plan.route == "packed":
+        rows += _fused(plan, state)
     if plan.route == "packed" and state is not None:
         rows += _recording(state)
     if plan.loss_error is not None and plan.grad_error is not None:
@@ -221,9 +224,18 @@ def _recording(state: PatchState) -> list[tuple[str, str]]:
     return rows
 
 
+def _fused(plan: Plan, state: PatchState | None) -> list[tuple[str, str]]:
+    if state is not None and not state.options.fused:
+        return [("fused modules", "none: patch(fused=False)")]
+    if state is not None and state.options.compile:
+        return [("fused modules", "left to torch.compile")]
+    fused, left = describe_fusion(plan.fusion)
+    return [("fused modules", fused or "none"), *([("not fused", left)] if left else [])]
+
+
 def _backends(route: str, plan: Plan, backend: str, device: torch.device) -> tuple[tuple[str, str, str], ...]:
     rows = []
-    for op in _OPS_OF_ROUTE[route]:
+    for op in (*_OPS_OF_ROUTE[route], *plan.fusion.ops):
         if op == "shared_prompt_attention":
             if plan.seam is not None and runs_the_op(plan.seam):
                 chosen = attention_backend(backend, device)

@@ -31,6 +31,7 @@ class PatchOptions(RunOptions):
     on_unsupported: str = "fallback"
     cuda_graphs: bool = True
     compile: bool = False
+    fused: bool = True
     placement: str = "prefix"
 
     @property
@@ -98,7 +99,9 @@ class PatchState:
         """What runs batches on the language model."""
         if self.runner is None or not self.runner.is_of(base):
             options = self.options
-            self.runner = ModelRunner(base, cuda_graphs=options.cuda_graphs, compile=options.compile)
+            self.runner = ModelRunner(
+                base, cuda_graphs=options.cuda_graphs, compile=options.compile, fused=options.fused
+            )
         return self.runner
 
 

@@ -179,11 +179,12 @@ _STOCK: dict[type, type] = {}  # class in a packed call -> class
 
 
 @functools.cache
-def _answering(stock: type, forward: Forward) -> type:
+def answering(stock: type, forward: Forward) -> type:
+    """The class of a module in a packed call: its own class with this forward."""
     names = {"forward": forward, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    answering = type(stock.__name__, (stock,), names)
-    _STOCK[answering] = stock
-    return answering
+    kind = type(stock.__name__, (stock,), names)
+    _STOCK[kind] = stock
+    return kind
 
 
 def obstacle(body: nn.Module, model_type: str) -> str | None:
@@ -223,7 +224,7 @@ def _find_answers(body: nn.Module, family: Family, modules: list[nn.Module]) -> 
     attentions = set()
     for place, module in enumerate(modules):
         stock = _STOCK.get(type(module), type(module))
-        name = _name_of_forward(stock)
+        name = name_of_forward(stock)
         forward = family.answer if name == family.attention else family.others.get(name)
         if forward is None:
             continue
@@ -234,7 +235,7 @@ def _find_answers(body: nn.Module, family: Family, modules: list[nn.Module]) -> 
             return _Answers((), "BLOOM with pretraining_tp > 1 and slow_but_exact")
         if name == family.attention:
             attentions.add(id(module))
-        classes.append((place, stock, _answering(stock, forward)))
+        classes.append((place, stock, answering(stock, forward)))
     for number, layer in enumerate(getattr(body, family.layers, ())):
         found = sum(id(module) in attentions for module in layer.modules())
         if found != 1:
@@ -244,7 +245,7 @@ def _find_answers(body: nn.Module, family: Family, modules: list[nn.Module]) -> 
     return _Answers(tuple(classes), None)
 
 
-def _name_of_forward(kind: type) -> str:
+def name_of_forward(kind: type) -> str:
     """Qualified name of a class's forward where it comes from transformers, else an empty string."""
     forward = getattr(kind, "forward", None)
     if not getattr(forward, "__module__", "").startswith("transformers.models."):

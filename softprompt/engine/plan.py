@@ -9,7 +9,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from softprompt.engine import attention_overrides, model_records, model_spec, precision, self_check, sharding
+from softprompt.engine import (
+    attention_overrides,
+    fused_modules,
+    model_records,
+    model_spec,
+    precision,
+    self_check,
+    sharding,
+)
 from softprompt.engine.attention_overrides import describe_seam, seams_for
 from softprompt.engine.batch import Batch
 from softprompt.engine.encoder_decoder import (
@@ -38,7 +46,9 @@ BOTH_WAYS = (
 )
 
 
-def plan_for(model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = False) -> Plan:
+def plan_for(
+    model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = False, fused: bool = True
+) -> Plan:
     """The plan of a model: made on first use, and again after its attention, modules, kinds of weights,
     dtype, head or hooks have changed.
 
@@ -48,6 +58,7 @@ def plan_for(model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = 
         model: the language model.
         encoder_decoder: run it as an encoder-decoder; as a decoder-only model it has no fast route.
         sharded: whether FSDP2 has sharded it together with something around it.
+        fused: run the modules as one op that can be; False: as their own code has them.
     """
     with IN_USE:
         whole = not (sharded or sharding.by_fsdp(model))
@@ -67,8 +78,13 @@ def plan_for(model: CausalLM, *, encoder_decoder: bool = False, sharded: bool = 
         return model_records.kept(
             model,
             "plan in this state",
-            (plan, state),
-            lambda: replace(plan, facts=model_spec.decoder_facts(model), state=state),
+            (plan, state, fused),
+            lambda: replace(
+                plan,
+                facts=model_spec.decoder_facts(model),
+                state=state,
+                fusion=plan.fusion if fused else fused_modules.NONE,
+            ),
         )
 
 
@@ -173,7 +189,10 @@ def _decoder_plan(model: CausalLM) -> Plan:
 
     verdict: Verdict[Plan] = Verdict()
     if packing_obstacle is None:
-        verdict = first_of(_packed_candidates(model, padded))
+        fusion = fused_modules.find(model_spec.body_of(model))
+        verdict = first_of(_packed_candidates(model, replace(padded, fusion=fusion)))
+        if verdict.chosen is None and fusion.classes:
+            verdict = first_of(_packed_candidates(model, padded))
         if verdict.chosen is not None:
             packing_obstacle = self_check.padding_obstacle(model, batch)
     if packing_obstacle is not None:

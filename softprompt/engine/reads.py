@@ -256,9 +256,12 @@ class Reads:
         return list(source())
 
     def _functions_of(self, namespace: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-        """The namespace of a file, and what gets its functions."""
-        kinds = (types.FunctionType, types.BuiltinFunctionType)
-        functions = {name: value for name, value in namespace.items() if isinstance(value, kinds)}
+        """The namespace of a file, and what gets its functions and what stands in place of one."""
+        functions = {
+            name: value
+            for name, value in namespace.items()
+            if callable(value) and not isinstance(value, type)
+        }
         self._reach(functions.values())
         return namespace, _getter(tuple(functions))
 

@@ -67,10 +67,14 @@ class ModelRunner:
         model: the causal LM; not kept alive.
         cuda_graphs: whether to record training steps.
         compile: run the decoder of training steps through `torch.compile`.
+        fused: run as one op what modules write out as many; a compiler does that itself.
     """
 
-    def __init__(self, model: CausalLM, *, cuda_graphs: bool = True, compile: bool = False) -> None:
+    def __init__(
+        self, model: CausalLM, *, cuda_graphs: bool = True, compile: bool = False, fused: bool = True
+    ) -> None:
         self._model = weakref.ref(model)
+        self._fused = fused and not compile
         self.graphs = StepGraphs(model, cuda_graphs=cuda_graphs, compile=compile)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -92,7 +96,7 @@ class ModelRunner:
         Args:
             sharded: whether FSDP2 has sharded it together with something around it.
         """
-        return plan_for(self.model, sharded=sharded)
+        return plan_for(self.model, sharded=sharded, fused=self._fused)
 
     # ------------------------------------------------------------------------------------------ what it gives
     def run(

@@ -120,11 +120,13 @@ _NATIVE_BACKWARD = declare(
 )
 _TRITON = "softprompt.ops.triton_elementwise:"
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
-_OP = define_filled("glu", Backends("glu", reference, _native, _TRITON + "glu"), _allocate, **_AUTOGRAD)
+_OP = define_filled(
+    "glu", Backends("glu", reference, _native, _TRITON + "glu", native_on=("cpu",)), _allocate, **_AUTOGRAD
+)
 _EAGER = eager(_OP, KERNELS[_OP], **_AUTOGRAD)
 _BACKWARD_OP = define_filled(
     "glu_backward",
-    Backends("glu", reference_backward, _native_backward, _TRITON + "glu_backward"),
+    Backends("glu", reference_backward, _native_backward, _TRITON + "glu_backward", native_on=("cpu",)),
     _allocate_backward,
 )
 _GRADIENT = eager(_BACKWARD_OP, KERNELS[_BACKWARD_OP])

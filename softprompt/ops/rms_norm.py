@@ -120,12 +120,17 @@ _NATIVE_BACKWARD = declare(
 _TRITON = "softprompt.ops.triton_elementwise:"
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
 _OP = define_filled(
-    "rms_norm", Backends("rms_norm", reference, _native, _TRITON + "rms_norm"), _allocate, **_AUTOGRAD
+    "rms_norm",
+    Backends("rms_norm", reference, _native, _TRITON + "rms_norm", native_on=("cpu",)),
+    _allocate,
+    **_AUTOGRAD,
 )
 _EAGER = eager(_OP, KERNELS[_OP], **_AUTOGRAD)
 _BACKWARD_OP = define_filled(
     "rms_norm_backward",
-    Backends("rms_norm", reference_backward, _native_backward, _TRITON + "rms_norm_backward"),
+    Backends(
+        "rms_norm", reference_backward, _native_backward, _TRITON + "rms_norm_backward", native_on=("cpu",)
+    ),
     _allocate_backward,
 )
 _GRADIENT = eager(_BACKWARD_OP, KERNELS[_BACKWARD_OP])

@@ -143,7 +143,7 @@ _NATIVE = declare(
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
 _OP = define_filled(
     "rotary",
-    Backends("rotary", reference, _native, "softprompt.ops.triton_elementwise:rotary"),
+    Backends("rotary", reference, _native, "softprompt.ops.triton_elementwise:rotary", native_on=("cpu",)),
     _allocate,
     **_AUTOGRAD,
 )
