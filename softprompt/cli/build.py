@@ -74,6 +74,7 @@ def trainer_of(
         per_device_eval_batch_size=config.compute.batch_size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
         optim=OPTIMIZERS[config.optimizer],
         lr_scheduler_type=config.schedule,
         max_grad_norm=0.0,

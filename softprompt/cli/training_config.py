@@ -57,6 +57,7 @@ RECIPES: dict[str | None, dict[str, Any]] = {
         "init_text": "Classify if the tweet is a complaint or not:",
         "num_virtual_tokens": 8,
         "learning_rate": 3e-2,
+        "adam_beta2": 0.999,
         "batch_size": 8,
         "epochs": 50,
         "validation_share": 0.0,
@@ -84,6 +85,7 @@ SETTINGS = (
     "batch_size",
     "learning_rate",
     "weight_decay",
+    "adam_beta2",
     "optimizer",
     "schedule",
     "seed",
@@ -260,6 +262,13 @@ class TrainingConfig:
         default="linear",
     )
     optimizer: str = option("optimizer of the prompt", choices=("adamw", "adafactor"), default="adamw")
+    adam_beta2: float = option(
+        "AdamW's decay of the mean of squared gradients. A run is short: with 0.999 the large gradients of its "
+        "first steps keep the later ones small",
+        number(0, 1),
+        "RATE",
+        default=0.95,
+    )
     weight_decay: float = option("weight decay of the optimizer", number(0), "RATE", default=0.01)
     seed: int = option("seed of the split, the prompt and the row order", whole(0, MAX_SEED), "N", default=42)
     validation_share: float | None = option(
