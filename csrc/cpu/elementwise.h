@@ -1,17 +1,24 @@
 // One row of each elementwise op. Included once for each instruction set, inside a namespace and a target of its
 // own: therefore no include guard, no includes, and no function that is shared.
 
+// A sum of many numbers is made of sums of this many: in fp32 a long one would lose digits.
+constexpr int64_t kSummed = 512;
+
 // out = x * scale / sqrt(mean(x^2) + eps); returns the factor of x.
 template <class Value, class Sum>
 Sum normalise(const Value* x, const Sum* scale, int64_t width, double eps, Value* out) {
-  Sum squares = 0;
+  double total = 0;
+  for (int64_t begin = 0; begin < width; begin += kSummed) {
+    const int64_t end = std::min(width, begin + kSummed);
+    Sum squares = 0;
 #pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) {
-    const Sum value = widen<Sum>(x[i]);
-    squares += value * value;
+    for (int64_t i = begin; i < end; ++i) {
+      const Sum value = widen<Sum>(x[i]);
+      squares += value * value;
+    }
+    total += squares;
   }
-  const Sum inverse =
-      static_cast<Sum>(1 / std::sqrt(static_cast<double>(squares) / static_cast<double>(width) + eps));
+  const Sum inverse = static_cast<Sum>(1 / std::sqrt(total / static_cast<double>(width) + eps));
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) out[i] = narrow<Value, Sum>(widen<Sum>(x[i]) * inverse * scale[i]);
   return inverse;
@@ -20,49 +27,56 @@ Sum normalise(const Value* x, const Sum* scale, int64_t width, double eps, Value
 template <class Value, class Sum>
 void normalise_backward(
     const Value* grad, const Value* x, const Sum* scale, int64_t width, Sum inverse, Value* d_x) {
-  Sum product = 0;
-#pragma omp simd reduction(+ : product)
-  for (int64_t i = 0; i < width; ++i) product += widen<Sum>(grad[i]) * scale[i] * widen<Sum>(x[i]);
-  const Sum shared = product * inverse * inverse * inverse / static_cast<Sum>(width);
+  double total = 0;
+  for (int64_t begin = 0; begin < width; begin += kSummed) {
+    const int64_t end = std::min(width, begin + kSummed);
+    Sum products = 0;
+#pragma omp simd reduction(+ : products)
+    for (int64_t i = begin; i < end; ++i) {
+      products += widen<Sum>(grad[i]) * scale[i] * (widen<Sum>(x[i]) * inverse);
+    }
+    total += products;
+  }
+  const Sum mean = static_cast<Sum>(total / static_cast<double>(width));
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    d_x[i] = narrow<Value, Sum>(widen<Sum>(grad[i]) * scale[i] * inverse - widen<Sum>(x[i]) * shared);
+    d_x[i] = narrow<Value, Sum>((widen<Sum>(grad[i]) * scale[i] - widen<Sum>(x[i]) * inverse * mean) * inverse);
   }
 }
 
-// An activation and its derivative.
+// 1 / (1 + exp(-x)) and its derivative, by the exponential that does not overflow; nothing cancels.
+template <class Sum>
+inline Sum sigmoid_of(Sum x, Sum& derivative) {
+  const Sum small = exp_of(x < 0 ? x : -x), factor = 1 / (1 + small);
+  derivative = small * factor * factor;
+  return (x < 0 ? small : 1) * factor;
+}
+
+// Activations x * sigmoid(f(x)): f and its derivative.
 struct Silu {
   template <class Sum>
-  static inline Sum value(Sum x) {
-    return x / (1 + exp_of(-x));
+  static inline Sum inner(Sum x) {
+    return x;
   }
 
   template <class Sum>
-  static inline void value_and_derivative(Sum x, Sum& value, Sum& derivative) {
-    const Sum sigmoid = 1 / (1 + exp_of(-x));
-    value = x * sigmoid;
-    derivative = sigmoid + value * (1 - sigmoid);
+  static inline Sum slope(Sum) {
+    return 1;
   }
 };
 
+// x (1 + tanh(g(x))) / 2 = x * sigmoid(2 g(x)), in which nothing cancels.
 struct TanhGelu {
-  static constexpr double kFactor = 0.79788456080286535588, kCubic = 0.044715;  // sqrt(2 / pi)
+  static constexpr double kLinear = 1.5957691216057308, kCubic = 0.044715 * kLinear;  // 2 sqrt(2 / pi)
 
   template <class Sum>
-  static inline Sum tanh_at(Sum x) {
-    return tanh_of(static_cast<Sum>(kFactor) * (x + static_cast<Sum>(kCubic) * x * x * x));
+  static inline Sum inner(Sum x) {
+    return x * (static_cast<Sum>(kLinear) + static_cast<Sum>(kCubic) * x * x);
   }
 
   template <class Sum>
-  static inline Sum value(Sum x) {
-    return x / 2 * (1 + tanh_at(x));
-  }
-
-  template <class Sum>
-  static inline void value_and_derivative(Sum x, Sum& value, Sum& derivative) {
-    const Sum tanh = tanh_at(x), slope = static_cast<Sum>(kFactor) * (1 + static_cast<Sum>(3 * kCubic) * x * x);
-    value = x / 2 * (1 + tanh);
-    derivative = (1 + tanh) / 2 + x / 2 * (1 - tanh * tanh) * slope;
+  static inline Sum slope(Sum x) {
+    return static_cast<Sum>(kLinear) + static_cast<Sum>(3 * kCubic) * x * x;
   }
 };
 
@@ -70,7 +84,9 @@ template <class Activation, class Value, class Sum>
 inline void gate_with(const Value* gate, const Value* up, int64_t width, Value* out) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    out[i] = narrow<Value, Sum>(Activation::value(widen<Sum>(gate[i])) * widen<Sum>(up[i]));
+    const Sum x = widen<Sum>(gate[i]);
+    Sum derivative;
+    out[i] = narrow<Value, Sum>(x * sigmoid_of(Activation::inner(x), derivative) * widen<Sum>(up[i]));
   }
 }
 
@@ -79,11 +95,11 @@ inline void gate_with_backward(
     const Value* grad, const Value* gate, const Value* up, int64_t width, Value* d_gate, Value* d_up) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
-    Sum value, derivative;
-    Activation::value_and_derivative(widen<Sum>(gate[i]), value, derivative);
-    const Sum of_out = widen<Sum>(grad[i]);
-    d_gate[i] = narrow<Value, Sum>(of_out * widen<Sum>(up[i]) * derivative);
-    d_up[i] = narrow<Value, Sum>(of_out * value);
+    const Sum x = widen<Sum>(gate[i]), of_out = widen<Sum>(grad[i]);
+    Sum derivative;
+    const Sum sigmoid = sigmoid_of(Activation::inner(x), derivative);
+    d_gate[i] = narrow<Value, Sum>(of_out * widen<Sum>(up[i]) * (sigmoid + x * derivative * Activation::slope(x)));
+    d_up[i] = narrow<Value, Sum>(of_out * (x * sigmoid));
   }
 }
 

@@ -54,7 +54,7 @@ struct Lanes {
 #endif
 
 // Best: the widest that this processor has. The others are there to be tested. Their numbers are INSTRUCTIONS in
-// softprompt/ops/library.py.
+// softprompt/ops/registry.py.
 enum class Instructions : int64_t { kBest, kBaseline, kAvx2, kAvx512 };
 
 inline Instructions instructions_of(int64_t number) {

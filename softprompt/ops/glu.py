@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from softprompt.ops.checks import check_floating, check_same_device, check_shape_of
 from softprompt.ops.registry import AUTO, INSTRUCTIONS, KERNELS, Backends, declare, define_filled, eager
-from softprompt.ops.rms_norm import dense
+from softprompt.ops.rms_norm import as_rows, dense
 
 __all__ = ["ACTIVATIONS", "glu"]
 
@@ -50,8 +50,7 @@ def glu(
         raise ValueError(f"gate and up must be [..., I] of one dtype, got {gate.dtype} and {up.dtype}")
     check_same_device("glu", gate=gate, up=up)
     run = _OP if torch.compiler.is_compiling() else _EAGER
-    width = gate.shape[-1]
-    rows: Tensor = run(gate.reshape(-1, width), up.reshape(-1, width), ACTIVATIONS[activation], backend)
+    rows: Tensor = run(as_rows(gate), as_rows(up), ACTIVATIONS[activation], backend)
     return rows.view(gate.shape)
 
 
@@ -121,12 +120,12 @@ _NATIVE_BACKWARD = declare(
 _TRITON = "softprompt.ops.triton_elementwise:"
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
 _OP = define_filled(
-    "glu", Backends("glu", reference, _native, _TRITON + "glu", native_on=("cpu",)), _allocate, **_AUTOGRAD
+    "glu", Backends("glu", reference, _native, _TRITON + "glu", ("cpu",)), _allocate, **_AUTOGRAD
 )
 _EAGER = eager(_OP, KERNELS[_OP], **_AUTOGRAD)
 _BACKWARD_OP = define_filled(
     "glu_backward",
-    Backends("glu", reference_backward, _native_backward, _TRITON + "glu_backward", native_on=("cpu",)),
+    Backends("glu", reference_backward, _native_backward, _TRITON + "glu_backward", ("cpu",)),
     _allocate_backward,
 )
 _GRADIENT = eager(_BACKWARD_OP, KERNELS[_BACKWARD_OP])

@@ -235,13 +235,14 @@ class Backends:
     reference: Callable[..., Any]
     native: Callable[..., Any] | None = None
     triton: str | None = None  # "module:function", for triton is imported at the first call
-    native_on: tuple[str, ...] = ("cpu", "cuda")  # devices that the compiled function serves
+    native_devices: tuple[str, ...] = ("cpu", "cuda")  # those of whose tensors the compiled op takes
 
     def chosen(self, backend: str, device: torch.device) -> str:
         """The back end of this call, the reference where the one asked for has nothing of its own."""
         name = choose_backend(self.op, backend, device)
-        unserved = name == "native" and device.type not in self.native_on
-        return "reference" if unserved or getattr(self, name) is None else name
+        if getattr(self, name) is None or (name == "native" and device.type not in self.native_devices):
+            return "reference"
+        return name
 
     def function(self, name: str) -> Callable[..., Any]:
         """What serves the op with this back end."""

@@ -5,6 +5,7 @@ Compiled in csrc/cpu/elementwise.cpp, in Triton in `triton_elementwise.py`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,13 @@ def rms_norm(
     check_frozen(weight=weight)
     check_same_device("rms_norm", x=x, weight=weight)
     run = _OP if torch.compiler.is_compiling() else _EAGER
-    rows: Tensor = run(x.reshape(-1, x.shape[-1]), weight, eps, offset, backend)[0]
+    rows: Tensor = run(as_rows(x), weight, eps, offset, backend)[0]
     return rows.view(x.shape)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., H] as [N, H], in which N is known where H is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class Normalised(NamedTuple):
@@ -69,10 +75,10 @@ def reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Normalise
 
 def reference_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
     """[N, H]: the gradient of x."""
-    wide = x.to(inverse.dtype)
-    scaled = grad.to(inverse.dtype) * (weight.to(inverse.dtype) + offset)
-    shared = (scaled * wide).mean(1) * inverse**3
-    return (scaled * inverse[:, None] - wide * shared[:, None]).to(x.dtype)
+    factor = inverse[:, None]
+    scaled = grad.to(factor.dtype) * (weight.to(factor.dtype) + offset)
+    normalised = x.to(factor.dtype) * factor
+    return ((scaled - normalised * (scaled * normalised).mean(1, keepdim=True)) * factor).to(x.dtype)
 
 
 def _allocate(x: Tensor, weight: Tensor, eps: float, offset: float) -> Normalised:
@@ -121,16 +127,14 @@ _TRITON = "softprompt.ops.triton_elementwise:"
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
 _OP = define_filled(
     "rms_norm",
-    Backends("rms_norm", reference, _native, _TRITON + "rms_norm", native_on=("cpu",)),
+    Backends("rms_norm", reference, _native, _TRITON + "rms_norm", ("cpu",)),
     _allocate,
     **_AUTOGRAD,
 )
 _EAGER = eager(_OP, KERNELS[_OP], **_AUTOGRAD)
 _BACKWARD_OP = define_filled(
     "rms_norm_backward",
-    Backends(
-        "rms_norm", reference_backward, _native_backward, _TRITON + "rms_norm_backward", native_on=("cpu",)
-    ),
+    Backends("rms_norm", reference_backward, _native_backward, _TRITON + "rms_norm_backward", ("cpu",)),
     _allocate_backward,
 )
 _GRADIENT = eager(_BACKWARD_OP, KERNELS[_BACKWARD_OP])

@@ -117,8 +117,7 @@ def _setup_context(ctx: Any, inputs: list[Any], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, query: Tensor, key: Tensor) -> dict[str, Tensor | None]:
-    run = _EAGER if type(query) is Tensor else _OP
-    d_query, d_key = run(query, key, *ctx.saved_tensors, ctx.interleaved, not ctx.transposed, ctx.backend)
+    d_query, d_key = _EAGER(query, key, *ctx.saved_tensors, ctx.interleaved, not ctx.transposed, ctx.backend)
     return {"query": d_query, "key": d_key}
 
 
@@ -143,7 +142,7 @@ _NATIVE = declare(
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
 _OP = define_filled(
     "rotary",
-    Backends("rotary", reference, _native, "softprompt.ops.triton_elementwise:rotary", native_on=("cpu",)),
+    Backends("rotary", reference, _native, "softprompt.ops.triton_elementwise:rotary", ("cpu",)),
     _allocate,
     **_AUTOGRAD,
 )

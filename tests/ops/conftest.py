@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from softprompt.ops.registry import INSTRUCTIONS, native_availability
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,3 +38,18 @@ def compile_kernels(tmp_path):
         return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instruction_set(request, monkeypatch):
+    """Holds the compiled ops that take the best instructions to one set of them."""
+    if not native_availability("cpu").usable:
+        pytest.skip("the native ops are not built")
+    number, one = INSTRUCTIONS[request.param], torch.ones(1, 1)
+    try:
+        torch.ops.softprompt.native_few_rows_logits(one, one, torch.empty(1, 1), number)
+    except RuntimeError as error:
+        if "has no instructions" not in str(error):
+            raise
+        pytest.skip(f"no {request.param} here")
+    monkeypatch.setitem(INSTRUCTIONS, "best", number)
