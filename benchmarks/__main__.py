@@ -22,7 +22,7 @@ from benchmarks.report import ReportError, report
 from benchmarks.run import run, write_record
 from benchmarks.short import short_table
 from benchmarks.tasks import SETTINGS, SOURCES, cells_of, measure_cells
-from benchmarks.variants import variants_of
+from benchmarks.variants import Variant, variants_of
 
 _HERE = Path(__file__).parent
 _RESULTS, _README = _HERE / "results", _HERE.parent / "README.md"
@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument(
         "--full", action="store_true", help="the CPU suite's cases at the full shape of BLOOM-560m"
+    )
+    measure.add_argument(
+        "--variants", nargs="+", default=[], metavar="NAME", help="beside PEFT only these (of steps)"
     )
     measure.add_argument("--rounds", type=_positive, metavar="N", help="timed steps of each variant")
     measure.add_argument(
@@ -201,7 +204,7 @@ def _run(args: argparse.Namespace) -> int:
     written: list[Path] = []
     record = run(
         cases,
-        variants=variants_of(device),
+        variants=_variants(device, args),
         rounds=args.rounds,
         tiny=args.tiny,
         budget=args.budget,
@@ -210,6 +213,13 @@ def _run(args: argparse.Namespace) -> int:
     print(written[-1])
     checks = [variant["check"] for case in record["cases"] for variant in case["variants"]]
     return 0 if all(check is None or check["passed"] for check in checks) else 1
+
+
+def _variants(device: str, args: argparse.Namespace) -> Sequence[Variant]:
+    try:
+        return variants_of(device, args.variants)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _names_of_suite(args: argparse.Namespace) -> Sequence[str]:
@@ -247,7 +257,7 @@ def _profile(args: argparse.Namespace) -> int:
     if any(case.device != device for case in cases):
         raise UsageError("the cases of one profile must be of one device")
     _prepare(device, tiny=args.tiny)
-    for path in profile_cases(cases, variants_of(device), args.output, tiny=args.tiny):
+    for path in profile_cases(cases, _variants(device, args), args.output, tiny=args.tiny):
         print(path)
     return 0
 

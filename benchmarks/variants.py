@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,9 +170,19 @@ PEERS = (
     ),
 )
 # In the order in which they are run; the first ones get what time there is.
-GPU_VARIANTS = (REFERENCE, *OURS[:2], *PEERS[:3], PEERS[4], OURS[2], PEERS[3])
+CPU_VARIANTS = (*VARIANTS, PEERS[0], PEERS[3])
+GPU_VARIANTS = (REFERENCE, *OURS, *PEERS[:3], PEERS[4], PEERS[3])
 
 
-def variants_of(device: str) -> tuple[Variant, ...]:
-    """Who runs the cases of a suite: PEFT and softprompt on a CPU, all on a GPU."""
-    return VARIANTS if device == "cpu" else GPU_VARIANTS
+def variants_of(device: str, names: Sequence[str] = ()) -> tuple[Variant, ...]:
+    """Who runs the cases of a suite: PEFT, and of the others all that there are, or those of some names.
+
+    Raises:
+        ValueError: a name of no variant of the device.
+    """
+    variants = CPU_VARIANTS if device == "cpu" else GPU_VARIANTS
+    unknown = sorted(set(names) - {variant.name for variant in variants})
+    if unknown:
+        known = ", ".join(variant.name for variant in variants)
+        raise ValueError(f"unknown variants {', '.join(unknown)}, expected of {known}")
+    return tuple(one for one in variants if one is REFERENCE or not names or one.name in names)
