@@ -7,8 +7,6 @@ and records registers, spills and shared memory.
 from __future__ import annotations
 
 import importlib
-import json
-from pathlib import Path
 from typing import Any
 
 from softprompt.ops.shared_prompt_attention.configs import launch_config, padded_dim
@@ -102,22 +100,9 @@ def all_cases() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Compiles all of them and writes `results/compile/triton-<version>.json`."""
-    import triton
+    from benchmarks.compile_kernels import write_records
 
-    from benchmarks.compile_kernels import ARCHITECTURES, compile_case
-
-    records = [compile_case(case, arch) for case in all_cases() for arch in ARCHITECTURES]
-    path = Path(__file__).parent / "results" / "compile" / f"triton-{triton.__version__}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(" " + json.dumps(record) for record in records)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    for record in records:
-        spilled = record["local"] + record["stack"]
-        print(
-            f"{record['label']:44} sm_{record['arch']:<3} {record['registers']:3} registers, "
-            f"{spilled:4} bytes spilled, {record['shared']:6} bytes shared"
-        )
-    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    write_records(all_cases())
 
 
 if __name__ == "__main__":

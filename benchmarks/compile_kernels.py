@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,22 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         command = [str(cuobjdump), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(re.search(rf"{key}:(\d+)", text)[1]) for name, key in _RESOURCES.items()}
+
+
+def write_records(cases: Sequence[dict[str, Any]], of: str = "") -> None:
+    """Compiles cases, and writes `results/compile/triton-<version><of>.json`."""
+    records = [compile_case(case, arch) for case in cases for arch in ARCHITECTURES]
+    path = Path(__file__).parent / "results" / "compile" / f"triton-{triton.__version__}{of}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(" " + json.dumps(record) for record in records)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    for record in records:
+        spilled = record["local"] + record["stack"]
+        print(
+            f"{record['label']:44} sm_{record['arch']:<3} {record['registers']:3} registers, "
+            f"{spilled:4} bytes spilled, {record['shared']:6} bytes shared"
+        )
+    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Only softprompt's kernels are looked at under the checkers, since those of PyTorch would take minutes.
 SANITIZED_KERNELS = (
     "softprompt|attention_|_prompt|_pack_layout|_rows_loss|_partial_sums|_of_shares|_reduce_losses"
+    "|^_rms_norm|^_glu|^_rotary"
 )
 PROFILED = ("gpu-article", "math", "8b")
 TESTS = ("tests/gpu", "tests/ops", "tests/engine/test_host_reads.py")

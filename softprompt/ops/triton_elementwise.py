@@ -38,7 +38,14 @@ def norm_tile(width: int) -> tuple[int, int, int]:
     return rows, columns, max(NUM_WARPS, rows * columns // ENTRIES_PER_WARP)
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
+def rotary_tile(width: int, rotated: int, itemsize: int) -> dict[str, int]:
+    """The tile (powers of two) of a program that turns HEADS heads of some tokens: 4 KiB, or one token."""
+    pairs, rest = (triton.next_power_of_2(max(1, size)) for size in (rotated // 2, width - rotated))
+    tokens = max(1, TILE_BYTES // itemsize // (HEADS * max(2 * pairs, rest)))
+    return {"TOKENS": tokens, "HEADS": HEADS, "PAIRS": pairs, "REST": rest}
+
+
+def _accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -200,35 +207,56 @@ def _rms_norm_backward(
 
 
 def glu(gate: Tensor, up: Tensor, activation: int, out: Tensor) -> None:
+    if out.numel() == 0:
+        return
     gate, up = dense(gate), dense(up)
-    _launch_gates(_glu, [gate, up, out], [gate, up], activation)
+    grid, options = _gate_launch(gate, activation)
+    with torch.cuda.device_of(gate):
+        _glu[grid](
+            gate,
+            up,
+            out,
+            gate.shape[0],
+            gate.stride(0),
+            up.stride(0),
+            **options,
+        )
 
 
 def glu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: int, d_gate: Tensor, d_up: Tensor
 ) -> None:
-    grad, gate, up = dense(grad), dense(gate), dense(up)
-    _launch_gates(_glu_backward, [grad, gate, up, d_gate, d_up], [grad, gate, up], activation)
-
-
-def _launch_gates(kernel: Any, tensors: list[Tensor], inputs: list[Tensor], activation: int) -> None:
-    first = inputs[0]
-    if first.numel() == 0:
+    if d_gate.numel() == 0:
         return
-    num_rows, width = first.shape
-    rows, columns = tile_shape(width, first.element_size())
-    with torch.cuda.device_of(first):
-        kernel[(triton.cdiv(num_rows, rows), triton.cdiv(width, columns))](
-            *tensors,
-            num_rows,
-            *(tensor.stride(0) for tensor in inputs),
-            WIDTH=width,
-            ACTIVATION=activation,
-            ACC=accumulator(first.dtype),
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=NUM_WARPS,
+    grad, gate, up = dense(grad), dense(gate), dense(up)
+    grid, options = _gate_launch(gate, activation)
+    with torch.cuda.device_of(gate):
+        _glu_backward[grid](
+            grad,
+            gate,
+            up,
+            d_gate,
+            d_up,
+            gate.shape[0],
+            grad.stride(0),
+            gate.stride(0),
+            up.stride(0),
+            **options,
         )
+
+
+def _gate_launch(gate: Tensor, activation: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid, and what the two kernels of a gated unit are compiled for."""
+    num_rows, width = gate.shape
+    rows, columns = tile_shape(width, gate.element_size())
+    return (triton.cdiv(num_rows, rows), triton.cdiv(width, columns)), {
+        "WIDTH": width,
+        "ACTIVATION": activation,
+        "ACC": _accumulator(gate.dtype),
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "num_warps": NUM_WARPS,
+    }
 
 
 @triton.jit
@@ -322,11 +350,10 @@ def rotary(
     query, key, cos, sin = (dense(tensor) for tensor in (query, key, cos, sin))
     num_tokens, _, width = query.shape
     rotated = cos.shape[1]
-    pairs, rest = (triton.next_power_of_2(max(1, size)) for size in (rotated // 2, width - rotated))
-    tokens = max(1, TILE_BYTES // query.element_size() // (HEADS * max(2 * pairs, rest)))
+    tile = rotary_tile(width, rotated, query.element_size())
     head_blocks = [triton.cdiv(tensor.shape[1], HEADS) for tensor in (query, key)]
     with torch.cuda.device_of(query):
-        _rotary[(triton.cdiv(num_tokens, tokens) * sum(head_blocks),)](
+        _rotary[(triton.cdiv(num_tokens, tile["TOKENS"]) * sum(head_blocks),)](
             query,
             key,
             cos,
@@ -345,11 +372,8 @@ def rotary(
             ROTATED=rotated,
             INTERLEAVED=interleaved,
             TRANSPOSED=transposed,
-            ACC=accumulator(query.dtype),
-            TOKENS=tokens,
-            HEADS=HEADS,
-            PAIRS=pairs,
-            REST=rest,
+            ACC=_accumulator(query.dtype),
+            **tile,
             num_warps=NUM_WARPS,
         )
 

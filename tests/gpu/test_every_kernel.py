@@ -12,9 +12,12 @@ from poison import poisoned_buffers
 
 from benchmarks.gpu import SANITIZED_KERNELS, TESTS
 from softprompt.ops.embed_prompt import embed_prompt
+from softprompt.ops.glu import ACTIVATIONS, glu
 from softprompt.ops.linear_cross_entropy import linear_cross_entropy
 from softprompt.ops.pack_layout import pack_layout
 from softprompt.ops.prepend_prompt import prepend_prompt
+from softprompt.ops.rms_norm import rms_norm
+from softprompt.ops.rotary import rotary
 
 ROOT = Path(__file__).parents[2]
 # The interpreter has no bf16 arithmetic.
@@ -125,13 +128,64 @@ def test_shared_prompt_attention_and_its_gradients(options, backend):
     assert_error_of_the_dtype(long_batch(*batch), heads, OPTIONS[options], DTYPE, backend)
 
 
+def rows_of(*shape, seed=0):
+    """A leaf in the dtype of the tests."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return values.to(DEVICE, DTYPE).requires_grad_()
+
+
+def assert_gives_the_numbers_of_the_reference(backend, function, *leaves):
+    """With the gradients."""
+
+    def run(name):
+        outputs = function(name)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = [rows_of(*out.shape, seed=1).detach() for out in outputs]
+        return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, given)
+
+    for found, right in with_reference(backend, run):
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [64, 576, 4096, 16400])
+def test_rms_norm_and_its_gradient(width, backend):
+    x, weight = rows_of(70 if width < 1000 else 3, width), rows_of(width).detach()
+    assert_gives_the_numbers_of_the_reference(
+        backend, lambda name: rms_norm(x, weight, eps=1e-5, offset=1.0, backend=name), x
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_glu_and_its_gradients(activation, backend):
+    gate, up = rows_of(9, 1536), rows_of(9, 1536, seed=1)
+    assert_gives_the_numbers_of_the_reference(
+        backend, lambda name: glu(gate, up, activation=activation, backend=name), gate, up
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("width, rotated", [(64, 64), (80, 32)])
+def test_rotary_and_its_gradient(width, rotated, interleaved, backend):
+    query, key = rows_of(9, 21, width), rows_of(3, 21, width)
+    cos, sin = (rows_of(21, rotated, seed=seed).detach() for seed in (2, 3))
+    assert_gives_the_numbers_of_the_reference(
+        backend,
+        lambda name: rotary(query, key, cos, sin, interleaved=interleaved, backend=name),
+        query,
+        key,
+    )
+
+
 def test_the_checkers_look_at_every_kernel_and_at_none_of_others():
     launched = [
         name
         for path in (ROOT / "softprompt/ops").rglob("*.py")
         for name in re.findall(r"^\s+(\w+)\[[^\n]+\]\($", path.read_text(), re.MULTILINE)
     ]
-    assert len(set(launched)) >= 9
+    assert len(set(launched)) >= 14
     assert [name for name in launched if not re.search(SANITIZED_KERNELS, name)] == []
     sources = [path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu")]
     assert sum("__global__" in text for text in sources) >= 4
