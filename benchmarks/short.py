@@ -88,11 +88,14 @@ def _kernel_line(found: Measured) -> str:
 
 
 def _worst_of_groups(kernels: Sequence[Measured]) -> list[Measured]:
-    """Of the cases of one head, attention, layout or padded batch, the one farthest from its floor."""
+    """The farthest from its floor of a head, an attention, the layouts, padded batches or elementwise ops."""
     worst: dict[str, Measured] = {}
     for found in kernels:
-        grouped = found.name.startswith(("head-", "attention-", "layout-", "prepend-"))
-        group = found.name.rpartition("-")[0] if grouped else found.name
+        group = found.name
+        if group.startswith(("head-", "attention-", "layout-", "prepend-")):
+            group = group.rpartition("-")[0]
+        elif group.startswith(("norm-", "glu-", "rotary-")):
+            group = "elementwise"
         if group not in worst or _over_floor(found) > _over_floor(worst[group]):
             worst[group] = found
     return list(worst.values())

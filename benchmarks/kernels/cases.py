@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from benchmarks.kernels.attention import attention
 from benchmarks.kernels.attention_problem import AttentionSizes
+from benchmarks.kernels.elementwise import HeadsOf, RowsOf, gate, norm, rotation
 from benchmarks.kernels.head import HeadSizes, head
 from benchmarks.kernels.logits import logit_rows
 from benchmarks.kernels.problem import KernelCase, KernelTargets
@@ -34,6 +35,10 @@ _ATTENTIONS = {
     "32x512": AttentionSizes(EvenLengths(512, 512, 1.0), 32, 100, 32, 32, 128),
 }
 _TOY_TEXTS = EvenLengths(3, 9, 1.0)
+
+# Rows, hidden size, size of the MLP, query heads, key heads, head dim: the packed row of the step "8b", and a
+# batch with SmolLM2-135M.
+_LAYERS = {"llama-8b": (5120, 4096, 14336, 32, 8, 128), "smollm2": (1200, 576, 1536, 9, 3, 64)}
 
 
 def _head_case(name: str, width: int, vocabulary: int, rows: int) -> KernelCase:
@@ -73,6 +78,45 @@ def _attention_case(name: str, sizes: AttentionSizes, *, backward: bool) -> Kern
         replace(sizes, backward=backward),
         toy,
         KernelTargets(vs=wanted),
+    )
+
+
+def _elementwise_cases(name: str) -> tuple[KernelCase, ...]:
+    rows, hidden_size, intermediate_size, num_heads, num_key_heads, head_dim = _LAYERS[name]
+    both = "forward and backward"
+    return (
+        KernelCase(
+            f"norm-{name}",
+            "rms_norm",
+            f"{rows:,} rows of {hidden_size:,}: {both}",
+            norm,
+            RowsOf(rows, hidden_size),
+            RowsOf(5, 24),
+        ),
+        KernelCase(
+            f"norm-heads-{name}",
+            "rms_norm",
+            f"queries of {rows:,} tokens, {num_heads} heads of {head_dim}: {both}",
+            norm,
+            RowsOf(rows * num_heads, head_dim),
+            RowsOf(40, 16),
+        ),
+        KernelCase(
+            f"glu-{name}",
+            "glu",
+            f"SwiGLU, {rows:,} rows of {intermediate_size:,}: {both}",
+            gate,
+            RowsOf(rows, intermediate_size),
+            RowsOf(5, 24),
+        ),
+        KernelCase(
+            f"rotary-{name}",
+            "rotary",
+            f"{rows:,} tokens, heads {num_heads}/{num_key_heads} of {head_dim}: {both}",
+            rotation,
+            HeadsOf(rows, num_heads, num_key_heads, head_dim),
+            HeadsOf(5, 2, 1, 16),
+        ),
     )
 
 
@@ -163,6 +207,7 @@ KERNEL_CASES = {
             for name, width_and_vocabulary in _HEADS.items()
             for rows in _LABEL_ROWS
         ),
+        *(case for name in _LAYERS for case in _elementwise_cases(name)),
     )
 }
 
@@ -175,6 +220,10 @@ CPU_KERNELS = (
     "embed-67mb",
     "prepend-article",
     "rows-bloom-560m-64",
+    "norm-smollm2",
+    "norm-heads-smollm2",
+    "glu-smollm2",
+    "rotary-smollm2",
     "head-bloom-560m-8",
     "head-bloom-560m-128",
     "attention-article-forward",

@@ -52,6 +52,21 @@ def test_a_wrong_kernel_is_not_timed():
     assert "2 tensors, expected 1" in found["two outputs"]["reason"]
 
 
+@pytest.mark.parametrize("name", ["norm-smollm2", "norm-heads-smollm2", "glu-smollm2", "rotary-smollm2"])
+def test_elementwise_ops_compute_what_transformers_writes_out(name):
+    case = KERNEL_CASES[name]
+
+    def build(sizes, device):
+        problem = case.build(sizes, device)
+        return replace(problem, variants=tuple(one for one in problem.variants if not one.compiles))
+
+    _, found = _run(replace(case, build=build))
+    for variant in ("triton", "native", "reference", "plain torch"):
+        assert found[variant]["passed"] or found[variant]["reason"], found[variant]
+    assert found["reference"]["time"] is not None
+    assert found["plain torch"]["time"] is not None
+
+
 def test_a_kernel_that_cannot_run_is_named():
     def missing():
         raise NotAvailable("it is not installed")

@@ -187,6 +187,7 @@ def test_the_short_table_has_a_line_a_case_and_names_failed_checks():
     assert len(full) <= 30
     assert full[-1].startswith("... and")
     assert sum(line.startswith("head-") for line in full) == 4
+    assert sum(line.startswith(("norm-", "glu-", "rotary-")) for line in full) == 1
 
 
 @pytest.mark.slow
