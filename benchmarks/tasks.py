@@ -75,7 +75,7 @@ SETTINGS: dict[str, list[str]] = {
     "defaults": [],
     "article": _ARTICLE,
     "ensemble": ["--ensemble", "5"],
-    **{f"length {count}": ["--num-virtual-tokens", str(count)] for count in (1, 8, 50)},
+    **{f"length {count}": ["--num-virtual-tokens", str(count)] for count in (1, 8, 20)},
     "start text": ["--init", "text", "--init-text", _TASK_TEXT],
     "start vocabulary": ["--init", "vocab"],
     "start random": ["--init", "random"],

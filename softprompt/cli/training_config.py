@@ -153,7 +153,7 @@ class TrainingConfig:
         "NAME",
         group="model and prompt",
     )
-    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=20)
+    num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=50)
     init: str | None = option(
         "where the soft prompt starts: at the words of the labels, repeated to its length (label-words); at "
         "those of --init-text, repeated to its length (text) or once (text-once); at one token for each "
@@ -263,8 +263,8 @@ class TrainingConfig:
     )
     optimizer: str = option("optimizer of the prompt", choices=("adamw", "adafactor"), default="adamw")
     adam_beta2: float = option(
-        "AdamW's decay of the mean of squared gradients. A run is short: with 0.999 the large gradients of its "
-        "first steps keep the later ones small",
+        "AdamW's decay of the mean of squared gradients. A run is short: with 0.999 the large gradients of "
+        "its first steps keep the later ones small",
         number(0, 1),
         "RATE",
         default=0.95,

@@ -31,7 +31,7 @@ def test_what_is_left_open_goes_by_the_model_and_the_table():
     small = TrainingConfig(model=MODEL).with_recipe().resolved(rows=499, scale=0.136, dtype="float32")
     assert (small.learning_rate, small.steps, small.validation_share) == (0.034, 150, 0.0)
     assert small.compute.batch_size == 16
-    assert (small.start, small.num_virtual_tokens) == ("label-words", 20)
+    assert (small.start, small.num_virtual_tokens) == ("label-words", 50)
     large = TrainingConfig(model=MODEL, epochs=2).resolved(rows=3200, scale=1.03, dtype="float32")
     assert (large.learning_rate, large.steps, large.validation_share) == (0.26, None, 0.04)
     given = TrainingConfig(model=MODEL, learning_rate=0.5, validation_share=0.0, steps=7)
@@ -107,7 +107,7 @@ def test_the_scale_is_the_root_mean_square_of_the_embeddings(model):
 def test_a_run_says_what_the_model_sees_and_what_it_is_compared_with(train, tmp_path, read_json):
     code, out, err = train()
     assert code == 0
-    assert "the first row as the model sees it: 20 virtual tokens, 'Tweet text : my order never came" in err
+    assert "the first row as the model sees it: 50 virtual tokens, 'Tweet text : my order never came" in err
     assert "and to be learned ' complaint</s>'" in err
     assert "4 steps are few for a soft prompt" in err
     assert "4 steps of 16 rows: 4 passes over 16 rows" in err
