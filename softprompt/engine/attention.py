@@ -18,7 +18,6 @@ from softprompt.ops.registry import AUTO
 from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 
 if TYPE_CHECKING:
-    from softprompt.engine.fused_modules import Fusion
     from softprompt.engine.model_spec import DecoderFacts
     from softprompt.engine.states import TextStates
 
@@ -36,7 +35,6 @@ class AttentionContext:
     backend: str = AUTO
     examine: bool = False  # look at the mask functions of the model, not only at their size
     states: TextStates | None = None  # of a row whose prompts are known: only its texts are computed
-    fusion: Fusion | None = None  # modules that run as one op
 
 
 # The packed calls that this process is inside of, the innermost last; `overrides.IN_USE` lets one thread in

@@ -221,8 +221,7 @@ def packed_attention(body: nn.Module, seam: str, context: AttentionContext) -> I
 
 def _packed_attention_alone(body: nn.Module, seam: str, context: AttentionContext) -> Iterator[Tensor | None]:
     answered = attention_modules.answered(body, seam) if seam in attention_modules.FAMILIES else []
-    if context.fusion is not None:
-        answered += context.fusion.modules(body)
+    answered += context.facts.fusion.modules(body)
     restore = [(config, config._attn_implementation_internal) for config in context.facts.attention_configs]
     # A packed call inside of a packed call of the same body finds them answered, and leaves them so.
     answered = [(module, stock, new) for module, stock, new in answered if type(module) is stock]

@@ -9,9 +9,9 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine.batch import Batch
-from softprompt.engine.fused_modules import NONE, Fusion
 from softprompt.engine.guard import GuardResult
 from softprompt.engine.model_spec import CausalLM, DecoderFacts, HeadFacts
+from softprompt.engine.overrides import NO_FUSION, Fusion
 from softprompt.engine.packed import DecoderOutput, decode_packed, packed_layout
 from softprompt.engine.padded import padded_rows
 from softprompt.layout import PackedLayout
@@ -30,7 +30,7 @@ class Plan:
     reason: str  # one sentence
     seam: str | None = None  # packed: how the attention gets in
     positions: Positions = "slots"  # packed: what the model counts under left padding
-    fusion: Fusion = NONE  # packed: modules that run as one op
+    fusion: Fusion = NO_FUSION  # packed: modules that can run as one op
     fused_head: bool = False  # linear_cross_entropy reads the head's weight
     head_reason: str | None = None  # why not
     position_limit: int | None = None
@@ -122,6 +122,4 @@ class Plan:
             return padded_rows(model, batch, facts, position_limit=self.position_limit, backend=backend)
         if layout is None or self.seam is None:
             raise ValueError(f"this model has no fast route: {self.reason}")
-        return decode_packed(
-            model, batch, layout, facts, seam=self.seam, backend=backend, fusion=self.fusion, **options
-        )
+        return decode_packed(model, batch, layout, facts, seam=self.seam, backend=backend, **options)

@@ -13,7 +13,6 @@ import functools
 import types
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from softprompt.engine import attention_modules
 from softprompt.engine.attention import attention_backend, current
 from softprompt.engine.attention_modules import Forward
-from softprompt.engine.overrides import HOOKS
+from softprompt.engine.overrides import HOOKS, Fusion
 from softprompt.engine.structure import structure_of
 from softprompt.ops.glu import ACTIVATIONS, glu
 from softprompt.ops.rms_norm import rms_norm
@@ -34,31 +33,6 @@ _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _ROTATE = "apply_rotary_pos_emb"
 _ANSWERED = {family.attention for family in attention_modules.FAMILIES.values()}
 _EXACT = 1e-5  # largest relative difference of a probe in fp32; in 16 bits four times the rounding
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """The modules of one body that run as one op in a packed call."""
-
-    # Of each its number in the structure of the body, its class, and its class in a packed call.
-    classes: tuple[tuple[int, type, type], ...] = ()
-    counts: tuple[tuple[str, str, int], ...] = ()  # a class, its op, and how many modules there are
-    left: tuple[str, ...] = ()  # what looks like one of them and is not taken, and why
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """The names of the ops that are called."""
-        return tuple(dict.fromkeys(op for _, op, _ in self.counts))
-
-    def modules(self, body: nn.Module) -> list[tuple[nn.Module, type, type]]:
-        """Each module, its class, and its class in a packed call."""
-        if not self.classes:
-            return []
-        modules = structure_of(body)[1]
-        return [(modules[place], kind, fused) for place, kind, fused in self.classes]
-
-
-NONE = Fusion()
 
 
 def find(body: nn.Module) -> Fusion:

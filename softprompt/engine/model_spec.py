@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.engine import precision
-from softprompt.engine.overrides import IN_USE
+from softprompt.engine.overrides import IN_USE, NO_FUSION, Fusion
 from softprompt.engine.structure import structure_of
 
 
@@ -80,6 +80,7 @@ class DecoderFacts:
     attention_configs: tuple[Any, ...]  # the distinct configurations that choose it
     head: HeadFacts
     checkpointing: tuple[weakref.ref[Any], ...]  # modules with the switch, which the guard leaves out
+    fusion: Fusion  # modules that run as one op
 
     def uses_gradient_checkpointing(self, body: nn.Module) -> bool:
         """Whether layers of the decoder are recomputed in the backward pass, as its flags are now."""
@@ -88,8 +89,8 @@ class DecoderFacts:
         )
 
 
-def decoder_facts(model: CausalLM) -> DecoderFacts:
-    """The facts of a model as it is now."""
+def decoder_facts(model: CausalLM, fusion: Fusion = NO_FUSION) -> DecoderFacts:
+    """The facts of a model as it is now, some of whose modules are to run as one op."""
     body = body_of(model)
     structure, modules = structure_of(body)
     with IN_USE:  # a packed call in another thread chooses the attention for its length
@@ -102,6 +103,7 @@ def decoder_facts(model: CausalLM) -> DecoderFacts:
         tuple(structure.configs),
         head_facts(model),
         tuple(weakref.ref(modules[place]) for place in structure.checkpointing),
+        fusion,
     )
 
 

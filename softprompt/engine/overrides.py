@@ -1,4 +1,4 @@
-"""Attributes of modules that are others for the length of a block."""
+"""Attributes and classes of modules that are others for the length of a block."""
 
 from __future__ import annotations
 
@@ -6,14 +6,42 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from softprompt.engine.structure import structure_of
 
 # A packed call sets attributes of the model and of its configuration, which replicas in other threads may
 # share: one call at a time.
 IN_USE = threading.RLock()
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The modules of one body that run as one op in a packed call."""
+
+    # Of each its number in the structure of the body, its class, and its class in a packed call.
+    classes: tuple[tuple[int, type, type], ...] = ()
+    counts: tuple[tuple[str, str, int], ...] = ()  # a class, its op, and how many modules there are
+    left: tuple[str, ...] = ()  # what looks like one of them and is not taken, and why
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The names of the ops that are called."""
+        return tuple(dict.fromkeys(op for _, op, _ in self.counts))
+
+    def modules(self, body: nn.Module) -> list[tuple[nn.Module, type, type]]:
+        """Each module, its class, and its class in a packed call."""
+        if not self.classes:
+            return []
+        modules = structure_of(body)[1]
+        return [(modules[place], kind, fused) for place, kind, fused in self.classes]
+
+
+NO_FUSION = Fusion()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from softprompt.engine import model_spec, sharding
 from softprompt.engine.attention_overrides import AttentionContext, packed_attention
 from softprompt.engine.batch import Batch
-from softprompt.engine.fused_modules import Fusion
 from softprompt.engine.model_spec import CausalLM, DecoderFacts
 from softprompt.layout import PackedLayout, build_layout
 from softprompt.ops.embed_prompt import embed_prompt
@@ -98,7 +97,6 @@ def decode_packed(
     seam: str,
     examine: bool = False,
     backend: str = AUTO,
-    fusion: Fusion | None = None,
     call_body: Callable[..., Any] | None = None,
 ) -> DecoderOutput:
     """Runs the decoder once over a batch that has its layout. Reads nothing back from the device.
@@ -111,12 +109,11 @@ def decode_packed(
         seam: how the attention gets in, see `attention_overrides`.
         examine: look at the model's mask functions too (self-check).
         backend: of the ops.
-        fusion: the modules that run as one op.
         call_body: the decoder as something else calls it (`torch.compile`); None: as it is.
     """
     body = model_spec.body_of(model)
     embeds = embed_rows(model.get_input_embeddings(), batch, layout, backend, readable=facts.reads_embedding)
-    context = AttentionContext(layout, facts, backend, examine, fusion=fusion)
+    context = AttentionContext(layout, facts, backend, examine)
     if facts.uses_gradient_checkpointing(body) and torch.is_grad_enabled():
         output_class: list[type] = []
         hidden = _RecomputingBody.apply(embeds, body, seam, context, output_class)

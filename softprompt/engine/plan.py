@@ -31,7 +31,7 @@ from softprompt.engine.execution_plan import Plan, Positions
 from softprompt.engine.guard import plan_key
 from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.model_spec import CausalLM
-from softprompt.engine.overrides import IN_USE
+from softprompt.engine.overrides import IN_USE, NO_FUSION
 from softprompt.engine.self_check import GRADIENT, LOGITS, LOSS, Verdict
 
 __all__ = ["Plan", "make_plan", "plan_for"]
@@ -81,9 +81,8 @@ def plan_for(
             (plan, state, fused),
             lambda: replace(
                 plan,
-                facts=model_spec.decoder_facts(model),
+                facts=model_spec.decoder_facts(model, plan.fusion if fused else NO_FUSION),
                 state=state,
-                fusion=plan.fusion if fused else fused_modules.NONE,
             ),
         )
 
@@ -190,7 +189,8 @@ def _decoder_plan(model: CausalLM) -> Plan:
     verdict: Verdict[Plan] = Verdict()
     if packing_obstacle is None:
         fusion = fused_modules.find(model_spec.body_of(model))
-        verdict = first_of(_packed_candidates(model, replace(padded, fusion=fusion)))
+        facts = model_spec.decoder_facts(model, fusion)
+        verdict = first_of(_packed_candidates(model, replace(padded, fusion=fusion, facts=facts)))
         if verdict.chosen is None and fusion.classes:
             verdict = first_of(_packed_candidates(model, padded))
         if verdict.chosen is not None:

@@ -80,7 +80,7 @@ def start_packed(
         embeds = embed_rows(
             model.get_input_embeddings(), batch, layout, backend, readable=facts.reads_embedding
         )
-        context = AttentionContext(layout, facts, backend, states=texts, fusion=plan.fusion)
+        context = AttentionContext(layout, facts, backend, states=texts)
         run_body(model_spec.body_of(model), str(plan.seam), context, embeds[:, layout.prompt_tokens :])
         known = texts.collected()
     numbers = torch.arange(1, layout.num_rows + 1, device=layout.query_position.device)
