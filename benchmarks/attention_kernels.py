@@ -32,6 +32,7 @@ def attention_case(
     alibi: bool = False,
     window: bool = False,
     softcap: bool = False,
+    many_prompts: bool = False,
 ) -> dict[str, Any]:
     """One kernel at one shape: `dtype` is "bf16", "fp16" or "fp32"."""
     module, name = KERNELS[kind]
@@ -47,6 +48,7 @@ def attention_case(
         "ACCUMULATOR": "fp32",
         "PRECISION": "ieee",
         "OF_PROMPTS": kind == "prompt",
+        "MANY_PROMPTS": many_prompts,
         "sinks_ptr": None,
         **dict.fromkeys(_UNIT_STRIDES, 1),
         **({} if alibi else {"slopes_ptr": None}),
@@ -73,7 +75,14 @@ def attention_case(
         "label": f"{kind}, {dtype}, head dim {head_dim}"
         + (f" and {value_dim}" if value_dim != head_dim else "")
         + "".join(
-            f", {word}" for word, on in (("alibi", alibi), ("window", window), ("softcap", softcap)) if on
+            f", {word}"
+            for word, on in (
+                ("alibi", alibi),
+                ("window", window),
+                ("softcap", softcap),
+                ("many prompts", many_prompts),
+            )
+            if on
         ),
         "module": module,
         "kernel": name,
@@ -95,6 +104,7 @@ def all_cases() -> list[dict[str, Any]]:
         cases.append(attention_case(kind, 64, "bf16", alibi=True))
         cases.append(attention_case(kind, 128, "bf16", window=True))
         cases.append(attention_case(kind, 256, "bf16", window=True, softcap=True))
+    cases += [attention_case("prompt", width, "bf16", many_prompts=True) for width in (64, 128)]
     return cases
 
 

@@ -154,6 +154,7 @@ def backward(
                 *grad_key.stride()[:2],
                 *grad_value.stride()[:2],
                 OF_PROMPTS=kind == "prompt",
+                MANY_PROMPTS=kind == "prompt" and len(layout.prompt_lengths) > 1,
                 **launch.options(config),
             )
     of_sinks = lse.new_empty(0)

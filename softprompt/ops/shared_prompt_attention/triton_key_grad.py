@@ -64,6 +64,7 @@ def attention_backward_key(
     softcap,
     window,
     OF_PROMPTS: tl.constexpr,
+    MANY_PROMPTS: tl.constexpr,  # of the row; False without OF_PROMPTS
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -143,15 +144,19 @@ def attention_backward_key(
         for first in range(start, end, QUERIES):
             rows = first + tl.arange(0, QUERIES)
             in_row = rows < end
+            takes_part = True
             if OF_PROMPTS:
-                # Other prompts' texts, whole blocks of them as a rule, have no part in this block.
                 sees = tl.load(prefix_id_ptr + rows, mask=in_row, other=-2)
                 in_row &= sees < num_prompts
-                takes_part = tl.max(((sees >= first_segment) & (sees <= last_segment)).to(tl.int32), 0) > 0
+                if MANY_PROMPTS:
+                    # Other prompts' texts, whole blocks of them as a rule, have no part in this block. With
+                    # one prompt there are none, and a branch would keep the loads from being pipelined.
+                    takes_part = (
+                        tl.max(((sees >= first_segment) & (sees <= last_segment)).to(tl.int32), 0) > 0
+                    )
             else:
                 sees = tl.load(segments_ptr + rows, mask=in_row, other=-2)
                 in_row &= sees < first_dummy
-                takes_part = True
             if takes_part:
                 wide = rows.to(tl.int64)
                 slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)
