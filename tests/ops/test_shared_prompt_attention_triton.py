@@ -121,6 +121,28 @@ def test_more_dummies_change_nothing():
         first = got
 
 
+@pytest.mark.parametrize(
+    "size, options", slow_unless({((32, 16), "all")}, [(size, o) for size in BLOCKS for o in ("none", "all")])
+)
+def test_a_dummy_sees_itself_and_no_other_row_sees_it(size, options):
+    # Dummies share a block with the last text, and fill blocks of their own.
+    layout = packed_batch(**(BATCHES["right, dummies"] | {"token_bucket": 64}))[1].attention
+    heads = (2, 1, 8, 6)
+    options, grad = with_vectors(OPTIONS[options], heads[0]), gradient_like(layout, heads[0], heads[3])
+    dummies = slice(layout.num_live, None)
+    inputs = tensors(layout, heads)
+    expected = results(inputs, layout, options, grad, backend="reference")
+    # Zero times infinity or NaN is NaN: nothing of a dummy may be multiplied into another row.
+    for rows, held in zip([*inputs, grad], (torch.nan, torch.nan, torch.inf, torch.inf), strict=True):
+        rows.detach()[:, dummies] = held
+    with blocks(*size):
+        got = results(inputs, layout, options, grad, backend="triton")
+    for rows, wanted, of_dummy in zip(got[:4], expected, (torch.inf, 0, 0, torch.inf), strict=False):
+        assert (rows[:, dummies] == of_dummy).all()
+        assert_equal([rows[:, : layout.num_live]], [wanted[:, : layout.num_live]])
+    assert_equal(got[4:], expected[4:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [[1], [17, 3, 40], [64, 64]], ids=str)
 def test_the_sums_over_texts_are_split_and_stay_the_same_bits(prompts, monkeypatch):

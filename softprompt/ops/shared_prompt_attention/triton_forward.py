@@ -38,7 +38,6 @@ def _forward_range(
     value_stride,
     head_dim,
     value_dim,
-    first_dummy,
     scale,
     softcap,
     window,
@@ -59,9 +58,7 @@ def _forward_range(
         wide = keys.to(tl.int64)
         segment_k = keys
         if not UNIFORM:
-            # What a dummy holds must not meet other rows, not even with a probability of zero.
             segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
-            exists &= segment_k < first_dummy
         slot_k = tl.load(key_position_ptr + keys, mask=exists, other=2147483647)
         key = tl.load(
             key_ptr + wide[None, :] * key_row_stride + columns[:, None] * key_stride,
@@ -198,7 +195,9 @@ def attention_forward(
     else:
         highest = tl.full([QUERIES], float("-inf"), ACCUMULATOR)
         total = tl.zeros([QUERIES], ACCUMULATOR)
-    last = tl.minimum(first + QUERIES, num_rows)
+    # Dummies stand behind the last text. What they hold must not meet other rows, not even with a probability
+    # of zero; a mask made from the segments would have the copies of keys and values wait for a load.
+    last = tl.minimum(first + QUERIES, tl.load(cu_texts_ptr + num_texts))
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     if uniform:
         for part in tl.static_range(2):
@@ -225,7 +224,6 @@ def attention_forward(
                 value_stride,
                 head_dim,
                 value_dim,
-                first_dummy,
                 scale,
                 softcap,
                 window,
@@ -264,7 +262,6 @@ def attention_forward(
             value_stride,
             head_dim,
             value_dim,
-            first_dummy,
             scale,
             softcap,
             window,

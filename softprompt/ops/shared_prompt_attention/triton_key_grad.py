@@ -115,13 +115,17 @@ def attention_backward_key(
     last_key = tl.minimum(first_key + KEYS, key_rows) - 1
     first_segment = tl.load(segments_ptr + first_key)
     last_segment = tl.load(segments_ptr + last_key)
+    # Dummies stand behind the last text. What they hold must not meet other rows, not even with a probability
+    # of zero; a mask made from the segments would have the copies of queries and grad_out wait for a load.
+    last_end = tl.load(cu_texts_ptr + num_texts)
     if OF_PROMPTS:
         start = prompt_rows + split * split_rows
-        end = tl.minimum(start + split_rows, num_rows)
+        end = tl.minimum(start + split_rows, last_end)
     else:
         # Rows before the block cannot see it; the last key's segment ends last.
         start = first_key
         end = own_end(last_key, last_segment, cu_prompts_ptr, cu_texts_ptr, num_prompts, num_texts)
+        end = tl.minimum(end, last_end)
         if HAS_WINDOW:
             end = tl.minimum(end, last_key + window)
     grad_key = tl.zeros([KEYS, HEAD], ACCUMULATOR)
@@ -147,7 +151,6 @@ def attention_backward_key(
             takes_part = True
             if OF_PROMPTS:
                 sees = tl.load(prefix_id_ptr + rows, mask=in_row, other=-2)
-                in_row &= sees < num_prompts
                 if MANY_PROMPTS:
                     # Other prompts' texts, whole blocks of them as a rule, have no part in this block. With
                     # one prompt there are none, and a branch would keep the loads from being pipelined.
@@ -156,7 +159,6 @@ def attention_backward_key(
                     )
             else:
                 sees = tl.load(segments_ptr + rows, mask=in_row, other=-2)
-                in_row &= sees < first_dummy
             if takes_part:
                 wide = rows.to(tl.int64)
                 slot_q = tl.load(query_position_ptr + rows, mask=in_row, other=0)

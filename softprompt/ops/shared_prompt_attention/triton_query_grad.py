@@ -39,7 +39,6 @@ def _query_range(
     value_stride,
     head_dim,
     value_dim,
-    first_dummy,
     scale,
     softcap,
     window,
@@ -61,7 +60,6 @@ def _query_range(
         segment_k = keys
         if not UNIFORM:
             segment_k = tl.load(segments_ptr + keys, mask=exists, other=-1)
-            exists &= segment_k < first_dummy
         slot_k = tl.load(key_slots_ptr + keys, mask=exists, other=2147483647)
         key = tl.load(
             key_ptr + wide[:, None] * key_row_stride + columns[None, :] * key_stride,
@@ -217,7 +215,9 @@ def attention_backward_query(
     key_ptr += (head // group).to(tl.int64) * key_head_stride
     value_ptr += (head // group).to(tl.int64) * value_head_stride
     accumulated = tl.zeros([QUERIES, HEAD], ACCUMULATOR)
-    last = tl.minimum(first + QUERIES, num_rows)
+    # Dummies stand behind the last text. What they hold must not meet other rows, not even with a probability
+    # of zero; a mask made from the segments would have the copies of keys and values wait for a load.
+    last = tl.minimum(first + QUERIES, tl.load(cu_texts_ptr + num_texts))
     HAS_SLOPES: tl.constexpr = slopes_ptr is not None
     if uniform:
         for part in tl.static_range(2):
@@ -245,7 +245,6 @@ def attention_backward_query(
                 value_stride,
                 head_dim,
                 value_dim,
-                first_dummy,
                 scale,
                 softcap,
                 window,
@@ -285,7 +284,6 @@ def attention_backward_query(
             value_stride,
             head_dim,
             value_dim,
-            first_dummy,
             scale,
             softcap,
             window,
