@@ -11,6 +11,7 @@ from typing import Any
 
 from softprompt.ops.shared_prompt_attention.configs import launch_config, padded_dim
 
+ARCHITECTURES = (80, 90, 100)
 _FOLDER = "softprompt.ops.shared_prompt_attention."
 KERNELS = {
     "forward": (_FOLDER + "triton_forward", "attention_forward"),
@@ -27,6 +28,7 @@ def attention_case(
     kind: str,
     head_dim: int,
     dtype: str,
+    arch: int,
     *,
     value_dim: int | None = None,
     alibi: bool = False,
@@ -34,10 +36,10 @@ def attention_case(
     softcap: bool = False,
     many_prompts: bool = False,
 ) -> dict[str, Any]:
-    """One kernel at one shape: `dtype` is "bf16", "fp16" or "fp32"."""
+    """One kernel at one shape and for one architecture: `dtype` is "bf16", "fp16" or "fp32"."""
     module, name = KERNELS[kind]
     value_dim = value_dim or head_dim
-    config = launch_config(kind, max(head_dim, value_dim), 4 if dtype == "fp32" else 2)
+    config = launch_config(kind, max(head_dim, value_dim), 4 if dtype == "fp32" else 2, arch)
     constexprs: dict[str, Any] = {
         "HAS_WINDOW": window,
         "HAS_SOFTCAP": softcap,
@@ -91,21 +93,26 @@ def attention_case(
         "divisible": divisible,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "architectures": [arch],
     }
 
 
 def all_cases() -> list[dict[str, Any]]:
     """Every kernel at the head dims and with the options that models have."""
-    cases = []
+    shapes: list[tuple[str, int, str, dict[str, Any]]] = []
     for kind in KERNELS:
-        cases += [attention_case(kind, width, "bf16") for width in (32, 64, 80, 96, 128, 256)]
-        cases += [attention_case(kind, width, "fp32") for width in (64, 128)]
-        cases.append(attention_case(kind, 192, "bf16", value_dim=128))
-        cases.append(attention_case(kind, 64, "bf16", alibi=True))
-        cases.append(attention_case(kind, 128, "bf16", window=True))
-        cases.append(attention_case(kind, 256, "bf16", window=True, softcap=True))
-    cases += [attention_case("prompt", width, "bf16", many_prompts=True) for width in (64, 128)]
-    return cases
+        shapes += [(kind, width, "bf16", {}) for width in (32, 64, 80, 96, 128, 256)]
+        shapes += [(kind, width, "fp32", {}) for width in (64, 128)]
+        shapes.append((kind, 192, "bf16", {"value_dim": 128}))
+        shapes.append((kind, 64, "bf16", {"alibi": True}))
+        shapes.append((kind, 128, "bf16", {"window": True}))
+        shapes.append((kind, 256, "bf16", {"window": True, "softcap": True}))
+    shapes += [("prompt", width, "bf16", {"many_prompts": True}) for width in (64, 128)]
+    return [
+        attention_case(kind, width, dtype, arch, **options)
+        for kind, width, dtype, options in shapes
+        for arch in ARCHITECTURES
+    ]
 
 
 def main() -> None:

@@ -12,9 +12,11 @@ with one record for each case and architecture. A case has
     divisible       arguments that are multiples of 16, pointers included: what a launch finds out by itself
     num_warps, num_stages
                     optional, as at a launch
+    architectures   optional, those it is for: 80 (A100), 90 (H100), 100 (B200); default: all three
 
-and a record the case's kernel, `arch` (80: A100, 90: H100, 100: B200), `cubin_bytes`, `shared` (bytes), and
-from the machine code `registers`, `stack` and `local` (bytes a thread; not 0 where registers were spilled).
+and a record the case's kernel, `arch`, `cubin_bytes`, `shared` (bytes), `row_warps` (the most warps that a
+product puts one below the other, each on 16 rows or more; 0 where warps do not make the products), and from
+the machine code `registers`, `stack` and `local` (bytes a thread; not 0 where registers were spilled).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 90, 100)
 _DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 _TYPES = {"fp32": triton.language.float32}
+_ROW_WARPS = re.compile(r"#ttg\.nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+), \d+\]")
 _RESOURCES = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
 
 
@@ -61,8 +64,14 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
         "arch": arch,
         "cubin_bytes": len(cubin),
         "shared": compiled.metadata.shared,
+        "row_warps": max((int(warps) for warps in _ROW_WARPS.findall(compiled.asm["ttgir"])), default=0),
         **resource_usage(cubin),
     }
+
+
+def compile_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of all cases, each for its architectures."""
+    return [compile_case(case, arch) for case in cases for arch in case.get("architectures", ARCHITECTURES)]
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -97,7 +106,7 @@ def write_records(cases: Sequence[dict[str, Any]], of: str = "") -> None:
 def main() -> None:
     """Compiles the cases of the standard input."""
     cases = json.load(sys.stdin)
-    json.dump([compile_case(case, arch) for case in cases for arch in ARCHITECTURES], sys.stdout)
+    json.dump(compile_cases(cases), sys.stdout)
 
 
 if __name__ == "__main__":

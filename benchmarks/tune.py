@@ -23,6 +23,7 @@ from softprompt.ops.shared_prompt_attention import shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.configs import (
     KINDS,
     LaunchConfig,
+    architecture,
     launch_config,
     launch_configs,
     launched_with,
@@ -92,8 +93,9 @@ def _sweep(
         problem = attention_problem(sizes, device)
         expected = truth(problem)
         itemsize = problem.query.element_size()
-        default = launch_config(kind, sizes.head_dim, itemsize)
-        candidates = launch_configs(kind, sizes.head_dim, itemsize)[:most]
+        arch = architecture(problem.query.device)
+        default = launch_config(kind, sizes.head_dim, itemsize, arch)
+        candidates = launch_configs(kind, sizes.head_dim, itemsize, arch)[:most]
     except Exception as error:
         entry["reason"] = reason_of(error)
         return entry

@@ -20,12 +20,13 @@ from attention_problem import (
 from marks import slow_unless
 from poison import poisoned_buffers
 
-from benchmarks.attention_kernels import KERNELS, attention_case
+from benchmarks.attention_kernels import ARCHITECTURES, KERNELS, attention_case
 from softprompt.ops.registry import triton_availability
 from softprompt.ops.shared_prompt_attention import AttentionLayout, configs, shared_prompt_attention
 from softprompt.ops.shared_prompt_attention.configs import (
     KINDS,
     LaunchConfig,
+    architecture,
     launch_config,
     launch_configs,
     launched_with,
@@ -251,12 +252,12 @@ def test_what_the_kernels_do_not_serve_goes_elsewhere_or_is_named(monkeypatch):
 
 
 def test_a_configuration_holds_for_the_block_and_no_longer():
-    before = launch_config("forward", 64, 2)
+    before = launch_config("forward", 64, 2, 0)
     other = LaunchConfig(16, 16, 4, 1)
     with launched_with(forward=other):
-        assert launch_config("forward", 64, 2) == other
-        assert launch_config("query", 64, 2) != other
-    assert launch_config("forward", 64, 2) == before
+        assert launch_config("forward", 64, 2, 0) == other
+        assert launch_config("query", 64, 2, 0) != other
+    assert launch_config("forward", 64, 2, 0) == before
     with (
         pytest.raises(ValueError, match="expected kinds of forward, query, key, prompt, got backward"),
         blocks(16, 16),
@@ -266,28 +267,45 @@ def test_a_configuration_holds_for_the_block_and_no_longer():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("head_dim, itemsize", [(64, 2), (80, 2), (128, 4), (256, 2)])
-def test_a_sweep_begins_with_the_tables_choice(kind, head_dim, itemsize):
-    candidates = launch_configs(kind, head_dim, itemsize)
-    assert candidates[0] == launch_config(kind, head_dim, itemsize)
+def test_a_sweep_begins_with_the_tables_choice(kind, head_dim, itemsize, arch):
+    candidates = launch_configs(kind, head_dim, itemsize, arch)
+    assert candidates[0] == launch_config(kind, head_dim, itemsize, arch)
     assert len(set(candidates)) == len(candidates) > 4
     assert [padded_dim(width) for width in (1, 16, 17, 80, 256)] == [16, 16, 32, 128, 256]
 
 
-@pytest.mark.slow(seconds=60)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.slow(seconds=100)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_kernels_compile_for_three_gpu_generations_without_spilling(head_dim, compile_kernels):
-    cases = [attention_case(kind, head_dim, "bf16") for kind in KERNELS]
-    for record in compile_kernels(cases):
+    kinds = [(kind, arch) for kind in KERNELS for arch in ARCHITECTURES]
+    cases = [attention_case(kind, head_dim, "bf16", arch) for kind, arch in kinds]
+    for (kind, arch), case, record in zip(kinds, cases, compile_kernels(cases), strict=True):
         assert record["cubin_bytes"] > 0
         assert (record["label"], record["local"], record["stack"]) == (record["label"], 0, 0)
         assert record["shared"] <= 99 * 1024  # what every GPU since sm_80 has for a block
+        # A product gives each warp 16 rows at least: more warps than that compute the same rows again, as in
+        # the one configuration that would spill with fewer.
+        rows = case["constexprs"]["QUERIES" if kind in ("forward", "query") else "KEYS"]
+        if (kind, head_dim, arch) != ("forward", 256, 90):
+            assert (record["label"], record["row_warps"] * 16 <= rows) == (record["label"], True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_architecture_changes_16_bit_heads_of_128_and_no_others(kind):
+    assert (
+        launch_config(kind, 128, 2, 90) != launch_config(kind, 128, 2, 80) == launch_config(kind, 128, 2, 100)
+    )
+    for head_dim, itemsize in ((64, 2), (256, 2), (128, 4)):
+        assert launch_config(kind, head_dim, itemsize, 90) == launch_config(kind, head_dim, itemsize, 0)
+    assert architecture(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_the_newer_precision_setting_is_followed(setting):
     module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
-    config, before = launch_config("forward", 64, 4), torch.backends.cuda.matmul.fp32_precision
+    config, before = launch_config("forward", 64, 4, 0), torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
         for dtype, expected in ((torch.float32, setting), (torch.bfloat16, "ieee")):

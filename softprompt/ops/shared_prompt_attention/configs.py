@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 KINDS = ("forward", "query", "key", "prompt")
 LARGEST_HEAD_DIM = 256
@@ -29,7 +32,8 @@ def padded_dim(width: int) -> int:
 # (kernel, largest padded head dim, itemsize of at most) -> configuration. Chosen from what the compiler
 # reports (benchmarks/results/compile): no register is spilled up to a head dim of 128, and shared memory
 # stays below 99 KiB, so that every GPU since sm_80 runs them; blocks of 64 queries, because the texts of
-# prompt tuning are short.
+# prompt tuning are short. A product gives each warp 16 rows at least: more warps than that, one below the
+# other, compute the same rows again.
 _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("forward", 64, 2): LaunchConfig(64, 64, 4, 2),
     ("forward", 128, 2): LaunchConfig(64, 64, 8, 2),
@@ -37,10 +41,10 @@ _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("query", 64, 2): LaunchConfig(64, 32, 4, 2),
     ("query", 128, 2): LaunchConfig(64, 32, 8, 2),
     ("query", 256, 2): LaunchConfig(32, 32, 8, 1),
-    ("key", 64, 2): LaunchConfig(32, 64, 8, 2),
+    ("key", 64, 2): LaunchConfig(32, 64, 4, 2),
     ("key", 128, 2): LaunchConfig(32, 64, 8, 1),
     ("key", 256, 2): LaunchConfig(32, 32, 8, 1),
-    ("prompt", 64, 2): LaunchConfig(32, 64, 8, 2),
+    ("prompt", 64, 2): LaunchConfig(32, 64, 4, 2),
     ("prompt", 128, 2): LaunchConfig(32, 64, 8, 2),
     ("prompt", 256, 2): LaunchConfig(32, 32, 8, 1),
     ("forward", 64, 8): LaunchConfig(32, 16, 4, 2),
@@ -56,10 +60,29 @@ _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("prompt", 128, 8): LaunchConfig(16, 16, 8, 1),
     ("prompt", 256, 8): LaunchConfig(16, 16, 8, 1),
 }
+# What differs on sm_90, by kernel and padded head dim, for entries of 2 bytes. There 4 warps make a product
+# of 64 rows together, and both groups of 8 warps would compute the scores of the same 64 rows. On sm_80 warps
+# stand side by side in these shapes, and 4 of them would spill. The forward of a head dim of 256 keeps its 8
+# warps: the registers of 4 do not hold an accumulator of 64 rows.
+_SM90: dict[tuple[str, int], LaunchConfig] = {
+    ("forward", 128): LaunchConfig(128, 64, 8, 2),
+    ("query", 128): LaunchConfig(64, 32, 4, 2),
+    ("key", 128): LaunchConfig(32, 128, 8, 1),
+    ("prompt", 128): LaunchConfig(32, 64, 4, 2),
+}
 _OVERRIDE: dict[str, LaunchConfig] = {}
 
 
-def launch_config(kind: str, head_dim: int, itemsize: int) -> LaunchConfig:
+@cache
+def architecture(device: torch.device) -> int:
+    """Compute capability of a CUDA device in one number, as in sm_90; 0 for others."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch_config(kind: str, head_dim: int, itemsize: int, arch: int) -> LaunchConfig:
     """The configuration of a kernel.
 
     Args:
@@ -67,16 +90,18 @@ def launch_config(kind: str, head_dim: int, itemsize: int) -> LaunchConfig:
             of the prompts, from all texts).
         head_dim: the larger of D and Dv.
         itemsize: bytes of an entry.
+        arch: of the GPU; see `architecture`.
     """
     if kind in _OVERRIDE:
         return _OVERRIDE[kind]
     width = next(limit for limit in (64, 128, 256) if head_dim <= limit)
-    return _TABLE[(kind, width, 2 if itemsize <= 2 else 8)]
+    chosen = _TABLE[(kind, width, 2 if itemsize <= 2 else 8)]
+    return _SM90.get((kind, width), chosen) if arch == 90 and itemsize <= 2 else chosen
 
 
-def launch_configs(kind: str, head_dim: int, itemsize: int) -> list[LaunchConfig]:
+def launch_configs(kind: str, head_dim: int, itemsize: int, arch: int) -> list[LaunchConfig]:
     """Candidates for a sweep on a device, the table's own choice first."""
-    chosen = launch_config(kind, head_dim, itemsize)
+    chosen = launch_config(kind, head_dim, itemsize, arch)
     blocks = (16, 32) if itemsize > 2 else (32, 64, 128)
     others = [
         LaunchConfig(queries, keys, warps, stages)

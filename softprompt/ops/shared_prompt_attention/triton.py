@@ -27,7 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from softprompt.ops.constants import LOG2E
-from softprompt.ops.shared_prompt_attention.configs import LaunchConfig, launch_config, padded_dim
+from softprompt.ops.shared_prompt_attention.configs import (
+    LaunchConfig,
+    architecture,
+    launch_config,
+    padded_dim,
+)
 from softprompt.ops.shared_prompt_attention.layout import (
     Attended,
     AttentionLayout,
@@ -213,7 +218,8 @@ class _Launch:
         self.strides = (*query.stride(), *key.stride(), *value.stride())
 
     def config(self, kind: str) -> LaunchConfig:
-        return launch_config(kind, max(self._widths), self._query.element_size())
+        device, itemsize = self._query.device, self._query.element_size()
+        return launch_config(kind, max(self._widths), itemsize, architecture(device))
 
     def options(self, config: LaunchConfig) -> dict[str, Any]:
         """The arguments that all kernels take by name."""

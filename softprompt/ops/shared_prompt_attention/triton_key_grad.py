@@ -128,35 +128,35 @@ def attention_backward_key(
         end = tl.minimum(end, last_end)
         if HAS_WINDOW:
             end = tl.minimum(end, last_key + window)
-    grad_key = tl.zeros([KEYS, HEAD], ACCUMULATOR)
     grad_value = tl.zeros([KEYS, VALUE], ACCUMULATOR)
-    for member in range(0, group):
-        head = (key_head * group + member).to(tl.int64)
-        slope = 0.0
-        if HAS_SLOPES:
-            slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
-        if not OF_PROMPTS:
-            # The output of a dummy is its own value.
+    if not OF_PROMPTS:
+        # The output of a dummy is its own value; most blocks have none.
+        for member in range(0, tl.where(last_segment >= first_dummy, group, 0)):
             grad_value += tl.load(
                 grad_out_ptr
-                + head * grad_out_head_stride
+                + (key_head * group + member).to(tl.int64) * grad_out_head_stride
                 + wide_keys[:, None] * grad_out_row_stride
                 + value_columns[None, :] * grad_out_stride,
                 mask=in_value & is_dummy[:, None],
                 other=0.0,
             ).to(ACCUMULATOR)
+    grad_key = tl.zeros([KEYS, HEAD], ACCUMULATOR)
+    for member in range(0, group):
+        head = (key_head * group + member).to(tl.int64)
+        slope = 0.0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + head).to(ACCUMULATOR)
         for first in range(start, end, QUERIES):
             rows = first + tl.arange(0, QUERIES)
             in_row = rows < end
             takes_part = True
-            if OF_PROMPTS:
+            if MANY_PROMPTS:
+                # Other prompts' texts, whole blocks of them as a rule, have no part in this block. With one
+                # prompt there are none, and a branch would keep the loads from being pipelined.
                 sees = tl.load(prefix_id_ptr + rows, mask=in_row, other=-2)
-                if MANY_PROMPTS:
-                    # Other prompts' texts, whole blocks of them as a rule, have no part in this block. With
-                    # one prompt there are none, and a branch would keep the loads from being pipelined.
-                    takes_part = (
-                        tl.max(((sees >= first_segment) & (sees <= last_segment)).to(tl.int32), 0) > 0
-                    )
+                takes_part = tl.max(((sees >= first_segment) & (sees <= last_segment)).to(tl.int32), 0) > 0
+            elif OF_PROMPTS:
+                sees = tl.zeros_like(rows)
             else:
                 sees = tl.load(segments_ptr + rows, mask=in_row, other=-2)
             if takes_part:
@@ -184,7 +184,8 @@ def attention_backward_key(
                 lse = tl.load(lse_ptr + head * num_rows + rows, mask=in_row, other=float("inf"))
                 delta = tl.load(delta_ptr + head * num_rows + rows, mask=in_row, other=0.0)
                 seen = in_row[None, :] & (segment_k[:, None] == sees[None, :])
-                seen &= slot_k[:, None] <= slot_q[None, :]
+                if not OF_PROMPTS:  # every text stands behind its prompt
+                    seen &= slot_k[:, None] <= slot_q[None, :]
                 if HAS_WINDOW:
                     seen &= slot_q[None, :] - slot_k[:, None] < window
                 dot = tl.dot(key, tl.trans(query), input_precision=PRECISION, out_dtype=ACCUMULATOR)
@@ -221,20 +222,16 @@ def attention_backward_key(
             partial_value_ptr + place[:, None] * value_dim + value_columns[None, :], grad_value, mask=in_value
         )
     else:
-        if first_key < prompt_rows:
-            of_prompt = (keys < prompt_rows)[:, None]
-            for part in range(0, splits):
-                place = ((part * tl.num_programs(2) + key_head) * prompt_rows).to(tl.int64) + keys
-                grad_key += tl.load(
-                    partial_key_ptr + place[:, None] * head_dim + columns[None, :],
-                    mask=in_key & of_prompt,
-                    other=0.0,
-                )
-                grad_value += tl.load(
-                    partial_value_ptr + place[:, None] * value_dim + value_columns[None, :],
-                    mask=in_value & of_prompt,
-                    other=0.0,
-                )
+        of_prompt = (keys < prompt_rows)[:, None]
+        parts = tl.where(first_key < prompt_rows, splits, 0)
+        # One after the other, because the registers do not hold a part of each beside both sums.
+        for part in range(0, parts):
+            place = ((part * tl.num_programs(2) + key_head) * prompt_rows).to(tl.int64) + keys
+            grad_key += tl.load(
+                partial_key_ptr + place[:, None] * head_dim + columns[None, :],
+                mask=in_key & of_prompt,
+                other=0.0,
+            )
         tl.store(
             grad_key_ptr
             + wide_head * grad_key_head_stride
@@ -243,6 +240,13 @@ def attention_backward_key(
             grad_key.to(grad_key_ptr.dtype.element_ty),
             mask=in_key,
         )
+        for part in range(0, parts):
+            place = ((part * tl.num_programs(2) + key_head) * prompt_rows).to(tl.int64) + keys
+            grad_value += tl.load(
+                partial_value_ptr + place[:, None] * value_dim + value_columns[None, :],
+                mask=in_value & of_prompt,
+                other=0.0,
+            )
         tl.store(
             grad_value_ptr
             + wide_head * grad_value_head_stride
