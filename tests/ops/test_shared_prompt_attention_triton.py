@@ -34,7 +34,8 @@ from softprompt.ops.shared_prompt_attention.configs import (
 )
 from softprompt.ops.shared_prompt_attention.layout import AttentionOptions
 
-triton_api = importlib.import_module("softprompt.ops.shared_prompt_attention.api")
+PACKAGE = "softprompt.ops.shared_prompt_attention"
+triton_api = importlib.import_module(f"{PACKAGE}.api")
 BLOCKS = [(16, 16), (16, 32), (32, 16), (64, 16)]
 
 
@@ -147,13 +148,13 @@ def test_a_dummy_sees_itself_and_no_other_row_sees_it(size, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [[1], [17, 3, 40], [64, 64]], ids=str)
 def test_the_sums_over_texts_are_split_and_stay_the_same_bits(prompts, monkeypatch):
-    module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
+    module = importlib.import_module(f"{PACKAGE}.triton")
     layout = long_batch(9, 30, prompts)
     inputs = tensors(layout, (2, 2, 8, 8))
     grad = gradient_like(layout, 2, 8)
     expected = results(inputs, layout, {}, grad, backend="reference")
     for rows in (32, 512):
-        monkeypatch.setattr(module, "_SPLIT_ROWS", rows)
+        monkeypatch.setattr(module, "_FEWEST_SPLIT_ROWS", rows)
         with blocks(16, 16):
             once, again = (results(inputs, layout, {}, grad, backend="triton") for _ in range(2))
         assert_equal(once, expected)
@@ -163,11 +164,34 @@ def test_the_sums_over_texts_are_split_and_stay_the_same_bits(prompts, monkeypat
 
 @pytest.mark.parametrize(
     "text_rows, programs, expected",
-    [(0, 64, 0), (700, 64, 2), (1 << 15, 64, 32), (1 << 15, 5024, 1), (9, 0, 1)],
+    [
+        (312, 16, (5, 64)),  # 8 short texts on a prompt of 8, 16 key heads
+        (5020, 16, (16, 320)),  # 32 texts on a prompt of 100, 8 key heads
+        (59372, 8, (32, 1856)),  # as many splits as there may be
+        (59372, 40, (6, 9920)),
+        (5020, 132, (2, 2528)),
+        (5020, 133, (1, 5024)),
+        (5020, 5024, (1, 5024)),
+        (9, 0, (1, 64)),
+        (0, 64, (0, 64)),
+    ],
 )
-def test_the_sums_over_texts_are_split_no_further_than_fills_a_gpu(text_rows, programs, expected):
-    module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
-    assert module.splits_of(text_rows, programs) == expected
+def test_the_sums_over_texts_are_split_to_fill_a_gpu_once(text_rows, programs, expected):
+    assert importlib.import_module(f"{PACKAGE}.triton").splits_of(text_rows, programs, 32) == expected
+
+
+def test_splits_hold_every_text_row_and_are_neither_short_nor_too_many():
+    splits_of = importlib.import_module(f"{PACKAGE}.triton").splits_of
+    for text_rows in (1, 63, 64, 65, 500, 4097, 70_000):
+        for programs in (1, 2, 5, 16, 88, 131, 200, 9000):
+            for queries in (16, 32, 64, 128):
+                splits, rows = splits_of(text_rows, programs, queries)
+                assert (splits - 1) * rows < text_rows <= splits * rows
+                assert rows >= 64
+                assert rows % queries == 0
+                assert splits == 1 or splits * programs <= 264
+                if text_rows == 70_000 and programs >= 5:
+                    assert splits * programs >= 132
 
 
 @pytest.mark.parametrize("kind", KERNELS)
@@ -304,7 +328,7 @@ def test_the_architecture_changes_16_bit_heads_of_128_and_no_others(kind):
 
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_the_newer_precision_setting_is_followed(setting):
-    module = importlib.import_module("softprompt.ops.shared_prompt_attention.triton")
+    module = importlib.import_module(f"{PACKAGE}.triton")
     config, before = launch_config("forward", 64, 4, 0), torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting

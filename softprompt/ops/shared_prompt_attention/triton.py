@@ -43,9 +43,9 @@ from softprompt.ops.shared_prompt_attention.triton_forward import attention_forw
 from softprompt.ops.shared_prompt_attention.triton_key_grad import attention_backward_key
 from softprompt.ops.shared_prompt_attention.triton_query_grad import attention_backward_query
 
-_SPLIT_ROWS = 512  # text rows for each partial sum of a prompt's gradient
-_MAX_SPLITS = 32
-_MAX_PROGRAMS = 4096  # more than any GPU holds at a time, so that splitting further gains nothing
+_SPLIT_PROGRAMS = 264  # two for each processor of an H100 or H200: all of them run at a time
+_FEWEST_SPLIT_ROWS = 64  # text rows for each partial sum of a prompt's gradient
+_MAX_SPLITS = 32  # one program adds them up, one after the other
 
 
 def forward(
@@ -126,14 +126,14 @@ def backward(
             *grad_query.stride()[:2],
             **launch.options(config),
         )
-        key_blocks = triton.cdiv(prompt_rows, launch.config("prompt").keys)
-        splits = splits_of(num_rows - prompt_rows, key_blocks * num_key_heads)
+        config = launch.config("prompt")
+        programs = triton.cdiv(prompt_rows, config.keys) * num_key_heads
+        splits, split_rows = splits_of(num_rows - prompt_rows, programs, config.queries)
         partial = [lse.new_empty(splits, num_key_heads, prompt_rows, size) for size in (head_dim, value_dim)]
         for kind, key_rows in (("prompt", prompt_rows), ("key", num_rows)):
             config = launch.config(kind)
             if kind == "prompt" and splits == 0:
                 continue
-            split_rows = triton.cdiv(triton.cdiv(num_rows - prompt_rows, max(splits, 1)), config.queries)
             grid = (triton.cdiv(key_rows, config.keys), splits if kind == "prompt" else 1, num_key_heads)
             attention_backward_key[grid](
                 query,
@@ -151,7 +151,7 @@ def backward(
                 prompt_rows,
                 *launch.counts,
                 splits,
-                split_rows * config.queries,
+                split_rows,
                 head_dim,
                 value_dim,
                 *launch.strides,
@@ -169,15 +169,25 @@ def backward(
     return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), of_sinks
 
 
-def splits_of(text_rows: int, programs: int) -> int:
-    """Over how many programs each of the prompts' is split by text rows; 0 without texts.
+def splits_of(text_rows: int, programs: int, queries: int) -> tuple[int, int]:
+    """Over how many programs each of the prompts' is split by text rows, and the rows of each.
 
-    Every split has partial sums of the size of the prompts' keys and values, in fp32: 100 prompts of 100 rows
-    with 32 heads of 128 would take 10 GB in 32 splits, and have programs enough without.
+    As many as make 132 to 264 programs, where every one but the last has at least 64 rows. Every split has
+    partial sums of the size of the prompts' keys and values, in fp32; prompts that are enough programs
+    without are not split.
+
+    Args:
+        text_rows: all rows but the prompts'.
+        programs: of one split.
+        queries: rows of a block; those of a split are a multiple of it.
+
+    Returns:
+        Number of splits, 0 without texts, and rows of each.
     """
-    most = min(_MAX_SPLITS, max(1, _MAX_PROGRAMS // max(1, programs)))
-    count: int = min(triton.cdiv(text_rows, _SPLIT_ROWS), most)
-    return count
+    most = min(_MAX_SPLITS, max(1, _SPLIT_PROGRAMS // max(1, programs)))
+    rows = max(_FEWEST_SPLIT_ROWS, triton.cdiv(text_rows, most))
+    rows = triton.cdiv(rows, queries) * queries
+    return triton.cdiv(text_rows, rows), rows
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
