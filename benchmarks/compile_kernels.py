@@ -69,7 +69,7 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
     }
 
 
-def compile_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compile_cases(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of all cases, each for its architectures."""
     return [compile_case(case, arch) for case in cases for arch in case.get("architectures", ARCHITECTURES)]
 
@@ -89,7 +89,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def write_records(cases: Sequence[dict[str, Any]], of: str = "") -> None:
     """Compiles cases, and writes `results/compile/triton-<version><of>.json`."""
-    records = [compile_case(case, arch) for case in cases for arch in ARCHITECTURES]
+    records = compile_cases(cases)
     path = Path(__file__).parent / "results" / "compile" / f"triton-{triton.__version__}{of}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(" " + json.dumps(record) for record in records)

@@ -30,10 +30,10 @@ def padded_dim(width: int) -> int:
 
 
 # (kernel, largest padded head dim, itemsize of at most) -> configuration. Chosen from what the compiler
-# reports (benchmarks/results/compile): no register is spilled up to a head dim of 128, and shared memory
-# stays below 99 KiB, so that every GPU since sm_80 runs them; blocks of 64 queries, because the texts of
-# prompt tuning are short. A product gives each warp 16 rows at least: more warps than that, one below the
-# other, compute the same rows again.
+# reports (benchmarks/results/compile): no register is spilled up to a head dim of 128, but for four of the
+# prompts' under a window on sm_90, and shared memory stays below 99 KiB, so that every GPU since sm_80 runs
+# them; blocks of 64 queries, because the texts of prompt tuning are short. A product gives each warp 16 rows
+# at least: more warps than that, one below the other, compute the same rows again.
 _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("forward", 64, 2): LaunchConfig(64, 64, 4, 2),
     ("forward", 128, 2): LaunchConfig(64, 64, 8, 2),
@@ -60,15 +60,18 @@ _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("prompt", 128, 8): LaunchConfig(16, 16, 8, 1),
     ("prompt", 256, 8): LaunchConfig(16, 16, 8, 1),
 }
-# What differs on sm_90, by kernel and padded head dim, for entries of 2 bytes. There 4 warps make a product
-# of 64 rows together, and both groups of 8 warps would compute the scores of the same 64 rows. On sm_80 warps
-# stand side by side in these shapes, and 4 of them would spill. The forward of a head dim of 256 keeps its 8
-# warps: the registers of 4 do not hold an accumulator of 64 rows.
-_SM90: dict[tuple[str, int], LaunchConfig] = {
-    ("forward", 128): LaunchConfig(128, 64, 8, 2),
-    ("query", 128): LaunchConfig(64, 32, 4, 2),
-    ("key", 128): LaunchConfig(32, 128, 8, 1),
-    ("prompt", 128): LaunchConfig(32, 64, 4, 2),
+# What differs, by kernel, padded head dim and the major compute capability, for entries of 2 bytes. On sm_90
+# 4 warps make a product of 64 rows together, and both groups of 8 warps would compute the scores of the same
+# 64 rows. On sm_80 warps stand side by side where the head dim is 128, and 4 of them would spill, as would
+# the larger tiles of a head dim of 64. The forward of a head dim of 256 keeps its 8 warps on sm_90: the
+# registers of 4 do not hold an accumulator of 64 rows.
+_OTHER: dict[tuple[str, int, int], LaunchConfig] = {
+    ("forward", 64, 8): LaunchConfig(64, 32, 4, 2),
+    ("key", 64, 8): LaunchConfig(16, 64, 4, 2),
+    ("forward", 128, 9): LaunchConfig(128, 64, 8, 2),
+    ("query", 128, 9): LaunchConfig(64, 32, 4, 2),
+    ("key", 128, 9): LaunchConfig(32, 128, 8, 1),
+    ("prompt", 128, 9): LaunchConfig(32, 64, 4, 2),
 }
 _OVERRIDE: dict[str, LaunchConfig] = {}
 
@@ -96,7 +99,7 @@ def launch_config(kind: str, head_dim: int, itemsize: int, arch: int) -> LaunchC
         return _OVERRIDE[kind]
     width = next(limit for limit in (64, 128, 256) if head_dim <= limit)
     chosen = _TABLE[(kind, width, 2 if itemsize <= 2 else 8)]
-    return _SM90.get((kind, width), chosen) if arch == 90 and itemsize <= 2 else chosen
+    return _OTHER.get((kind, width, arch // 10), chosen) if itemsize <= 2 else chosen
 
 
 def launch_configs(kind: str, head_dim: int, itemsize: int, arch: int) -> list[LaunchConfig]:
