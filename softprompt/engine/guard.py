@@ -126,7 +126,7 @@ class _Values:
         """Where there are more or fewer, whatever their order."""
         before = {id(_alive(kept)): rank for kept, rank in zip(self._kept, self._ranks, strict=True)}
         now = {id(value): _rank(value) for value in values}
-        return max(_VALUES, *((before | now)[number] for number in before.keys() ^ now.keys()))
+        return max((_VALUES, *((before | now)[number] for number in before.keys() ^ now.keys())))
 
 
 def _rank(value: Any) -> int:

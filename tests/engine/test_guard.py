@@ -271,3 +271,20 @@ def test_copies_have_guards_of_their_own():
     assert guard_of(twin).check() != before
     twin.model.norm.variance_epsilon = 0.5
     assert guard_of(model).check() == before
+
+
+def test_a_list_that_repeats_what_it_held_is_a_change(monkeypatch):
+    calls, own = [], modeling_llama.LlamaMLP.forward
+
+    def forward(self, x):
+        calls.append(1)
+        return own(self, x)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    model = build("llama", torch.float32)
+    guard = guard_of(model)
+    states = []
+    for _ in range(3):
+        states.append(guard.check().model)
+        calls.append(1)
+    assert len(set(states)) == 3
