@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from softprompt.engine import model_records
 from softprompt.engine.attention import AttentionContext, UnsupportedAttentionError, alibi_slopes, attend
+from softprompt.engine.model_spec import is_foreign
 from softprompt.engine.structure import structure_of
 
 Forward = Callable[..., Any]
@@ -248,6 +249,7 @@ def _find_answers(body: nn.Module, family: Family, modules: list[nn.Module]) -> 
 def name_of_forward(kind: type) -> str:
     """Qualified name of a class's forward where it comes from transformers, else an empty string."""
     forward = getattr(kind, "forward", None)
-    if not getattr(forward, "__module__", "").startswith("transformers.models."):
+    # A wrapper has the name of what it wraps.
+    if is_foreign(forward) or not getattr(forward, "__module__", "").startswith("transformers.models."):
         return ""
     return str(getattr(forward, "__qualname__", ""))

@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from softprompt.engine import attention_modules
 from softprompt.engine.attention import attention_backend, current
 from softprompt.engine.attention_modules import Forward
-from softprompt.engine.overrides import HOOKS, Fusion
+from softprompt.engine.model_spec import is_foreign
+from softprompt.engine.overrides import Fusion, is_hooked
 from softprompt.engine.structure import structure_of
 from softprompt.ops.glu import ACTIVATIONS, glu
 from softprompt.ops.rms_norm import rms_norm
 from softprompt.ops.rotary import rotary
 
+_FP32: Any = {"dtype": torch.float32, "device": "cpu"}  # of probes, whatever the process has chosen
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # fp64 models compute these in fp32
+_PLAIN = (Tensor, nn.Parameter)
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _ROTATE = "apply_rotary_pos_emb"
@@ -77,7 +80,8 @@ def _agree(got: Tensor, expected: Tensor) -> bool:
 
 def _normal(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+    made = torch.randn(shape, generator=generator, **_FP32)
+    return made.to(like.device, like.dtype)
 
 
 def _plain_weight(module: nn.Module) -> Tensor | None:
@@ -96,7 +100,7 @@ def _norm_forward(module: nn.Module) -> Forward | None:
     plain = _plain_weight(module)
     if plain is None:
         raise _LeftError(f"its weight is a {type(weight).__name__} in {weight.dtype}")
-    sizes = torch.tensor([1e-3, 1.0, 30.0])[:, None].to(plain)
+    sizes = plain.new_tensor([1e-3, 1.0, 30.0])[:, None]
     x = _normal(3, plain.shape[0], like=plain) * sizes
     expected = _own(type(module), module, x[None])[0]
     for offset in (0.0, 1.0):
@@ -125,7 +129,9 @@ def _rms_norm(eps: str, offset: float) -> Forward:
 def _is_served(*tensors: Tensor) -> bool:
     """Whether an op takes these, in the dtype that the module would give too."""
     dtype, device = tensors[0].dtype, tensors[0].device
-    return dtype in _DTYPES and all(tensor.dtype == dtype and tensor.device == device for tensor in tensors)
+    return dtype in _DTYPES and all(
+        type(tensor) in _PLAIN and tensor.dtype == dtype and tensor.device == device for tensor in tensors
+    )
 
 
 def _own(kind: type, module: Any, *arguments: Any) -> Any:
@@ -136,19 +142,22 @@ def _own(kind: type, module: Any, *arguments: Any) -> Any:
     """
     try:
         return kind.forward(module, *arguments)  # type: ignore[attr-defined]
+    except _LeftError:
+        raise
     except Exception as error:
         raise _LeftError(f"it cannot be tried: {type(error).__name__}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------- MLPs
 class _StandIn:
-    """A module whose projections are others: its forward can be tried without reading their weights."""
+    """An MLP of an activation and of other projections, so that their weights are not read."""
 
-    def __init__(self, module: nn.Module, **projections: Callable[[Tensor], Tensor]) -> None:
-        self._module, self._projections = module, projections
+    def __init__(self, **parts: Callable[[Tensor], Tensor]) -> None:
+        self.__dict__.update(parts)
 
     def __getattr__(self, name: str) -> Any:
-        return self._projections[name] if name in self._projections else getattr(self._module, name)
+        # With that it may do more than a probe shows: dropout, a limit.
+        raise _LeftError(f"its forward uses {name}")
 
 
 def _mlp_forward(module: nn.Module) -> Forward | None:
@@ -159,14 +168,17 @@ def _mlp_forward(module: nn.Module) -> Forward | None:
     if not activations or "down_proj" not in names or not (merged or {"gate_proj", "up_proj"} <= names):
         return None
     name = activations[0]
-    numbers = torch.linspace(-8, 8, 33)
+    act: Any = module._modules[name]
+    if is_foreign(type(act).forward) or next(act.parameters(), None) is not None:
+        raise _LeftError(f"its activation, a {type(act).__name__}, has weights or code of its own")
+    numbers = torch.linspace(-8, 8, 33, **_FP32)
     gate, up = numbers.repeat(2, 1), torch.stack([numbers.flip(0), 1 + numbers.square()])
-    projections: dict[str, Callable[[Tensor], Tensor]] = {"down_proj": lambda x: x}
+    parts: dict[str, Callable[[Tensor], Tensor]] = {name: act, "down_proj": lambda x: x}
     if merged:
-        projections["gate_up_proj"] = lambda x: torch.cat([gate, up], 1)
+        parts["gate_up_proj"] = lambda x: torch.cat([gate, up], 1)
     else:
-        projections |= {"gate_proj": lambda x: gate, "up_proj": lambda x: up}
-    got = _own(type(module), _StandIn(module, **projections), torch.zeros(2, 1))
+        parts |= {"gate_proj": lambda x: gate, "up_proj": lambda x: up}
+    got = _own(type(module), _StandIn(**parts), torch.ones(2, 1, **_FP32))
     for activation in ACTIVATIONS:
         if isinstance(got, Tensor) and _agree(glu(gate, up, activation=activation, backend="reference"), got):
             return _glu(name, activation, merged)
@@ -177,7 +189,7 @@ def _mlp_forward(module: nn.Module) -> Forward | None:
 def _glu(activation_name: str, activation: str, merged: bool) -> Forward:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         act = getattr(self, activation_name)
-        if args or kwargs or any(getattr(act, name, None) for name in HOOKS) or "forward" in vars(act):
+        if args or kwargs or "forward" in vars(act) or is_hooked(act):
             return super(type(self), self).forward(x, *args, **kwargs)
         if merged:
             gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -199,14 +211,16 @@ def _attention_forward(module: nn.Module) -> Forward | None:
     if attention_modules.name_of_forward(type(module)) in _ANSWERED:
         return None
     rotate = own.__globals__.get(_ROTATE)
-    if not isinstance(rotate, types.FunctionType):
-        return None
-    return _attention(own, rotate)
+    if not isinstance(rotate, types.FunctionType) or is_foreign(rotate):
+        raise _LeftError(f"{_ROTATE} was replaced")
+    return _attention(own, rotate, *_kind_of_rotation(rotate))
 
 
 @functools.cache
-def _attention(own: types.FunctionType, rotate: types.FunctionType) -> Forward:
-    fused = _rotating(rotate)
+def _attention(
+    own: types.FunctionType, rotate: types.FunctionType, interleaved: bool, partial: bool
+) -> Forward:
+    fused = _rotating(rotate, interleaved, partial)
     names = dict(own.__globals__)
     copy = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     copy.__kwdefaults__ = own.__kwdefaults__
@@ -221,14 +235,13 @@ def _attention(own: types.FunctionType, rotate: types.FunctionType) -> Forward:
     return forward
 
 
-@functools.cache
 def _kind_of_rotation(rotate: Callable[..., Any]) -> tuple[bool, bool]:
     """Whether a function's pairs are interleaved, and whether it leaves the end of longer heads alone.
 
     Raises:
         _LeftError: it is no rotation of these.
     """
-    like = torch.empty(0)
+    like = torch.empty(0, **_FP32)
     query, key = _normal(1, 3, 4, 8, like=like), _normal(1, 2, 4, 8, like=like, seed=1)
 
     def agrees(rotated: int, interleaved: bool) -> bool:
@@ -250,10 +263,7 @@ def _kind_of_rotation(rotate: Callable[..., Any]) -> tuple[bool, bool]:
     raise _LeftError(f"{_ROTATE} rotates otherwise than rotary")
 
 
-@functools.cache
-def _rotating(own: Callable[..., Any]) -> Callable[..., Any]:
-    interleaved, partial = _kind_of_rotation(own)
-
+def _rotating(own: Callable[..., Any], interleaved: bool, partial: bool) -> Callable[..., Any]:
     @functools.wraps(own)
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (

@@ -24,6 +24,7 @@ from transformers import GenerationMixin
 
 from softprompt.engine import attention_modules, model_records, model_spec, sharding
 from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.overrides import has_global_hooks
 from softprompt.engine.reads import ADAPTERS, ATOMS, OF_CALLS, Reads, attention_functions, is_setting
 from softprompt.engine.structure import structure_of
 
@@ -283,13 +284,7 @@ def _samples_of(weights: list[Tensor]) -> list[Tensor]:
 
 def process_obstacle() -> str | None:
     """What acts on every module or operation of the process and may change it, as a sentence, or None."""
-    module = nn.modules.module
-    if (
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-    ):
+    if has_global_hooks():
         return HOOKED
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     foreign = [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 from softprompt.engine.structure import structure_of
 
@@ -42,6 +43,21 @@ class Fusion:
 
 
 NO_FUSION = Fusion()
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks act on every module of the process."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks act when a module is called."""
+    return has_global_hooks() or any(getattr(module, name) for name in HOOKS)
 
 
 @contextlib.contextmanager

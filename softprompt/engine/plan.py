@@ -28,10 +28,10 @@ from softprompt.engine.encoder_decoder import (
     loss_of_decoded,
 )
 from softprompt.engine.execution_plan import Plan, Positions
-from softprompt.engine.guard import plan_key
+from softprompt.engine.guard import guard_of, plan_key
 from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.model_spec import CausalLM
-from softprompt.engine.overrides import IN_USE, NO_FUSION
+from softprompt.engine.overrides import IN_USE, NO_FUSION, Fusion
 from softprompt.engine.self_check import GRADIENT, LOGITS, LOSS, Verdict
 
 __all__ = ["Plan", "make_plan", "plan_for"]
@@ -74,17 +74,25 @@ def plan_for(
             plan = known[1] if known is not None and known[0][0] == key[0] else _UNCHECKED
         if encoder_decoder or plan.route == "stock":
             return plan
+
         # What the route does not depend on may have changed, and the weights are in parts by now.
-        return model_records.kept(
-            model,
-            "plan in this state",
-            (plan, state, fused),
-            lambda: replace(
-                plan,
-                facts=model_spec.decoder_facts(model, plan.fusion if fused else NO_FUSION),
-                state=state,
-            ),
-        )
+        def in_this_state() -> Plan:
+            fusion = _fusion_in_use(model, plan, whole) if fused else NO_FUSION
+            return replace(plan, facts=model_spec.decoder_facts(model, fusion), state=state, fusion=fusion)
+
+        return model_records.kept(model, "plan in this state", (plan, state, fused), in_this_state)
+
+
+def _fusion_in_use(model: CausalLM, plan: Plan, whole: bool) -> Fusion:
+    """The modules that run as one op, tried again after attributes have changed: their code may compute
+    something else since. None where the self-check took none, the plan's where weights are in parts.
+    """
+    return _fusion_now(model) if whole and plan.fusion.classes else plan.fusion
+
+
+def _fusion_now(model: CausalLM) -> Fusion:
+    number = guard_of(model).check().model
+    return model_records.kept(model, "fusion", number, lambda: fused_modules.find(model_spec.body_of(model)))
 
 
 _UNCHECKED = Plan("stock", sharding.UNCHECKED)
@@ -188,11 +196,12 @@ def _decoder_plan(model: CausalLM) -> Plan:
 
     verdict: Verdict[Plan] = Verdict()
     if packing_obstacle is None:
-        fusion = fused_modules.find(model_spec.body_of(model))
+        fusion = _fusion_now(model)
         facts = model_spec.decoder_facts(model, fusion)
         verdict = first_of(_packed_candidates(model, replace(padded, fusion=fusion, facts=facts)))
         if verdict.chosen is None and fusion.classes:
-            verdict = first_of(_packed_candidates(model, padded))
+            fusion = Fusion(left=(*fusion.left, f"the others: {verdict.rejected[0]}"))
+            verdict = first_of(_packed_candidates(model, replace(padded, fusion=fusion)))
         if verdict.chosen is not None:
             packing_obstacle = self_check.padding_obstacle(model, batch)
     if packing_obstacle is not None:

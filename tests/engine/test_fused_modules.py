@@ -1,16 +1,18 @@
 """Modules of a language model that run as one op in packed calls."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from parity import assert_close, assert_same_step, make_batch, step
 from patched_pairs import prompted
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny_models import PACKED, build, pair
+from tiny_models import ARCHITECTURES, PACKED, build, pair
 from tiny_models import prompted as prompted_architecture
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 
 import softprompt
@@ -302,3 +304,128 @@ def test_the_ops_run_on_the_back_end_that_was_asked_for(backend):
     assert not any(name.startswith("native_") for name in ops_of(fast))
     rows = {op: chosen for op, chosen, _ in softprompt.explain(fast).backends}
     assert {rows["rms_norm"], rows["glu"], rows["rotary"]} == {backend}
+
+
+def test_an_mlp_that_does_more_in_training_is_left_alone():
+    # With p = 1 its dropout is the same in every call.
+    settings = ARCHITECTURES["llama"][1] | {"residual_dropout": 1.0, "attention_dropout": 0.0}
+    model = prompted(build("seed_oss", torch.float32, architectures={"seed_oss": ("seed_oss", settings)}))
+    assert "SeedOssMLP" not in {name for name, _, _ in fusion_of(model).counts}
+    assert "residual_dropout" in fused_modules.describe(fusion_of(model))[1]
+    stock, fast = patched_pair(model)
+    for one in (stock, fast):
+        one.train()
+    assert_same_step(fast, stock, BATCH)
+
+
+def test_global_hooks_see_activations():
+    stock, fast = patched_pair(llama())
+    step(fast, BATCH)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, out: out * 2 if type(module).__name__ == "SiLUActivation" else None
+    )
+    try:
+        assert_same_step(fast, stock, BATCH)
+    finally:
+        handle.remove()
+
+
+def other_inner_activation(body):
+    body.layers[0].mlp.act_fn.act = torch.relu
+
+
+def other_helper_on_the_instance(body):
+    body.layers[0].input_layernorm._norm = lambda x: x / 2
+
+
+@pytest.mark.parametrize("change", [other_inner_activation, other_helper_on_the_instance])
+def test_attributes_that_change_what_a_module_computes_are_seen(change):
+    stock, fast = patched_pair(prompted(build("gemma", torch.float32)))
+    step(fast, BATCH)
+    for model in (stock, fast):
+        change(base_of(model).model)
+    assert_same_step(fast, stock, BATCH)
+
+
+@pytest.mark.parametrize("kind", [modeling_gemma.GemmaRMSNorm, modeling_gemma.GemmaMLP])
+def test_a_wrapper_around_the_forward_of_a_class_is_called(kind, monkeypatch):
+    factor = [1.0]
+    own = kind.forward
+
+    @functools.wraps(own)
+    def forward(self, x):
+        return factor[0] * own(self, x)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    stock, fast = patched_pair(prompted(build("gemma", torch.float32)))
+    for factor[0] in (1.0, 1.5):
+        assert_same_step(fast, stock, BATCH)
+
+
+def test_a_rotation_of_other_code_is_called(monkeypatch):
+    factor = [1.0]
+    own = modeling_llama.apply_rotary_pos_emb
+
+    def rotate(query, key, cos, sin):
+        return own(factor[0] * query, key, cos, sin)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
+    stock, fast = patched_pair(llama())
+    for factor[0] in (1.0, 1.5):
+        assert_same_step(fast, stock, BATCH)
+
+
+def test_what_a_rotation_calls_may_be_exchanged(monkeypatch):
+    model = llama()
+    own = modeling_llama.rotate_half
+    assert "LlamaAttention" in {name for name, _, _ in fusion_of(model).counts}
+    monkeypatch.setattr(modeling_llama, "rotate_half", lambda x: 0.5 * own(x))
+    assert "LlamaAttention" not in {name for name, _, _ in fusion_of(model).counts}
+
+
+class Swish(nn.Module):
+    """SiLU, as long as its factor is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.factor * x)
+
+
+def test_an_activation_with_weights_or_other_code_is_left_alone():
+    model = llama()
+    base_of(model).model.layers[0].mlp.act_fn = Swish()
+    stock, fast = patched_pair(model)
+    assert_same_step(fast, stock, BATCH)
+    assert "a Swish, has weights or code of its own" in str(softprompt.explain(fast))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_defaults_of_the_process_do_not_matter(default):
+    model = llama()
+    expected = fusion_of(model)
+    if isinstance(default, torch.device):
+        with default:
+            assert fusion_of(model) == expected
+        return
+    torch.set_default_dtype(default)
+    try:
+        assert fusion_of(model) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_explain_says_where_the_self_check_refused_them(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken here")
+
+    model = llama()
+    found = fusion_of(model)
+    monkeypatch.setattr(fused_modules, "find", lambda body: found)
+    monkeypatch.setattr(fused_modules, "glu", broken)
+    fast = softprompt.patch(model, on_unsupported="error")
+    text = str(softprompt.explain(fast))
+    assert "fused modules: none" in text
+    assert "broken here" in text
