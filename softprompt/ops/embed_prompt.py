@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softprompt.ops.checks import check_integers, check_same_device, check_table_and_prompts
-from softprompt.ops.registry import AUTO, Backends, declare, define_filled
+from softprompt.ops.registry import AUTO, Backends, declare, define_filled, differentiable_once
 
 __all__ = ["embed_prompt"]
 
@@ -124,4 +124,5 @@ _BACKWARD = define_filled(
         native=lambda grad, prompt_rows, dtype, d_prompts: _NATIVE_BACKWARD(grad, d_prompts),
     ),
     _allocate_backward,
+    backward=differentiable_once("embed_prompt"),
 )

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompt.ops.checks import check_floating, check_same_device, check_shape_of
-from softprompt.ops.registry import AUTO, INSTRUCTIONS, KERNELS, Backends, declare, define_filled, eager
+from softprompt.ops.registry import (
+    AUTO,
+    INSTRUCTIONS,
+    KERNELS,
+    Backends,
+    declare,
+    define_filled,
+    differentiable_once,
+    eager,
+)
 from softprompt.ops.rms_norm import as_rows, dense
 
 __all__ = ["ACTIVATIONS", "glu"]
@@ -127,5 +136,6 @@ _BACKWARD_OP = define_filled(
     "glu_backward",
     Backends("glu", reference_backward, _native_backward, _TRITON + "glu_backward", ("cpu",)),
     _allocate_backward,
+    backward=differentiable_once("glu"),
 )
 _GRADIENT = eager(_BACKWARD_OP, KERNELS[_BACKWARD_OP])

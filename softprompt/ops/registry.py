@@ -212,6 +212,17 @@ def eager(op: Any, kernel: Callable[..., Any], **autograd: Callable[..., Any]) -
     return call
 
 
+def differentiable_once(op: str) -> Callable[..., dict[str, Tensor | None]]:
+    """The `backward` of the op that computes the gradient of `op`. Without it, autograd would take gradients
+    for constants: a wrong second derivative and a warning.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> dict[str, Tensor | None]:
+        raise RuntimeError(f"{op} can be differentiated once, got a second derivative")
+
+    return refuse
+
+
 def flattened(arguments: Iterable[Any]) -> list[Any]:
     """Arguments of a function as its op takes them: the fields of a NamedTuple or dataclass one by one."""
     flat: list[Any] = []

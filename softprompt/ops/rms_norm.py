@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from softprompt.ops.checks import check_floating, check_frozen, check_same_device
-from softprompt.ops.registry import AUTO, INSTRUCTIONS, KERNELS, Backends, declare, define_filled, eager
+from softprompt.ops.registry import (
+    AUTO,
+    INSTRUCTIONS,
+    KERNELS,
+    Backends,
+    declare,
+    define_filled,
+    differentiable_once,
+    eager,
+)
 
 __all__ = ["rms_norm"]
 
@@ -136,5 +145,6 @@ _BACKWARD_OP = define_filled(
     "rms_norm_backward",
     Backends("rms_norm", reference_backward, _native_backward, _TRITON + "rms_norm_backward", ("cpu",)),
     _allocate_backward,
+    backward=differentiable_once("rms_norm"),
 )
 _GRADIENT = eager(_BACKWARD_OP, KERNELS[_BACKWARD_OP])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.ops.registry import Backends, define, eager
+from softprompt.ops.registry import Backends, define, differentiable_once, eager
 from softprompt.ops.shared_prompt_attention import native
 from softprompt.ops.shared_prompt_attention.layout import (
     Attended,
@@ -84,11 +84,6 @@ def _gradient_fake(
     return rows_first(saved.query), rows_first(saved.key), rows_first(saved.value), sinks
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> dict[str, Tensor | None]:
-    """Without it, autograd would take the gradients for constants: a wrong derivative and a warning."""
-    raise RuntimeError("shared_prompt_attention can be differentiated once, got a second derivative")
-
-
 _FORWARDS = Backends("shared_prompt_attention", native.forward, native.forward, _TRITON + "forward")
 _BACKWARDS = Backends("shared_prompt_attention", native.backward, native.backward, _TRITON + "backward")
 _AUTOGRAD: dict[str, Any] = {"backward": _backward, "setup_context": _setup_context}
@@ -100,7 +95,7 @@ _gradients = eager(
         "shared_prompt_attention_kernel_backward",
         _gradient,
         fake=_gradient_fake,
-        backward=_no_second_derivative,
+        backward=differentiable_once("shared_prompt_attention"),
     ),
     _gradient,
 )
