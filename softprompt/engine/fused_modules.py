@@ -3,8 +3,8 @@
 Models write these out as up to ten elementwise operations, each with a pass over memory and a launch. They
 are found by structure (`find`), and each is taken only where a probe of that very module gives the op's
 numbers. For the duration of a packed call such a module gets a class that is its own but for `forward`; see
-`attention_modules.py`. Hooks of the module run as ever. A trained weight, an unusual dtype or other arguments
-leave a call to the module's own forward.
+`attention_modules.py`. Hooks of the module run as ever. A trained weight, an unusual dtype, other arguments
+and a compiler, which fuses by itself, leave a call to the module's own forward.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from softprompt.engine import attention_modules
 from softprompt.engine.attention import attention_backend, current
@@ -113,7 +114,8 @@ def _norm_forward(module: nn.Module) -> Forward | None:
 def _rms_norm(eps: str, offset: float) -> Forward:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
-        if args or kwargs or weight.requires_grad or not _is_served(hidden_states, weight):
+        takes_other = args or kwargs or weight.requires_grad or not _is_served(hidden_states, weight)
+        if takes_other or is_compiling():
             return super(type(self), self).forward(hidden_states, *args, **kwargs)
         return rms_norm(
             hidden_states,
@@ -189,7 +191,7 @@ def _mlp_forward(module: nn.Module) -> Forward | None:
 def _glu(activation_name: str, activation: str, merged: bool) -> Forward:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         act = getattr(self, activation_name)
-        if args or kwargs or "forward" in vars(act) or is_hooked(act):
+        if args or kwargs or is_compiling() or "forward" in vars(act) or is_hooked(act):
             return super(type(self), self).forward(x, *args, **kwargs)
         if merged:
             gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -227,6 +229,8 @@ def _attention(
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return own(self, *args, **kwargs)
         names.update(own.__globals__)  # any of them may have been exchanged
         if names.get(_ROTATE) is rotate:
             names[_ROTATE] = fused

@@ -17,6 +17,7 @@ from transformers.models.llama import modeling_llama
 
 import softprompt
 from softprompt.engine import fused_modules, model_spec
+from softprompt.engine import plan as plan_module
 from softprompt.nesting import base_of
 
 BATCH = make_batch(side="left", labels="everywhere")
@@ -429,3 +430,13 @@ def test_explain_says_where_the_self_check_refused_them(monkeypatch):
     text = str(softprompt.explain(fast))
     assert "fused modules: none" in text
     assert "broken here" in text
+
+
+@pytest.mark.parametrize("seam", ["interface", "mask"])
+def test_a_decoder_that_the_user_compiles_gives_the_same_step(seam, monkeypatch):
+    monkeypatch.setattr(plan_module, "seams_for", lambda model: (seam,))
+    stock, fast = patched_pair(llama())
+    step(fast, BATCH)
+    torch._dynamo.reset()
+    base_of(fast).model.compile(backend="eager")
+    assert_same_step(fast, stock, BATCH)
