@@ -78,6 +78,13 @@ def _tables_of(module: nn.Module) -> tuple[str, ...]:
     return _TABLES
 
 
+def _flag_of(module: nn.Module) -> str:
+    """The attribute that holds the training flag. What `torch.compile` makes of a module has that of the
+    module inside, which is asked too; another one stands for it.
+    """
+    return "training" if "training" in vars(module) else "_is_full_backward_hook"
+
+
 class _Group(NamedTuple):
     """Modules of one class that read the same."""
 
@@ -135,7 +142,7 @@ class Reads:
                 None
                 if issubclass(kind, GenerationMixin)
                 else [len(vars(modules[place])) for place in places],
-                _getter((*tables, *names, "training", *HOOKS)),
+                _getter((*tables, *names, _flag_of(modules[places[0]]), *HOOKS)),
                 len(tables),
                 len(tables) + len(names),
             )

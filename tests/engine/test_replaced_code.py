@@ -274,3 +274,14 @@ def test_a_decoder_may_be_wrapped_on_the_instance(name, moment):
     wrap(stock)
     assert_same_step(fast, stock, batch)
     assert softprompt.explain(fast).route == "packed"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_part_that_is_compiled_is_called(training):
+    stock, fast = twins(llama())
+    for model in (stock, fast):
+        layer = model.base_model.model.layers[0]
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+        model.train(training)
+    assert_same_step(fast, stock, BATCH)
+    assert softprompt.explain(fast).route == "packed"
