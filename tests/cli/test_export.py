@@ -37,7 +37,7 @@ def received(body):
 def test_an_array_is_the_prompt(run, trained, prompt, tmp_path):
     code, out, _ = run("export", "--adapter", trained, "--format", "npy", "--output", tmp_path / "p.npy")
     assert code == 0
-    assert f"20 virtual tokens of 32 numbers: {tmp_path / 'p.npy'}" in out
+    assert f"50 virtual tokens of 32 numbers: {tmp_path / 'p.npy'}" in out
     assert np.array_equal(np.load(tmp_path / "p.npy"), prompt.numpy())
 
 
@@ -70,7 +70,7 @@ def test_a_request_makes_the_model_write_what_the_adapter_makes_it_write(
         0, ids.shape[1] :
     ]
     assert served.tolist() == expected.tolist()
-    assert received(body).shape == (20 + ids.shape[1], 32)
+    assert received(body).shape == (50 + ids.shape[1], 32)
 
 
 def test_a_prompt_without_a_task_stands_before_the_plain_text(

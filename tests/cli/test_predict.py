@@ -264,5 +264,5 @@ def test_rows_longer_than_the_model_are_one_line(predict, model_folder, tmp_path
     ).save_pretrained(tmp_path / "short")
     code, _, err = predict("--score", "--model", tmp_path / "short")
     assert code == 2
-    assert "the 20 virtual tokens of" in err
+    assert "the 50 virtual tokens of" in err
     assert "exceed the 24 positions of the model" in err
