@@ -31,8 +31,8 @@ def padded_dim(width: int) -> int:
 
 # (kernel, largest padded head dim, itemsize of at most) -> configuration. Chosen from what the compiler
 # reports (benchmarks/results/compile): no kernel spills more than four registers, most spill none, and shared
-# memory stays below 99 KiB, so that every GPU since sm_80 runs them; blocks of 64 queries, because the texts of
-# prompt tuning are short. A product gives each warp 16 rows at least: more warps than that, one below the
+# memory stays below 99 KiB, so that every GPU since sm_80 runs them; blocks of 64 queries, because the texts
+# of prompt tuning are short. A product gives each warp 16 rows at least: more warps than that, one below the
 # other, compute the same rows again.
 _TABLE: dict[tuple[str, int, int], LaunchConfig] = {
     ("forward", 64, 2): LaunchConfig(64, 64, 4, 2),
