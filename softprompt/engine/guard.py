@@ -25,7 +25,15 @@ from transformers import GenerationMixin
 from softprompt.engine import attention_modules, model_records, model_spec, sharding
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import has_global_hooks
-from softprompt.engine.reads import ADAPTERS, ATOMS, OF_CALLS, Reads, attention_functions, is_setting
+from softprompt.engine.reads import (
+    ADAPTERS,
+    ATOMS,
+    OF_CALLS,
+    Reads,
+    attention_functions,
+    is_compilers,
+    is_setting,
+)
 from softprompt.engine.structure import structure_of
 
 HOOKED = "modules of the language model have hooks or a replaced forward"
@@ -366,7 +374,11 @@ def _functions(model: nn.Module) -> tuple[Any, ...]:
         *map(sys.modules.get, sorted(files)),
         *(base for base in bases if base.__module__ in files),
     ):
-        functions += [value for value in vars(holder).values() if isinstance(value, types.FunctionType)]
+        functions += [
+            value
+            for name, value in vars(holder).items()
+            if isinstance(value, types.FunctionType) and (isinstance(holder, type) or not is_compilers(name))
+        ]
     functions += attention_functions(
         getattr(config, "_attn_implementation", None) for config in structure.configs
     )

@@ -61,6 +61,11 @@ def is_setting(name: str, value: Any) -> bool:
     return isinstance(value, float | int) and (name == "p" or "drop" in name or "jitter" in name)
 
 
+def is_compilers(name: str) -> bool:
+    """Whether a name in a file was put there by a compiler, which leaves its results beside the code."""
+    return name.startswith("__")
+
+
 def _counts(name: str, value: Any, module: nn.Module) -> bool:
     """Whether an attribute of a module is compared; the others belong to `Guard.mode`, or to calls."""
     if name in _STANDARD or name == LEFT or is_setting(name, value):
@@ -267,7 +272,7 @@ class Reads:
         functions = {
             name: value
             for name, value in namespace.items()
-            if callable(value) and not isinstance(value, type)
+            if callable(value) and not isinstance(value, type) and not is_compilers(name)
         }
         self._reach(functions.values())
         return namespace, _getter(tuple(functions))

@@ -288,3 +288,12 @@ def test_a_list_that_repeats_what_it_held_is_a_change(monkeypatch):
         states.append(guard.check().model)
         calls.append(1)
     assert len(set(states)) == 3
+
+
+def test_what_a_compiler_leaves_in_a_file_is_no_code_of_the_model(monkeypatch):
+    model = build("llama", torch.float32)
+    key, state = plan_key(model)
+    monkeypatch.setattr(modeling_llama, "__compiled_fn_1", lambda x: x, raising=False)
+    assert plan_key(model) == (key, state)
+    twin = build("llama", torch.float32)
+    assert not guard_of(twin).snapshot().is_open
