@@ -46,7 +46,7 @@ def build(kind: str, folder: Path, flags: Sequence[str] = ()) -> Path:
 
     parts = [path for path in (sources / kind).iterdir() if path.suffix in (".cpp", ".cu")]
     if kind == "cuda":  # what ops on CPU tensors take from the CPU's sources alone
-        parts += [sources / "cpu" / name for name in ("few_rows.cpp", "attention.cpp")]
+        parts += [sources / "cpu" / name for name in ("few_rows.cpp", "attention.cpp", "elementwise.cpp")]
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compiled, sorted(parts))]
     module = folder / f"_native_{kind}.abi3.so"
