@@ -136,14 +136,14 @@ def _is_served(*tensors: Tensor) -> bool:
     )
 
 
-def _own(kind: type, module: Any, *arguments: Any) -> Any:
+def _own(kind: Any, module: Any, *arguments: Any) -> Any:
     """What the forward of a class gives.
 
     Raises:
         _LeftError: it fails.
     """
     try:
-        return kind.forward(module, *arguments)  # type: ignore[attr-defined]
+        return kind.forward(module, *arguments)
     except _LeftError:
         raise
     except Exception as error:
