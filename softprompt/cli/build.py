@@ -21,7 +21,8 @@ from softprompt.tasks.trainer import Member, PromptTrainer
 OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor"}
 LOGS_PER_EPOCH = 20
 DEFAULT_PATIENCE = 3
-EVALUATIONS = 5  # of a run that is counted in steps
+EVALUATIONS = 4  # of a run that is counted in steps
+MEASURED_AT_ONCE = 4  # batches: without gradients they take less memory than one with
 
 
 def build_trainer(
@@ -71,7 +72,7 @@ def trainer_of(
         num_train_epochs=config.epochs or 1,
         max_steps=config.steps or -1,
         per_device_train_batch_size=config.compute.batch_size * streams,
-        per_device_eval_batch_size=config.compute.batch_size,
+        per_device_eval_batch_size=MEASURED_AT_ONCE * config.compute.batch_size,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,

@@ -127,6 +127,9 @@ def _initial_prompt(setup: Setup, config: TrainingConfig, number: int, count: in
     tokenizer, table = setup.encoder.tokenizer, setup.train_table
     with usage_errors(f"--init {config.start}: "):
         match config.start:
+            case "answers":
+                answers = [setup.encoder.answer(label) for label in setup.encoder.task.labels]
+                return init.answers(model, length, answers, order=None if number == 0 else seed)
             case "label-words":
                 labels, order = table.known_labels(), None if number == 0 else seed
                 return init.label_words(model, length, tokenizer, labels, order=order)

@@ -72,16 +72,18 @@ def _start_note(setup: Setup) -> str:
     config, count = setup.config, setup.config.num_virtual_tokens
     if config.start == "counted" and setup.encoder.task.generates:
         return "the prompt starts at tokens of the training texts (--init counted)"
-    if config.start != "label-words":
+    if config.start == "answers":
+        answers = [setup.encoder.answer(label) for label in setup.encoder.task.labels]
+        ids, what, kept = [token for answer in answers for token in answer], "answers", slice(-count, None)
+    elif config.start == "label-words":
+        ids = label_word_ids(setup.encoder.tokenizer, setup.encoder.task.labels)
+        what, kept = "words of the labels", slice(count)
+    else:
         return f"the prompt starts at --init {config.start}"
-    ids = label_word_ids(setup.encoder.tokenizer, setup.encoder.task.labels)
-    words = repr(setup.encoder.tokenizer.decode(ids[:count]))
+    start = f"the prompt starts at the {what}, {setup.encoder.tokenizer.decode(ids[kept])!r}"
     if len(ids) > count:
-        return (
-            f"the prompt starts at the words of the labels, {words}, cut after {count} of their {len(ids)} "
-            "tokens (a larger --num-virtual-tokens keeps them)"
-        )
-    return f"the prompt starts at the words of the labels, {words}, repeated to {count} tokens"
+        return f"{start}, {count} of their {len(ids)} tokens (a larger --num-virtual-tokens keeps them)"
+    return f"{start}, repeated to {count} tokens"
 
 
 def loss_note(loss: float, vocabulary: int) -> str | None:

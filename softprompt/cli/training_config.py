@@ -31,6 +31,7 @@ from softprompt.tasks.text_files import A_TABLE
 
 GENERATION_TEMPLATE = "{{text_column}}: {{text}}\n{label_column}:"
 INITS = (
+    "answers",
     "label-words",
     "text",
     "text-once",
@@ -43,7 +44,7 @@ INITS = (
     "random",
     "saved",
 )
-FEW_STEPS, DEFAULT_STEPS = 60, 150
+FEW_STEPS, DEFAULT_STEPS = 60, 100
 RELATIVE_RATE = 0.25  # of the model's embedding scale, see softprompt.prompts.vocabulary.scale_of
 ROWS_FOR_VALIDATION, VALIDATION_ROWS = 500, 128
 LONGEST = 256
@@ -155,13 +156,14 @@ class TrainingConfig:
     )
     num_virtual_tokens: int = option("length of the soft prompt", whole(1), "P", default=50)
     init: str | None = option(
-        "where the soft prompt starts: at the words of the labels, repeated to its length (label-words); at "
+        "where the soft prompt starts: at the answers, the end of the template with each label and its end "
+        "token, repeated to its length (answers); at the words of the labels, likewise (label-words); at "
         "those of --init-text, repeated to its length (text) or once (text-once); at one token for each "
         "label, the mean of its words (labels); at random ones of the 5,000 tokens with the smallest numbers "
         "(common), of the 5,000 most frequent tokens of the training texts (counted), or of all tokens "
         "(vocab); at random numbers that resemble the model's tokens (matched), lie between -0.5 and 0.5 "
         "(uniform), or are normal with variance 1 (random); or at --init-from (saved). Behind the words of "
-        "text-once and labels stand tokens of common (default: label-words, counted for --task "
+        "text-once and labels stand tokens of common (default: answers, counted for --task "
         "generate; text where --init-text is given)",
         choices=INITS,
     )
@@ -245,7 +247,7 @@ class TrainingConfig:
     )
     epochs: int | None = option("passes over the table, each with an evaluation", whole(1), "N")
     steps: int | None = option(
-        "training steps, in the place of --epochs: the last pass may end early; evaluated five times "
+        "training steps, in the place of --epochs: the last pass may end early; evaluated four times "
         f"(default without --epochs: {DEFAULT_STEPS})",
         whole(1),
         "N",
@@ -305,7 +307,7 @@ class TrainingConfig:
     @property
     def start(self) -> str:
         """`--init`, or what counts without it."""
-        without_text = "counted" if self.task == "generate" else "label-words"
+        without_text = "counted" if self.task == "generate" else "answers"
         return self.init or (without_text if self.init_text is None and not self.ensemble_texts else "text")
 
     def resolved(self, *, rows: int, scale: float, dtype: str) -> "TrainingConfig":
@@ -362,7 +364,7 @@ class TrainingConfig:
         chosen = {*options_in(self.argv), *map(option_name, RECIPES.get(self.recipe, {}))}
         changed = {name: defaults[name] for name in FOR_LABELS if option_name(name) not in chosen}
         config = replace(self, task=task, **changed)
-        if config.start in ("label-words", "labels"):
+        if config.start in ("answers", "label-words", "labels"):
             raise UsageError(
                 f"--init {config.start} starts at the labels, and --task generate has none: give another "
                 "--init, or none for --init counted"
@@ -385,7 +387,7 @@ class TrainingConfig:
             and not (self.init_text or "").strip()
         ):
             raise UsageError(
-                f"--init {self.start} needs words to start from: give --init-text, or --init label-words"
+                f"--init {self.start} needs words to start from: give --init-text, or --init answers"
             )
         if self.init == "saved" and not self.init_from:
             raise UsageError("--init saved needs a prompt to start from: give --init-from")

@@ -32,6 +32,7 @@ from softprompt.prompts.adapters import (
 from softprompt.prompts.vocabulary import check_ids, embed, mean_and_std, vocab_size_of, width_of
 
 __all__ = [
+    "answers",
     "class_labels",
     "common_tokens",
     "count_tokens",
@@ -125,6 +126,42 @@ def class_labels(
             raise ValueError(f"the label {label!r} has no tokens: rename it, or start the prompt elsewhere")
         means.append(embed(model, ids).mean(0))
     return _completed(model, torch.stack(means), num_virtual_tokens, rest, seed)
+
+
+def answers(
+    model: Any,
+    num_virtual_tokens: int,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    order: int | None = None,
+) -> Tensor:
+    """The answer of every label as the model is to write it, one behind the other, repeated.
+
+    An answer is how a training row ends: the template behind the text, the label, the end token, as in
+    ` Label : anger<eos> Label : joy<eos>`. The prompt shows the frozen model the form of a row, so that the
+    first loss is a fraction of that of another start. It ends with a whole answer.
+
+    Args:
+        model: the model.
+        num_virtual_tokens: P; where the answers have more tokens, the first ones are cut.
+        token_ids: those of one answer after the other.
+        order: a seed, by which the answers are shuffled before each repetition, so that several prompts start
+            at different places.
+
+    Raises:
+        ValueError: no answers, or answers without tokens.
+    """
+    _check_length(num_virtual_tokens)
+    if not any(map(len, token_ids)):
+        raise ValueError("expected the token ids of one answer or more, got none")
+    generator = None if order is None else _generator(order)
+    ids: list[int] = []
+    while len(ids) < num_virtual_tokens:
+        numbers = range(len(token_ids))
+        if generator is not None:
+            numbers = torch.randperm(len(token_ids), generator=generator).tolist()
+        ids += [token for number in numbers for token in token_ids[number]]
+    return embed(model, ids[-num_virtual_tokens:])
 
 
 def label_words(

@@ -264,6 +264,10 @@ class Encoder:
             return self.targets[text]
         return self._whole_target(text)[: self.max_target]
 
+    def answer(self, label: str) -> list[int]:
+        """Return how a row with this label ends: the template behind its last column, label and end token."""
+        return [*self._ids(self.task.parts.words[-1]), *self.targets[label]]
+
     def target_lengths(self, texts: Sequence[str]) -> list[int]:
         """Return the tokens of targets with their end tokens: one with more than `max_target` is cut."""
         return [len(self._whole_target(text)) for text in texts]
@@ -291,15 +295,14 @@ class Encoder:
 
     def _target_ids(self, target: str) -> list[int]:
         """The tokens of a target as it stands behind the template, unless both share a token."""
-
-        def ids(text: str) -> list[int]:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-        prefix, before = self.task.label_prefix, self.task.parts.words[-1]
+        ids, prefix, before = self._ids, self.task.label_prefix, self.task.parts.words[-1]
         if prefix is None:
             return ids(target)
         start, whole = ids(before), ids(before + prefix + target)
         return whole[len(start) :] if whole[: len(start)] == start else ids(prefix + target)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text(self, token_ids: Sequence[int]) -> str:
         ids = list(itertools.takewhile(lambda token_id: token_id not in self.stop_token_ids, token_ids))

@@ -146,7 +146,9 @@ def read_table(
     skipped = frozenset(empty or ())
     needed = "a text" if label_column is None else "a text and a label"
     if len(skipped) == len(texts):
-        raise TaskError(f"{source} has no row with {needed}: is the text in column {text_column!r}?")
+        columns = repr(text_column)
+        columns += "" if label_column is None else f", and the label in {label_column!r}"
+        raise TaskError(f"{source} has no row with {needed}: is the text in column {columns}?")
     if skipped:
         notes.append(f"rows without {needed} were skipped: {len(skipped):,}")
 

@@ -61,12 +61,13 @@ def _lines(path: Path, sheet: str | None) -> tuple[list[str], list[list[Any]]]:
             # Of what is no cell: styles, and extensions as rules for what may be typed.
             warnings.filterwarnings("ignore", ".*(default style|not supported)", UserWarning)
             with pd.ExcelFile(path, engine="openpyxl") as book:
-                sheets = [str(name) for name in book.sheet_names]
+                sheets = [str(each.title) for each in book.book.worksheets]  # those of charts have no cells
                 if sheet is not None and sheet not in sheets:
                     raise TaskError(
                         f"{path} has no sheet {sheet!r}: name one of {', '.join(map(repr, sheets))}"
                     )
-                frame = pd.read_excel(book, sheet_name=sheet or 0, header=None, dtype=object, na_filter=False)
+                sheet = sheet or sheets[0]
+                frame = pd.read_excel(book, sheet_name=sheet, header=None, dtype=object, na_filter=False)
     except (TaskError, MemoryError):
         raise
     except Exception as error:  # a damaged file is whatever the reader stumbles over

@@ -29,9 +29,9 @@ def train(run, model_folder, table, tmp_path):
 
 def test_what_is_left_open_goes_by_the_model_and_the_table():
     small = TrainingConfig(model=MODEL).with_recipe().resolved(rows=499, scale=0.136, dtype="float32")
-    assert (small.learning_rate, small.steps, small.validation_share) == (0.034, 150, 0.0)
+    assert (small.learning_rate, small.steps, small.validation_share) == (0.034, 100, 0.0)
     assert small.compute.batch_size == 16
-    assert (small.start, small.num_virtual_tokens) == ("label-words", 50)
+    assert (small.start, small.num_virtual_tokens) == ("answers", 50)
     large = TrainingConfig(model=MODEL, epochs=2).resolved(rows=3200, scale=1.03, dtype="float32")
     assert (large.learning_rate, large.steps, large.validation_share) == (0.26, None, 0.04)
     given = TrainingConfig(model=MODEL, learning_rate=0.5, validation_share=0.0, steps=7)
@@ -67,21 +67,46 @@ def test_the_space_before_a_label_belongs_to_it(template, prefix, expected):
     assert template_of(config, None) == expected
 
 
-def test_the_prompt_starts_at_the_words_of_the_labels(train, model_folder, tokenizer, tmp_path):
-    code, _, err = train("--num-virtual-tokens", 7)
+def test_the_prompt_starts_at_the_answers(train, model_folder, tokenizer, tmp_path):
+    code, _, err = train("--num-virtual-tokens", 16)
     assert code == 0
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     import numpy as np
 
     start = torch.from_numpy(np.load(tmp_path / "out" / "initial_prompt.npy"))
-    ids = [*tokenizer(" complaint")["input_ids"], *tokenizer(" no complaint")["input_ids"]]
+    answers = [" Label : complaint", " Label : no complaint"]
+    ids = [i for answer in answers for i in [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]]
     embeddings = base.get_input_embeddings().weight.detach()
-    assert torch.equal(start, embeddings[(ids * 7)[:7]])
-    words = "the prompt starts at the words of the labels"
-    assert words in err
+    assert torch.equal(start, embeddings[(ids * 16)[-16:]])
+    written = tokenizer.decode(ids)
+    assert f"the prompt starts at the answers, {written!r}, repeated to 16 tokens" in err
     training = json.loads((tmp_path / "out" / "softprompt.json").read_text())["training"]
     assert training["learning_rate"] == float(f"{0.25 * scale_of(base):.2g}")
-    assert training["init"] == "label-words"
+    assert training["init"] == "answers"
+
+
+def test_the_words_of_the_labels_are_another_start(train, tmp_path, tokenizer):
+    code, _, err = train("--num-virtual-tokens", 7, "--init", "label-words")
+    assert code == 0
+    words = tokenizer.decode(tokenizer(" complaint no complaint")["input_ids"])
+    assert f"the prompt starts at the words of the labels, {words!r}, repeated to 7 tokens" in err
+
+
+def test_answers_are_cut_at_their_front_or_shuffled(model):
+    table = model.get_input_embeddings().weight.detach()
+    ids = [[5, 6, 7], [8, 9]]
+    assert torch.equal(init.answers(model, 2, ids), table[[8, 9]])
+    assert torch.equal(init.answers(model, 4, ids), table[[6, 7, 8, 9]])
+    assert torch.equal(init.answers(model, 8, ids), table[[7, 8, 9, 5, 6, 7, 8, 9]])
+    many = [[number, number + 100] for number in range(20)]
+    drawn = [init.answers(model, 40, many, order=order) for order in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    rows = [tuple(row) for row in drawn[2].reshape(20, -1).tolist()]
+    assert sorted(rows) == sorted(tuple(row) for row in table[torch.tensor(many)].reshape(20, -1).tolist())
+    for none in ([], [[], []]):
+        with pytest.raises(ValueError, match="expected the token ids of one answer or more, got none"):
+            init.answers(model, 2, none)
 
 
 def test_label_words_are_cut_or_drawn(model, tokenizer):

@@ -151,8 +151,8 @@ def test_an_adapter_of_another_base_needs_the_option(train, tmp_path):
     "more, message",
     [
         (("--init", "saved"), "--init saved needs a prompt to start from: give --init-from"),
-        (("--init-from", "x.npy"), "--init-from belongs to --init saved, but --init is label-words"),
-        (("--init-other-base",), "--init-other-base belongs to --init saved, but --init is label-words"),
+        (("--init-from", "x.npy"), "--init-from belongs to --init saved, but --init is answers"),
+        (("--init-other-base",), "--init-other-base belongs to --init saved, but --init is answers"),
         (("--init", "text-once", "--init-text", " "), "--init text-once needs words to start from"),
         (
             ("--init", "labels", "--num-virtual-tokens", 1),

@@ -190,7 +190,7 @@ def test_the_help_of_a_command_explains_every_option_and_ends_with_an_example(ca
         (["train", "--init", "words"], "argument --init: invalid choice: 'words'"),
         (
             ["train", "--init-text", " "],
-            "--init text needs words to start from: give --init-text, or --init label-words",
+            "--init text needs words to start from: give --init-text, or --init answers",
         ),
     ],
 )

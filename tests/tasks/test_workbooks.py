@@ -172,6 +172,21 @@ def test_a_sheet_is_chosen_by_name_and_the_first_one_with_a_note(sheet):
         read_table(sheet([], other=[["text"], ["b"]]), "text")
 
 
+def test_the_sheet_of_a_chart_is_none(tmp_path):
+    book = openpyxl.Workbook()
+    book.active.title = "rows"
+    for row in (["text"], ["a"]):
+        book.active.append(row)
+    chart = openpyxl.chart.BarChart()
+    chart.add_data(openpyxl.chart.Reference(book["rows"], min_col=1, min_row=1, max_row=2))
+    book.create_chartsheet("chart", 0).add_chart(chart)
+    book.save(tmp_path / "t.xlsx")
+    table = read_table(tmp_path / "t.xlsx", "text")
+    assert (table.texts, table.notes) == (["a"], ())
+    with pytest.raises(TaskError, match="has no sheet 'chart': name one of 'rows'"):
+        read_table(tmp_path / "t.xlsx", "text", sheet="chart")
+
+
 def test_without_a_header_the_columns_of_a_sheet_have_numbers(sheet):
     path = sheet(["a b", 1], ["c", 0, "note"])
     table = read_table(path, "1", "2", header=False)
