@@ -157,7 +157,7 @@ def answers(
     generator = None if order is None else _generator(order)
     ids: list[int] = []
     while len(ids) < num_virtual_tokens:
-        numbers = range(len(token_ids))
+        numbers = list(range(len(token_ids)))
         if generator is not None:
             numbers = torch.randperm(len(token_ids), generator=generator).tolist()
         ids += [token for number in numbers for token in token_ids[number]]
