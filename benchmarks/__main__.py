@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
     sweep.set_defaults(command=_tune)
     tweets = commands.add_parser(
-        "real", help="train SmolLM2-135M on tweets, the first steps beside PEFT (about 20 minutes on 2 cores)"
+        "real", help="train SmolLM2-135M on tweets, the first steps beside PEFT (about 15 minutes on 2 cores)"
     )
     tweets.add_argument("--model", metavar="FILE", help="another model: a .gguf file or a folder")
     tweets.add_argument(

@@ -29,6 +29,8 @@ INSTALL = f"pip install --no-deps {PACKAGE.replace('_', '-')}=={VERSION}"
 TWEETS = Path(__file__).parents[1] / "../shared/data/tweeteval/emotion"
 HUB_NAME, HUB_CONFIG = "cardiffnlp/tweet_eval", "emotion"
 DEFAULT_ROUNDS = 10
+# Of the rate of the training: at the whole one rounding grows from step to step, in two runs of PEFT too.
+COMPARED_RATE = 0.1
 
 Record = dict[str, Any]
 
@@ -126,6 +128,7 @@ def _compare(model: str, source: Tables, *, rounds: int) -> Record:
         table=TableOptions(data_config=source.config),
         model=model,
         positions="padded",  # as PEFT counts them
+        padding="longest",  # of the batch, as most collators do; longer rows cost PEFT only
     ).with_recipe()
     setup = set_up(*read_tables(config))
     batch_size = setup.config.compute.batch_size
@@ -133,9 +136,8 @@ def _compare(model: str, source: Tables, *, rounds: int) -> Record:
     with progress_bar("training both", rounds) as advance:
         for side in sides:
             side.peak_bytes = measure_peak_bytes(side.model, batches[0])
-        train_side_by_side(
-            sides, batches, learning_rate=setup.config.learning_rate or 0.0, progress=lambda: advance(1)
-        )
+        rate = COMPARED_RATE * (setup.config.learning_rate or 0.0)
+        train_side_by_side(sides, batches, learning_rate=rate, progress=lambda: advance(1))
     scores = scores_of(*sides)
     for side in scores["sides"]:
         del side["accuracy_before"], side["accuracy_after"]  # not measured here
@@ -143,9 +145,9 @@ def _compare(model: str, source: Tables, *, rounds: int) -> Record:
         "device": setup.device,
         "dtype": str(setup.base.dtype).removeprefix("torch."),
         "batch_size": batch_size,
-        "columns": batches[0]["input_ids"].shape[1],
+        "columns": round(sum(batch["input_ids"].shape[1] for batch in batches) / len(batches)),
         "num_virtual_tokens": setup.config.num_virtual_tokens,
-        "learning_rate": setup.config.learning_rate,
+        "learning_rate": rate,
         **scores,
     }
     del sides, setup
@@ -219,9 +221,10 @@ def real_table(record: Record) -> str:
     steps = len(plain["losses"])
     cores = f", {device['cores']} cores" if "cores" in device else ""
     text = (
-        f"{_title(record)}: {real['dtype']}, {real['batch_size']} rows padded to {real['columns']} tokens, "
-        f"P = {real['num_virtual_tokens']}, {device['name']}{cores}. In {steps} steps on the same batches "
-        f"the losses differ by {real['largest_loss_difference']:.1e} at most. `softprompt train` then took "
+        f"{_title(record)}: {real['dtype']}, {real['batch_size']} rows padded to the longest "
+        f"({real['columns']} tokens on average), P = {real['num_virtual_tokens']}, {device['name']}{cores}. "
+        f"In {steps} steps of AdamW at rate {real['learning_rate']:.2g} on the same batches the losses "
+        f"differ by {real['largest_loss_difference']:.1e} at most. `softprompt train` then took "
         f"{training['seconds'] / 60:.0f} minutes for {training['steps']:,} steps and their evaluations; of "
         f"{training['eval_rows']:,} other tweets {training['eval_exact_match']:.1%} get the right one of the "
         f"labels (macro-F1 {training['eval_macro_f1']:.3f}), {training['zero_shot']['exact_match']:.1%} "

@@ -61,7 +61,8 @@ def report(
     more = None if docs is None else f"All variants, targets, kernels and conditions: [{docs.name}](%s)."
 
     def main(device: Device | None, page: Path) -> str:
-        return "\n\n".join([*_head(device, pictures, page, kernels=False), main_table(device)])
+        what = "Not measured." if device is None else main_table(device)
+        return "\n\n".join([*_head(device, pictures, page, kernels=False), what])
 
     def full(device: Device | None, page: Path) -> str:
         parts = [*_head(device, pictures, page), "Targets:", goal_table(device), *step_tables(device)]

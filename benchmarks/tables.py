@@ -38,10 +38,10 @@ def _targets(name: str, found: Measured | None) -> Record:
     return asdict(CASES[name].targets)
 
 
-def main_table(device: Device | None) -> str:
+def main_table(device: Device) -> str:
     """One row a case: PEFT, the best other, softprompt's best. On a CPU there is no other."""
-    measured = _of(device.steps) if device is not None else {}
-    if device is not None and device.kind == "cpu" and not device.tiny:
+    measured = _of(device.steps)
+    if device.kind == "cpu" and not device.tiny:
         header = ("case", "PEFT", "softprompt", "x PEFT", "of the token limit", "x floor", "memory / PEFT's")
         return table(header, (_cpu_row(name, found) for name, found in measured.items()))
     header = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from softprompt.cli.inputs import Setup
-from softprompt.cli.training_config import FEW_STEPS
+from softprompt.cli.training_config import FEWEST_STEPS
 from softprompt.prompts.init import label_word_ids
 from softprompt.tasks.classification import IGNORED, Encoder
 from softprompt.tasks.labels import evaluation_notes, label_counts, look_alikes
@@ -60,11 +60,8 @@ def say_training(setup: Setup) -> None:
             f"rows of rarer labels are drawn again: a pass has {rows:,} rows, made of "
             f"{len(setup.train_table):,}"
         )
-    if steps < FEW_STEPS:
-        lines.append(
-            f"{steps} steps are few for a soft prompt, which learns in hundreds: give more --epochs or "
-            "--steps"
-        )
+    if steps < FEWEST_STEPS:
+        lines.append(f"{steps} steps are few for a soft prompt: give more --epochs or --steps")
     say(lines)
 
 

@@ -1,5 +1,6 @@
 """The options of a training run: what each is, its default, and what it may be."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -44,7 +45,8 @@ INITS = (
     "random",
     "saved",
 )
-FEW_STEPS, DEFAULT_STEPS = 60, 100
+FEWEST_STEPS, DEFAULT_STEPS = 20, 100
+MOST_PASSES = 10  # by default: small tables are learned by heart in more
 RELATIVE_RATE = 0.25  # of the model's embedding scale, see softprompt.prompts.vocabulary.scale_of
 ROWS_FOR_VALIDATION, VALIDATION_ROWS = 500, 128
 LONGEST = 256
@@ -248,7 +250,8 @@ class TrainingConfig:
     epochs: int | None = option("passes over the table, each with an evaluation", whole(1), "N")
     steps: int | None = option(
         "training steps, in the place of --epochs: the last pass may end early; evaluated four times "
-        f"(default without --epochs: {DEFAULT_STEPS})",
+        f"(default without --epochs: {DEFAULT_STEPS}, of small tables those of {MOST_PASSES} passes, but "
+        f"{FEWEST_STEPS} at least)",
         whole(1),
         "N",
     )
@@ -324,7 +327,8 @@ class TrainingConfig:
         if share is None:
             share = min(0.2, round(VALIDATION_ROWS / rows, 4)) if rows >= ROWS_FOR_VALIDATION else 0.0
         if steps is None and self.epochs is None:
-            steps = DEFAULT_STEPS
+            passes = math.ceil(MOST_PASSES * rows / self.compute.batch_size)
+            steps = min(max(FEWEST_STEPS, passes), DEFAULT_STEPS)
         compute = replace(self.compute, dtype=dtype)
         return replace(
             self,
