@@ -12,7 +12,7 @@ from softprompt import prompt_encoders
 from softprompt.engine import Plan, model_spec, sharding
 from softprompt.engine.batch import check_texts
 from softprompt.engine.caches import NAMES
-from softprompt.engine.forward import prompt_width
+from softprompt.engine.model_spec import prompt_width
 from softprompt.engine.runner import obstacle_to
 from softprompt.engine.trl_head import ASKED, scores_tokens
 from softprompt.layout import raise_out_of_range
@@ -21,7 +21,7 @@ from softprompt.nesting import base_of, nesting_obstacle
 # Where the texts of a row begin, as collators without padding say it.
 _JOINED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _SERVED = ("output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch")
-_IGNORED_BY_PEFT = ("position_ids", "token_type_ids", "task_ids")
+IGNORED_BY_PEFT = ("position_ids", "token_type_ids", "task_ids")
 
 
 def foreign_method(model: Any, name: str) -> str | None:
@@ -145,7 +145,7 @@ def reason_for_peft(model: Any, plan: Plan, names: list[str], arguments: dict[st
         return "TRL's fused head reads a weight that fully_shard gathers for the model's own forward only"
     # Of the head itself, which only scores what has a label.
     scored = scores_tokens(base) and (labelled or not arguments.get(ASKED))
-    known = {*model._inputs, *_SERVED, *_IGNORED_BY_PEFT, *((ASKED,) if scored else ())}
+    known = {*model._inputs, *_SERVED, *IGNORED_BY_PEFT, *((ASKED,) if scored else ())}
     others = [name for name, value in arguments.items() if value is not None and name not in known]
     if others:
         return f"the call has arguments that the fast route does not serve: {', '.join(sorted(others))}"

@@ -15,8 +15,8 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from softprompt.eligibility import adapter_obstacle
-from softprompt.engine.batch import check_batch
-from softprompt.engine.forward import POSITIONS, check_option, prompt_width
+from softprompt.engine.batch import POSITIONS, check_batch, check_option
+from softprompt.engine.model_spec import prompt_width
 from softprompt.engine.runner import RunOptions, UnsupportedModelError, obstacle_to, runner_of
 from softprompt.nesting import base_of
 from softprompt.ops.registry import AUTO

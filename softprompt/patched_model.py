@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from softprompt.compiling import given_names, peft_is_traced, transform_in_use
 from softprompt.eligibility import (
     check_peft_input,
-    foreign_method,
     reason_for_peft,
     refuse_joined_texts,
 )
@@ -30,9 +29,9 @@ from softprompt.engine.encoder_decoder import (
     prompted_texts,
     run_encoder_decoder,
 )
-from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
 from softprompt.engine.logits_layout import trimmed
+from softprompt.engine.model_spec import prompt_width
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.engine.trl_head import ASKED
@@ -100,15 +99,6 @@ def outlives_the_patch(method: Method) -> Method:
         return getattr(type(self), method.__name__)(self, *args, **kwargs)
 
     return _without_wrapped(called, method)
-
-
-def is_own_method(model: nn.Module, name: str, value: Any) -> bool:
-    """Whether a value of an instance is its class's own method, bound (PEFT's contexts leave such copies)."""
-    return (
-        inspect.ismethod(value)
-        and value.__self__ is model
-        and value.__func__ is getattr(type(model), name, None)
-    )
 
 
 @contextlib.contextmanager
@@ -239,7 +229,7 @@ class PatchedModel:
         kept = {
             name: value
             for name, value in model.__getstate__().items()
-            if not is_own_method(model, name, value)
+            if not model_spec.is_own_method(model, name, value)
         }
         state = kept | {STATE: PatchState(self._softprompt.options, self._softprompt.stock_class)}
         front = type(self).__bases__[0]
@@ -340,7 +330,7 @@ class PatchedCausalLM(PatchedModel, PeftModelForCausalLM):
             call = read_call(
                 self, args, kwargs, adapter_names, compact=options.compact, backend=options.backend
             )
-            reason = stock_reason(self, plan, call) or _replaced_in_generate(self)
+            reason = stock_reason(self, plan, call)
             if reason is not None:
                 _refuse_without_peft(self, reason)
                 if call.use_cache and not tells_its_length(base):
@@ -383,15 +373,6 @@ class PatchedCausalLM(PatchedModel, PeftModelForCausalLM):
             self.active_peft_config.num_virtual_tokens,
             compact=options.compact,
         )
-
-
-def _replaced_in_generate(model: Any) -> str | None:
-    """Why PEFT's generate has to be called for what was put in place of its parts, or None."""
-    name = "prepare_inputs_for_generation"
-    own = model.__dict__.get(name)
-    if own is not None and not is_own_method(model, name, own):
-        return f"the model's {name} was replaced on the instance"
-    return foreign_method(model, "generate") or foreign_method(model, name)
 
 
 def _generate(model: Any, plan: Plan, call: GenerateCall) -> Any:

@@ -15,18 +15,19 @@ from peft import PeftModel, PeftModelForSeq2SeqLM
 from torch import nn
 
 from softprompt.eligibility import foreign_method
-from softprompt.engine.forward import (
+from softprompt.engine.batch import (
     ON_UNSUPPORTED,
     POSITIONS,
     check_option,
     check_switch,
 )
 from softprompt.engine.logits_layout import LOGITS
+from softprompt.engine.model_spec import is_own_method
 from softprompt.engine.placement import PLACEMENTS, bos_token_id
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.nesting import base_of
 from softprompt.ops.registry import AUTO, BACKENDS
-from softprompt.patched_model import FRONTS, is_own_method, patched_class
+from softprompt.patched_model import FRONTS, patched_class
 from softprompt.prompt_encoders import is_pefts
 from softprompt.state import STATE, PatchOptions, PatchState, give_state, plan_of, take_state
 from softprompt.warn import warn

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from softprompt.engine import Plan
 from softprompt.engine.batch import Batch, check_batch, check_tensor, integers_on
-from softprompt.engine.forward import prompt_width
 from softprompt.engine.logits_layout import starts_behind_pads
-from softprompt.engine.model_spec import has_hooks
+from softprompt.engine.model_spec import has_hooks, prompt_width
 from softprompt.engine.placement import after_bos
 from softprompt.nesting import base_of
 

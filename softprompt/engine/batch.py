@@ -1,14 +1,17 @@
-"""The batch as the user gave it, checked before anything is computed."""
+"""What a call is given, checked before anything is computed: its options and its batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+ON_UNSUPPORTED = ("fallback", "error")
+POSITIONS = ("padded", "compact")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,3 +197,24 @@ def integers_on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype
     """[N] numbers that the host knows, on a device; it does not wait for the copy."""
     made = torch.tensor(numbers, dtype=dtype)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_switch(name: str, value: bool) -> None:
+    """Raises ValueError unless `value` is True or False: a text, as "False", would count as True."""
+    if not isinstance(cast(object, value), bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def refuse_prompt_model(model: Any, function: str) -> None:
+    """Raises TypeError for a PEFT model with a prompt, which would stand behind those of the call."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            f"{function} takes a language model and prompts, got a {type(model).__name__} that has a prompt "
+            "itself: give model.get_base_model(), or call the model after softprompt.patch(model)"
+        )

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 
 from softprompt.engine import sharding
-from softprompt.engine.batch import Batch, check_batch
-from softprompt.engine.forward import (
-    POSITIONS,
-    check_option,
-    prompt_width,
-    refuse_prompt_model,
-)
+from softprompt.engine.batch import POSITIONS, Batch, check_batch, check_option, refuse_prompt_model
 from softprompt.engine.losses import own_logits
-from softprompt.engine.model_spec import CausalLM, body_of, position_limit, vocab_size
+from softprompt.engine.model_spec import CausalLM, body_of, position_limit, prompt_width, vocab_size
 from softprompt.engine.plan import Plan, plan_for
 from softprompt.engine.runner import UnsupportedModelError, obstacle_to
 from softprompt.engine.self_check import reference_forward

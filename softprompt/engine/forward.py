@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softprompt.engine import model_spec, sharding
-from softprompt.engine.batch import check_batch
-from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.batch import (
+    ON_UNSUPPORTED,
+    POSITIONS,
+    check_batch,
+    check_option,
+    check_switch,
+    refuse_prompt_model,
+)
+from softprompt.engine.model_spec import CausalLM, prompt_width
 from softprompt.engine.runner import ModelRunner, RunOptions, UnsupportedModelError, obstacle_to, runner_of
 from softprompt.engine.self_check import reference_forward
 from softprompt.layout import raise_out_of_range
 from softprompt.ops.registry import AUTO, BACKENDS
 from softprompt.warn import warn
-
-ON_UNSUPPORTED = ("fallback", "error")
-POSITIONS = ("padded", "compact")
 
 
 def forward(
@@ -115,40 +118,3 @@ def forward(
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
     loss, logits = runner.run(plan, batch, options, num_items=num_items_in_batch)
     return CausalLMOutputWithPast(loss=loss, logits=logits)
-
-
-def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_switch(name: str, value: bool) -> None:
-    """Raises ValueError unless `value` is True or False: a text, as "False", would count as True."""
-    if not isinstance(cast(object, value), bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-
-
-def refuse_prompt_model(model: CausalLM, function: str) -> None:
-    """Raises TypeError for a PEFT model with a prompt, which would stand behind those of the call."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise TypeError(
-            f"{function} takes a language model and prompts, got a {type(model).__name__} that has a prompt "
-            "itself: give model.get_base_model(), or call the model after softprompt.patch(model)"
-        )
-
-
-def prompt_width(model: CausalLM) -> int:
-    """H of the embeddings that stand beside the prompt.
-
-    Raises:
-        TypeError: not a transformers model.
-    """
-    if not isinstance(cast(object, model), nn.Module) or not hasattr(model, "get_input_embeddings"):
-        raise TypeError(f"expected a transformers language model, got {type(model).__name__}")
-    embedding = model.get_input_embeddings()
-    width = getattr(embedding, "embedding_dim", None)
-    if width is None:
-        weight = getattr(embedding, "weight", None)
-        width = weight.shape[1] if isinstance(weight, Tensor) else model_spec.config_of(model).hidden_size
-    return int(width)

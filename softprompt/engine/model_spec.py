@@ -11,14 +11,14 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from softprompt.engine import precision
-from softprompt.engine.overrides import IN_USE, NO_FUSION, Fusion
+from softprompt.engine.overrides import HOOKS, IN_USE, NO_FUSION, Fusion
 from softprompt.engine.structure import structure_of
 
 
@@ -225,17 +225,33 @@ def packing_obstacle(model: CausalLM) -> str | None:
     return precision.whole_batch_obstacle(body_of(model))
 
 
-def has_hooks(module: nn.Module, *, known_forward: bool = False) -> bool:
-    """Whether calling the module does more than its class says (hooks, a forward replaced by accelerate).
+def prompt_width(model: CausalLM) -> int:
+    """H of the embeddings that stand beside the prompt.
 
-    `known_forward`: a forward that was set on the instance does not count.
+    Raises:
+        TypeError: not a transformers model.
     """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not known_forward)
+    if not isinstance(cast(object, model), nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"expected a transformers language model, got {type(model).__name__}")
+    embedding = model.get_input_embeddings()
+    width = getattr(embedding, "embedding_dim", None)
+    if width is None:
+        weight = getattr(embedding, "weight", None)
+        width = weight.shape[1] if isinstance(weight, Tensor) else config_of(model).hidden_size
+    return int(width)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says (hooks, a forward replaced by accelerate)."""
+    return "forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS)
+
+
+def is_own_method(model: nn.Module, name: str, value: Any) -> bool:
+    """Whether a value of an instance is its class's own method, bound (PEFT's contexts leave such copies)."""
+    return (
+        inspect.ismethod(value)
+        and value.__self__ is model
+        and value.__func__ is getattr(type(model), name, None)
     )
 
 

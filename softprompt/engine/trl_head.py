@@ -7,7 +7,6 @@ forward. Its trainers ask for nothing else, so a patched model has to answer it 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from softprompt.engine.batch import Batch
 from softprompt.engine.losses import decoder_returns
-from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.model_spec import CausalLM, is_own_method
 from softprompt.engine.packed import DecoderOutput
 from softprompt.ops.constants import IGNORE_INDEX
 
@@ -27,16 +26,11 @@ def scores_tokens(model: CausalLM) -> bool:
     forward = model.__dict__.get("forward")
     if forward is None:
         return False
-    while not _is_own(model, forward):
+    while not is_own_method(model, "forward", forward):
         forward = _wrapped_by_trl(model, forward)
         if forward is None:
             return False
     return True
-
-
-def _is_own(model: CausalLM, forward: Any) -> bool:
-    bound = inspect.ismethod(forward) and forward.__self__ is model
-    return bound and forward.__func__ is type(model).forward
 
 
 def _wrapped_by_trl(model: CausalLM, forward: Any) -> Any:

@@ -14,7 +14,7 @@ from packaging.version import parse
 from torch import Tensor
 from transformers.generation import GenerationMode
 
-from softprompt.eligibility import adapter_obstacle
+from softprompt.eligibility import IGNORED_BY_PEFT, adapter_obstacle, foreign_method
 from softprompt.engine import Plan, model_spec, sharding
 from softprompt.engine.caches import NAMES
 from softprompt.engine.model_spec import CausalLM
@@ -35,7 +35,6 @@ _MODES = (
     GenerationMode.ASSISTED_GENERATION,
 )
 _TEXT = ("inputs", "input_ids", "inputs_embeds", "attention_mask", *NAMES, "use_cache")
-_IGNORED_BY_PEFT = ("position_ids", "token_type_ids", "task_ids")
 _KNOWN = ("tokenizer", "assistant_tokenizer", "trust_remote_code", "logits_to_keep")
 
 
@@ -234,25 +233,31 @@ def stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
     Raises:
         UnsupportedModelError: PEFT's own generate would give wrong tokens.
     """
-    reason = _stock_reason(model, plan, call)
-    if reason is None:
-        return None
-    wrong = _wrong_in_peft(call)
-    if wrong is not None:
-        raise UnsupportedModelError(
-            f"softprompt: {wrong} needs a prompt that is computed beforehand, but {reason}"
-        )
+    reason = _stock_reason(model, plan, call) or _replaced(model)
+    if reason is not None:
+        refuse_what_goes_wrong(call, reason, conversations=True)
     return reason
 
 
-def refuse_what_goes_wrong(call: GenerateCall, why: str) -> None:
+def _replaced(model: Any) -> str | None:
+    """Why PEFT's generate has to be called for what was put in place of its parts, or None."""
+    name = "prepare_inputs_for_generation"
+    own = model.__dict__.get(name)
+    if own is not None and not model_spec.is_own_method(model, name, own):
+        return f"the model's {name} was replaced on the instance"
+    return foreign_method(model, "generate") or foreign_method(model, name)
+
+
+def refuse_what_goes_wrong(call: GenerateCall, why: str, *, conversations: bool = False) -> None:
     """Raises UnsupportedModelError where PEFT's own generate, which gets the call, would give wrong tokens.
 
     Args:
-        call: the call. One that goes on from a conversation is right: the prompt is in its cache.
+        call: the call.
         why: the call goes to PEFT's generate, as a sentence.
+        conversations: whether one that goes on from a conversation goes wrong: not where the cache holds the
+            prompt.
     """
-    wrong = _wrong_in_peft(call, conversations=False)
+    wrong = _wrong_in_peft(call, conversations)
     if wrong is not None:
         raise UnsupportedModelError(
             f"softprompt: {wrong} needs a prompt that is computed beforehand, but {why}"
@@ -305,7 +310,7 @@ def _stock_reason(model: Any, plan: Plan, call: GenerateCall) -> str | None:
 
 
 def _unknown_arguments(base: CausalLM, call: GenerateCall) -> list[str]:
-    known = {*inspect.signature(base.generate).parameters, *_IGNORED_BY_PEFT, *_KNOWN}
+    known = {*inspect.signature(base.generate).parameters, *IGNORED_BY_PEFT, *_KNOWN}
     return sorted(
         name
         for name, value in call.arguments.items()
@@ -313,7 +318,7 @@ def _unknown_arguments(base: CausalLM, call: GenerateCall) -> list[str]:
     )
 
 
-def _wrong_in_peft(call: GenerateCall, *, conversations: bool = True) -> str | None:
+def _wrong_in_peft(call: GenerateCall, conversations: bool) -> str | None:
     """The part of a call that PEFT's own generate does not do or does wrongly, or None."""
     if _static(call):
         return "a static cache"

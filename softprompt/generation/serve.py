@@ -12,9 +12,8 @@ from transformers import Cache, StaticCache
 
 from softprompt.engine import Plan, model_spec
 from softprompt.engine.batch import Batch, check_batch
-from softprompt.engine.forward import prompt_width
 from softprompt.engine.leftovers import without_leftovers
-from softprompt.engine.model_spec import CausalLM
+from softprompt.engine.model_spec import CausalLM, prompt_width
 from softprompt.engine.runner import UnsupportedModelError
 from softprompt.generation.call import GenerateCall
 from softprompt.generation.past import Past, check_goes_on, past_of, remember, whole_mask

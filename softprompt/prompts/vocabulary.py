@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.engine import model_spec
-from softprompt.engine.forward import prompt_width
+from softprompt.engine.model_spec import prompt_width
 from softprompt.nesting import base_of
 
 _BLOCK_BYTES = 64 * 2**20

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from softprompt.engine import precision
 from softprompt.engine.batch import Batch
-from softprompt.engine.forward import prompt_width
 from softprompt.engine.losses import label_losses, weighted_sum
+from softprompt.engine.model_spec import prompt_width
 from softprompt.engine.plan import make_plan
 from softprompt.layout import PackedLayout
 

@@ -9,6 +9,7 @@ from peft import MultitaskPromptTuningConfig, PrefixTuningConfig, get_peft_model
 from tiny_models import build, pair, prompt_config
 
 import softprompt
+from softprompt.engine.runner import UnsupportedModelError
 from softprompt.generation import stock as stock_generate
 from softprompt.generation.stock import right_options
 from softprompt.tasks.inference import label_texts
@@ -141,3 +142,13 @@ def test_labels_that_plain_peft_writes_are_those_without_a_cache(renamed, name):
     options |= {"do_sample": False, "eos_token_id": 96, "pad_token_id": 0}
     expected = [Writes().decode(ids) for ids in model.generate(prompts, **options)[:, 3:].tolist()]
     assert label_texts(renamed(model), Writes(), texts, batch_size=2) == expected
+
+
+def test_what_peft_does_wrongly_is_refused_where_its_inputs_were_replaced():
+    model = softprompt.patch(speaker("llama"))
+    own = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: own(*args, **kwargs)
+    message, _ = reason_given(model, ROW)
+    assert "prepare_inputs_for_generation was replaced on the instance" in message
+    with pytest.raises(UnsupportedModelError, match="a static cache needs a prompt that is computed"):
+        tokens(model, ROW, cache_implementation="static")
