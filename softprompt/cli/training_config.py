@@ -45,8 +45,8 @@ INITS = (
     "random",
     "saved",
 )
-FEWEST_STEPS, DEFAULT_STEPS = 20, 100
-MOST_PASSES = 10  # by default: small tables are learned by heart in more
+FEWEST_STEPS, DEFAULT_STEPS = 40, 100
+MOST_PASSES = 16  # by default: small tables are learned by heart in more
 RELATIVE_RATE = 0.25  # of the model's embedding scale, see softprompt.prompts.vocabulary.scale_of
 ROWS_FOR_VALIDATION, VALIDATION_ROWS = 500, 128
 LONGEST = 256

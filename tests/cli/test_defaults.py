@@ -35,7 +35,7 @@ def test_what_is_left_open_goes_by_the_model_and_the_table():
     large = TrainingConfig(model=MODEL, epochs=2).resolved(rows=3200, scale=1.03, dtype="float32")
     assert (large.learning_rate, large.steps, large.validation_share) == (0.26, None, 0.04)
     tiny = [TrainingConfig(model=MODEL).resolved(rows=rows, scale=1.0, dtype="float32") for rows in (5, 41)]
-    assert [config.steps for config in tiny] == [20, 26]
+    assert [config.steps for config in tiny] == [40, 41]
     given = TrainingConfig(model=MODEL, learning_rate=0.5, validation_share=0.0, steps=7)
     given = given.resolved(rows=3200, scale=1.0, dtype="float32")
     assert (given.learning_rate, given.steps, given.validation_share) == (0.5, 7, 0.0)
