@@ -87,6 +87,22 @@ def test_a_case_that_no_longer_fits_the_budget_is_named():
     assert variants == {}
 
 
+def test_what_is_compiled_takes_no_time_from_the_cases_that_come_later():
+    case = KERNEL_CASES["embed-article"]
+    slow = KernelVariant("slow", lambda: lambda: case.build(case.toy, "cpu").truth(), compiles=True)
+    record = run_kernels(
+        [_with(case, slow), *[KERNEL_CASES["layout-article"]] * 3],
+        device="cpu",
+        rounds=1,
+        tiny=True,
+        budget=14.5,  # less than the estimates of a compilation and of three cases
+        say=lambda line: None,
+    )
+    first, *others = record["kernels"]
+    assert first["variants"][-1]["reason"].startswith("time budget")
+    assert [found["reason"] for found in others] == [None] * 3
+
+
 @pytest.mark.parametrize("name", ["article", "math"])
 def test_the_truth_of_the_attention_is_that_of_dense_attention_over_the_visible_pairs(name):
     case = KERNEL_CASES[f"attention-{name}-both"]
