@@ -21,6 +21,7 @@ the machine code `registers`, `stack` and `local` (bytes a thread; not 0 where r
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -36,7 +37,10 @@ import triton.language
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from softprompt.files import write_text
+
 ARCHITECTURES = (80, 90, 100)
+_RESULTS = Path(__file__).parent / "results" / "compile"
 _DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 _TYPES = {"fp32": triton.language.float32}
 _ROW_WARPS = re.compile(r"#ttg\.nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+), \d+\]")
@@ -71,7 +75,12 @@ def compile_case(case: dict[str, Any], arch: int) -> dict[str, Any]:
 
 def compile_cases(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of all cases, each for its architectures."""
-    return [compile_case(case, arch) for case in cases for arch in case.get("architectures", ARCHITECTURES)]
+    return [compile_case(case, arch) for case in cases for arch in architectures_of(case)]
+
+
+def architectures_of(case: dict[str, Any]) -> Sequence[int]:
+    """Those that a case is for."""
+    return case.get("architectures", ARCHITECTURES)
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -88,19 +97,29 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def write_records(cases: Sequence[dict[str, Any]], of: str = "") -> None:
-    """Compiles cases, and writes `results/compile/triton-<version><of>.json`."""
-    records = compile_cases(cases)
-    path = Path(__file__).parent / "results" / "compile" / f"triton-{triton.__version__}{of}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(" " + json.dumps(record) for record in records)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    for record in records:
+    """Compiles cases, and writes `triton-<version><of>.json`, whole after each; reads the command line."""
+    parser = argparse.ArgumentParser(description="Compile kernels for GPUs that need not be there.")
+    known = sorted({arch for case in cases for arch in architectures_of(case)})
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", choices=known, default=known, metavar="N", help=f"of {known}"
+    )
+    parser.add_argument("--most", type=int, metavar="N", help="kernels (default: all)")
+    parser.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"triton-{triton.__version__}{of}.json"
+    jobs = [(case, arch) for case in cases for arch in architectures_of(case) if arch in args.architectures]
+    lines: list[str] = []
+    for case, arch in jobs[: args.most]:
+        record = compile_case(case, arch)
+        lines.append(" " + json.dumps(record))
+        write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
         spilled = record["local"] + record["stack"]
         print(
             f"{record['label']:44} sm_{record['arch']:<3} {record['registers']:3} registers, "
             f"{spilled:4} bytes spilled, {record['shared']:6} bytes shared"
         )
-    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    print(path)
 
 
 def main() -> None:
