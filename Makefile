@@ -14,7 +14,7 @@ help:
 	@echo "make test      the tests, but for the long ones; make test-all: those, too"
 	@echo "make check     ruff, formatting, mypy"
 	@echo "make bench     CPU benchmarks, then the tables and pictures of the README"
-	@echo "make gpu       on a GPU: tests, benchmarks of steps and kernels, then their tables (about 8 minutes)"
+	@echo "make gpu       on a GPU: benchmarks of steps and kernels, tests, then their tables (at most 12 minutes)"
 	@echo "make docs      the pages and pictures that are made from code: docs/models.md, docs/how-it-works.svg"
 	@echo "make clean     remove the virtual environment and what was built"
 
@@ -62,7 +62,7 @@ bench: $(READY)
 # A machine with a GPU often has torch for it in its own Python: make gpu GPU_PYTHON=python3 makes no environment.
 GPU_PYTHON ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY))
-	$(GPU_PYTHON) -m benchmarks gpu
+	$(GPU_PYTHON) -m benchmarks gpu --pass first second; code=$$?; $(GPU_PYTHON) -m benchmarks report && exit $$code
 
 docs: $(READY)
 	$(BIN)/python tests/models/page.py

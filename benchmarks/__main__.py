@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.cases import CASES, FULL_SUITES, SUITES
-from benchmarks.gpu import PARTS, REHEARSED, USUAL, Pass, run_parts
+from benchmarks.gpu import PARTS, PASSES, Pass, Settings, run_pass
 from benchmarks.kernels.cases import CPU_KERNELS, KERNEL_CASES
 from benchmarks.real import DEFAULT_ROUNDS, RealError, model_file, run_real
 from benchmarks.rehearsal import has_gpu, rehearse
@@ -163,19 +165,23 @@ def _parser() -> argparse.ArgumentParser:
     cells.add_argument("--minutes", type=float, metavar="N", help="begin no further run after so many")
     cells.add_argument("--output", type=Path, default=_RESULTS, metavar="FOLDER", help="where records go")
     cells.set_defaults(command=_tasks)
-    whole = commands.add_parser("gpu", help="a GPU pass: tests, steps, kernels, report (about 8 minutes)")
-    whole.add_argument(
+    whole = commands.add_parser(
+        "gpu", help="passes over tests and benchmarks on a GPU, the most important first, in a given time"
+    )
+    passes = whole.add_mutually_exclusive_group(required=True)
+    lengths = ", ".join(f"{name} ({one.seconds:g} s)" for name, one in PASSES.items())
+    passes.add_argument(
+        "--pass", nargs="+", dest="passes", choices=list(PASSES), metavar="PASS", help=f"of {lengths}"
+    )
+    passes.add_argument(
         "--part",
         nargs="+",
+        dest="parts",
         choices=list(PARTS),
         metavar="PART",
-        help=f"of {', '.join(PARTS)} (default: {', '.join(USUAL)})",
+        help=f"a pass of these parts, of {', '.join(PARTS)}",
     )
-    whole.add_argument("--cases", nargs="+", choices=sorted(CASES), default=[], metavar="CASE", help="steps")
-    whole.add_argument(
-        "--kernels", nargs="+", choices=sorted(KERNEL_CASES), default=[], metavar="CASE", help="kernels"
-    )
-    whole.add_argument("--seconds", type=float, metavar="N", help="for each part (default: its own)")
+    whole.add_argument("--seconds", type=float, metavar="N", help="for each pass (default: its own)")
     whole.add_argument(
         "--rehearse",
         action="store_true",
@@ -257,8 +263,10 @@ def _profile(args: argparse.Namespace) -> int:
     if any(case.device != device for case in cases):
         raise UsageError("the cases of one profile must be of one device")
     _prepare(device, tiny=args.tiny)
-    for path in profile_cases(cases, _variants(device, args), args.output, tiny=args.tiny):
-        print(path)
+    written: list[Path] = []
+    save = _saver(args.output, written, name="profile.json")
+    profile_cases(cases, _variants(device, args), tiny=args.tiny, save=save)
+    print(written[-1])
     return 0
 
 
@@ -273,7 +281,7 @@ def _tune(args: argparse.Namespace) -> int:
         tiny=args.tiny,
         most=args.most,
         budget=args.budget,
-        save=lambda record: written.append(write_record(record, args.output, name="tune.json")),
+        save=_saver(args.output, written, name="tune.json"),
     )
     print(written[-1])
     return 0
@@ -284,11 +292,17 @@ def _gpu(args: argparse.Namespace) -> int:
         raise UsageError(
             f"torch {torch.__version__} sees no CUDA device; --rehearse runs toy sizes without one"
         )
-    folder = _HERE.parent / "build" / "rehearsal" if args.rehearse else _RESULTS
-    wanted = Pass(
-        args.output or folder, args.commit, args.cases, args.kernels, args.seconds, rehearsal=args.rehearse
-    )
-    return run_parts(args.part or (REHEARSED if args.rehearse else USUAL), wanted)
+    # Of `timeout`, say: the parts end with the pass.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    folder = args.output or (_HERE.parent / "build" / "rehearsal" if args.rehearse else _RESULTS)
+    settings = Settings(folder.resolve(), args.commit, rehearsal=args.rehearse)
+    own = Pass(sum(PARTS[name].seconds for name in args.parts or ()), tuple(args.parts or ()))
+    passes = {name: PASSES[name] for name in args.passes} if args.passes else {"parts": own}
+    codes = [
+        run_pass(name, replace(one, seconds=args.seconds or one.seconds * settings.slower), settings)
+        for name, one in passes.items()
+    ]
+    return max(codes)
 
 
 def _prepare(device: str, *, tiny: bool) -> None:
@@ -305,8 +319,8 @@ def _check_names(names: Sequence[str], known: Any) -> None:
         raise UsageError(f"steps and kernels are run apart: {', '.join(unknown)}")
 
 
-def _saver(folder: Path, written: list[Path]) -> Any:
-    return lambda record: written.append(write_record(record, folder))
+def _saver(folder: Path, written: list[Path], name: str | None = None) -> Any:
+    return lambda record: written.append(write_record(record, folder, name=name))
 
 
 def _report(args: argparse.Namespace) -> int:

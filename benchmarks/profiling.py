@@ -27,32 +27,33 @@ Record = dict[str, Any]
 def profile_cases(
     cases: Sequence[Case],
     variants: Sequence[Variant],
-    results: Path,
     *,
     tiny: bool = False,
     say: Callable[[str], None] = print,
-) -> list[Path]:
-    """Profiles PEFT and softprompt's variants on these cases; writes `profile-<case>.json` and `.txt`.
+    save: Callable[[Record], object] = lambda record: None,
+) -> Record:
+    """Profiles PEFT and softprompt's variants on these cases, and returns the record.
 
     Args:
         cases: step cases of one device.
         variants: those of PEFT and softprompt among them are profiled.
-        results: as for records.
         tiny: toy sizes.
-        say: takes a line of progress.
+        say: takes the profile of each variant, for people.
+        save: takes the record after each variant.
     """
-    written = []
+    device = toy(cases[0]).device if tiny else cases[0].device
+    record = new_record(device, "profile", tiny=tiny) | {"profile": []}
     for declared in cases:
         case = toy(declared) if tiny else declared
         if case.kind == GENERATE:
             raise ValueError(f"{case.name}: only training steps are profiled")
-        record = new_record(case.device, "profile", tiny=tiny) | {"case": case.name, "variants": []}
+        found: Record = {"case": case.name, "variants": []}
+        record["profile"].append(found)
         base = case.shape.build(getattr(torch, case.dtype), case.device)
         batch = build_batch(case)
         for variant in variants:
             if not (variant.own or variant.name == "peft") or case.kind not in variant.kinds:
                 continue
-            say(f"{case.name}: {variant.name}")
             entry: Record = {"name": variant.name, "reason": None}
             try:
                 runner = make_runner(variant, base, case, batch)
@@ -63,17 +64,13 @@ def profile_cases(
                 del runner
             except Exception as error:  # one variant that fails must not end the run
                 entry["reason"] = reason_of(error)
-            record["variants"].append(entry)
-        folder = results / str(record["device"]["folder"])
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".json", json.dumps(record, indent=2)), (".txt", as_text(record))):
-            path = folder / f"profile-{case.name}{suffix}"
-            path.write_text(text + "\n", encoding="utf-8")
-            written.append(path)
+            found["variants"].append(entry)
+            save(record)
+            say(f"{case.name}: {as_text(entry)}")
         del base
         if case.device == "cuda":
             torch.cuda.empty_cache()
-    return written
+    return record
 
 
 def profile_step(step: Callable[[], None], device: str) -> Record:
@@ -142,30 +139,27 @@ def gpu_times(events: Sequence[Record]) -> Record:
     }
 
 
-def as_text(record: Record) -> str:
-    """The same for people."""
-    lines = [f"{record['case']}, {record['device']['name']}, {record['date']}, commit {record['commit']}"]
-    for variant in record["variants"]:
-        lines += ["", f"== {variant['name']}"]
-        if variant["reason"] is not None:
-            lines.append(f"not as it should be: {variant['reason']}")
-        if "cpu" not in variant:
-            continue
-        gpu = variant["gpu"]
-        if gpu is not None:
-            lines.append(
-                f"a step: {gpu['kernels']:.0f} kernels, busy {gpu['busy_microseconds']:.0f} us, "
-                f"idle between them {gpu['idle_microseconds']:.0f} us "
-                f"(largest gap {gpu['largest_gap_microseconds']:.0f} us)"
-            )
-            lines += [
-                f"{row['microseconds']:>12.1f} us {row['share']:>6.1%} {row['count']:>7.1f}  "
-                f"{row['name'][:120]}"
-                for row in gpu["by_name"]
-            ]
-        lines.append("CPU, own time:")
+def as_text(variant: Record) -> str:
+    """The profile of a variant, for people."""
+    lines = [variant["name"]]
+    if variant["reason"] is not None:
+        lines.append(f"not as it should be: {variant['reason']}")
+    if "cpu" not in variant:
+        return "\n".join(lines)
+    gpu = variant["gpu"]
+    if gpu is not None:
+        lines.append(
+            f"a step: {gpu['kernels']:.0f} kernels, busy {gpu['busy_microseconds']:.0f} us, "
+            f"idle between them {gpu['idle_microseconds']:.0f} us "
+            f"(largest gap {gpu['largest_gap_microseconds']:.0f} us)"
+        )
         lines += [
-            f"{row['microseconds']:>12.1f} us {row['count']:>14.1f}  {row['name'][:120]}"
-            for row in variant["cpu"]
+            f"{row['microseconds']:>12.1f} us {row['share']:>6.1%} {row['count']:>7.1f}  {row['name'][:120]}"
+            for row in gpu["by_name"]
         ]
+    lines.append("CPU, own time:")
+    lines += [
+        f"{row['microseconds']:>12.1f} us {row['count']:>14.1f}  {row['name'][:120]}"
+        for row in variant["cpu"]
+    ]
     return "\n".join(lines)

@@ -54,13 +54,24 @@ class Device:
         return f"{'Toy sizes on ' if self.tiny else ''}{label}: {self.described['name']}{cores}"
 
 
+def records_since(results: Path, date: str) -> list[Record]:
+    """The records of steps and kernels of a folder that were begun at a date (ISO) or later."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/*.json"))]
+    return [record for record in records if is_record(record) and record["date"] >= date]
+
+
+def is_record(record: Any) -> bool:
+    """Whether a JSON file is a record of steps or kernels."""
+    return isinstance(record, dict) and "device" in record and ("cases" in record or "kernels" in record)
+
+
 def read_devices(results: Sequence[Path]) -> list[Device]:
     """All devices with records, in the order of their folders' names; other JSON files are passed over."""
     folders: dict[str, list[tuple[Path, Record]]] = {}
     for root in results:
         for path in sorted(root.glob("*/*.json")):
             record = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(record, dict) and "device" in record and ("cases" in record or "kernels" in record):
+            if is_record(record):
                 folders.setdefault(path.parent.name, []).append((path.parent, record))
     devices = []
     for _, found in sorted(folders.items()):

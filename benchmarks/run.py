@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from benchmarks.contest import Contest, reason_of
 from benchmarks.limits import Ceilings, Work, measure_ceilings, work_of
 from benchmarks.timing import FEWEST_ROUNDS, Budget
 from benchmarks.variants import REFERENCE, VARIANTS, Variant
+from softprompt.files import write_text
 
 TOY_SHRINK = 16
 
@@ -98,9 +98,7 @@ def write_record(record: Record, results: Path, *, name: str | None = None) -> P
     stamp = datetime.fromisoformat(record["date"]).strftime("%Y-%m-%d-%H%M%S")
     suffix = "-kernels" if "kernels" in record else ""
     path = folder / (name or f"{stamp}-{record['commit']}{suffix}.json")
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
     return path
 
 

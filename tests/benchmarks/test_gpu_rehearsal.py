@@ -9,10 +9,11 @@ from benchmarks import rehearsal, tune
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, GENERATE, SUITES
 from benchmarks.kernels.cases import KERNEL_CASES
+from benchmarks.profiling import as_text
 from benchmarks.report import BEGIN, END
 from benchmarks.variants import GPU_VARIANTS
 
-# Every op at one size; the others differ in numbers only, and `python -m benchmarks gpu --rehearse` runs all.
+# Every op at one size; the others differ in numbers only.
 KERNELS = [
     "attention-article-both",
     "attention-math-forward",
@@ -92,13 +93,14 @@ def test_every_kernel_runs_or_says_why_not(folder):
 
 
 def test_the_profile_names_operations_and_the_sweep_its_configurations(folder):
-    record = json.loads(next(folder.glob("*/profile-gpu-article.json")).read_text())
+    (record,) = json.loads(next(folder.glob("*/profile.json")).read_text())["profile"]
+    assert record["case"] == "gpu-article"
     by_name = {variant["name"]: variant for variant in record["variants"]}
     assert {"peft", "softprompt eager", "softprompt graph"} <= set(by_name)
     operations = {row["name"] for row in by_name["peft"]["cpu"]}
     assert "aten::addmm" in operations or "aten::mm" in operations
-    text = next(folder.glob("*/profile-gpu-article.txt")).read_text()
-    assert "== softprompt graph" in text
+    text = as_text(by_name["softprompt graph"])
+    assert text.startswith("softprompt graph\n")
     assert "CPU, own time:" in text
     sweep = json.loads(next(folder.glob("*/tune.json")).read_text())["tune"]
     assert [entry["kernel"] for entry in sweep] == ["forward", "query", "key", "prompt"]
