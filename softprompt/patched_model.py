@@ -22,6 +22,7 @@ from softprompt.eligibility import (
     refuse_joined_texts,
 )
 from softprompt.engine import Plan, model_records, model_spec, sharding
+from softprompt.engine.batch import Batch
 from softprompt.engine.caches import NAMES
 from softprompt.engine.encoder_decoder import (
     CallOptions,
@@ -34,6 +35,7 @@ from softprompt.engine.logits_layout import trimmed
 from softprompt.engine.model_spec import prompt_width
 from softprompt.engine.placement import place_in_generation
 from softprompt.engine.runner import UnsupportedModelError
+from softprompt.engine.step_graph import EarlyStep
 from softprompt.engine.trl_head import ASKED
 from softprompt.generation import GenerateCall, generate, read_call, refuse_what_goes_wrong, stock_reason
 from softprompt.generation.stock import step_inputs, tells_its_length
@@ -43,6 +45,7 @@ from softprompt.ops.registry import AUTO
 from softprompt.prompt_encoders import (
     adapters_of_rows,
     batch_of,
+    leave_no_trace,
     placed,
     prompt_of,
     seq2seq_batch_of,
@@ -187,6 +190,7 @@ class PatchedModel:
         )
         if adapter_names is not None and sharding.is_fsdp(model):
             raise UnsupportedModelError(f"softprompt: {sharding.ROWS_OF_ADAPTERS}")
+        early = self._begin(names, arguments)
         plan = plan_of(model)
         # Asked before anything that may differ between ranks: one that did not ask would let the others wait.
         sharded = not encoder_decoder and (sharding.is_fsdp(model) or sharding.by_fsdp(base))
@@ -200,7 +204,7 @@ class PatchedModel:
             return self._checked_peft_forward(plan, arguments)
         others = {"task_ids": None, **arguments}
         model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=others)
-        output = self._run(plan, names, others)
+        output = self._run(plan, names, others, early)
         return_dict = arguments.get("return_dict")
         as_tuple = return_dict is False or (return_dict is None and not base.config.return_dict)
         return output.to_tuple() if as_tuple and not arguments.get(ASKED) else output
@@ -213,7 +217,11 @@ class PatchedModel:
         """PEFT's own forward, behind the checks of the fast route."""
         raise NotImplementedError
 
-    def _run(self, plan: Plan, names: list[str], arguments: dict[str, Any]) -> Any:
+    def _begin(self, names: list[str], arguments: dict[str, Any]) -> EarlyStep | None:
+        """The step of a call, begun before anything is asked of the model, or None."""
+        return None
+
+    def _run(self, plan: Plan, names: list[str], arguments: dict[str, Any], early: EarlyStep | None) -> Any:
         """The output of a call that the fast route serves."""
         raise NotImplementedError
 
@@ -282,11 +290,23 @@ class PatchedCausalLM(PatchedModel, PeftModelForCausalLM):
         with without_leftovers(base_of(self)):
             return self._peft_forward(arguments)
 
-    def _run(self, plan: Plan, names: list[str], arguments: dict[str, Any]) -> Any:
+    def _begin(self, names: list[str], arguments: dict[str, Any]) -> EarlyStep | None:
+        state = self._softprompt
+        runner, options = state.runner, state.options
+        if runner is None or options.placement != "prefix" or arguments.get(ASKED):
+            return None
+
+        def batch() -> Batch | None:
+            is_plain = runner.is_of(base_of(self)) and leave_no_trace(self, names)
+            return batch_of(self, names, arguments)[0] if is_plain else None
+
+        return runner.begin(batch, options, arguments.get("num_items_in_batch"))
+
+    def _run(self, plan: Plan, names: list[str], arguments: dict[str, Any], early: EarlyStep | None) -> Any:
         """Loss and logits, or what TRL's head gives where it was asked."""
         base, state = base_of(self), self._softprompt
         num_items = arguments.get("num_items_in_batch")
-        batch, _ = batch_of(self, names, arguments)
+        batch = batch_of(self, names, arguments)[0] if early is None else early.batch
         if base.training:
             state.say_dropout(base)
         runner = state.runner_of(base)
@@ -295,7 +315,9 @@ class PatchedCausalLM(PatchedModel, PeftModelForCausalLM):
             if arguments.get(ASKED):
                 items = {} if num_items is None else {"num_items_in_batch": num_items}
                 return runner.token_scores(plan, rows, state.options, items)
-            loss, logits = runner.run(plan, rows, state.options, num_items=num_items, columns=batch.shape[1])
+            loss, logits = runner.run(
+                plan, rows, state.options, num_items=num_items, columns=batch.shape[1], early=early
+            )
         except IndexError:
             # Names the column that the user gave it in.
             raise_out_of_range(batch.input_ids, batch.labels, model_spec.vocab_size(base))
@@ -399,7 +421,9 @@ class PatchedSeq2SeqLM(PatchedModel, PeftModelForSeq2SeqLM):
             raise_out_of_range(None, labels, plan.vocab_size)
         return self._peft_forward(arguments)
 
-    def _run(self, plan: Any, names: list[str], arguments: dict[str, Any]) -> Any:
+    def _run(
+        self, plan: Any, names: list[str], arguments: dict[str, Any], early: EarlyStep | None = None
+    ) -> Any:
         """Loss, logits and the encoder's hidden states."""
         base, state = base_of(self), self._softprompt
         batch, decoder_prompts = seq2seq_batch_of(self, names, arguments)

@@ -14,8 +14,8 @@ from typing import Any
 import peft.peft_model
 import torch
 from peft import PeftType
-from peft.tuners import MultitaskPromptEmbedding
-from torch import Tensor
+from peft.tuners import MultitaskPromptEmbedding, PromptEmbedding, PromptEncoder
+from torch import Tensor, nn
 
 from softprompt.engine import Plan
 from softprompt.engine.batch import Batch, check_batch, check_tensor, integers_on
@@ -24,6 +24,11 @@ from softprompt.engine.model_spec import has_hooks, prompt_width
 from softprompt.engine.placement import after_bos
 from softprompt.nesting import base_of
 
+# Code that computes with its own weights and the ids it is given, and with nothing else.
+_PLAIN_MODULES = (
+    *(PromptEmbedding, PromptEncoder, MultitaskPromptEmbedding),
+    *(nn.Embedding, nn.Sequential, nn.Linear, nn.ReLU, nn.LSTM),
+)
 SERVED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 
 
@@ -160,6 +165,17 @@ def unshared(model: Any, names: Sequence[str]) -> str | None:
         if type(encoder) is not MultitaskPromptEmbedding or any(map(has_hooks, encoder.modules())):
             return f"the encoder of adapter {name!r} has hooks, or is not PEFT's"
     return None
+
+
+def leave_no_trace(model: Any, names: Sequence[str]) -> bool:
+    """Whether the encoders of these adapters can be run once more without anybody noticing: they have no
+    hooks, draw no random numbers, and are PEFT's.
+    """
+    return is_pefts(model.get_prompt) and all(
+        type(module) in _PLAIN_MODULES and not has_hooks(module) and not vars(module).get("dropout")
+        for name in dict.fromkeys(names)
+        for module in model.prompt_encoder[name].modules()
+    )
 
 
 def prompt_of_each_row(

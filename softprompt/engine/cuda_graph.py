@@ -23,6 +23,9 @@ class RecordingError(RuntimeError):
 class Recorder(Protocol):
     """Records callables of one kind of device. They read and write tensors that stay where they are."""
 
+    # Whether running it again runs its Python, which looks at a model that may have changed since.
+    runs_python: bool
+
     def record(self, run: Run, device: torch.device) -> Run:
         """Runs `run` at least once and returns what runs the same operations again.
 
@@ -44,6 +47,8 @@ class CudaGraphRecorder:
     copies into tensors from outside the pool, and as long as two graphs never run at the same time: see
     `turn`.
     """
+
+    runs_python = False
 
     def __init__(self) -> None:
         self._pools: dict[torch.device, Any] = {}
@@ -182,6 +187,8 @@ def _without_waits(run: Run) -> None:
 
 class RerunRecorder:
     """Runs the callable itself again: everything about a step graph but its speed, on any device."""
+
+    runs_python = True
 
     def record(self, run: Run, device: torch.device) -> Run:
         """See `Recorder`."""

@@ -96,6 +96,7 @@ def forward(
     )
     options = RunOptions(positions, backend)
     runner = runner_of(model) if cuda_graphs else ModelRunner(model, cuda_graphs=False)
+    early = runner.begin(lambda: batch, options, num_items_in_batch)
     plan, compact = runner.plan(), options.compact
     longest = max(batch.prompt_lengths) + batch.shape[1]
     rows = sum(batch.prompt_lengths) + batch.shape[0] * batch.shape[1]
@@ -116,5 +117,5 @@ def forward(
                 "forward gives no loss and logits"
             )
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits)
-    loss, logits = runner.run(plan, batch, options, num_items=num_items_in_batch)
+    loss, logits = runner.run(plan, batch, options, num_items=num_items_in_batch, early=early)
     return CausalLMOutputWithPast(loss=loss, logits=logits)

@@ -186,6 +186,15 @@ class Guard:
         hooked = bool(self._hooks) or self._has_forward or replaced
         return GuardResult(self._model_number, self._weights_number, self._hooks_number, hooked)
 
+    def in_place(self, state: GuardResult) -> bool:
+        """Whether the weights of a state are alive and lie where they did, so that they can be read there;
+        False also where a later `check` has seen other weights.
+        """
+        weights = self._tensors()
+        if state.weights != self._weights_number or self._values.gone or self._contents.gone:
+            return False
+        return self._places(weights) == self._weights[2]
+
     def mode(self) -> tuple[Any, ...]:
         """Training flags at the last `check`, settings of dropout and the like, and switches of adapters."""
         settings = tuple(vars(reference()).get(name) for reference, name in self._settings)
@@ -267,8 +276,10 @@ class Guard:
         if kinds != self._kinds:
             self._kinds = kinds
             self._dense = [place for place, weight in enumerate(weights) if _is_dense(weight)]
-        places = list(map(Tensor.data_ptr, map(weights.__getitem__, self._dense)))
-        return kinds, list(map(_DTYPE, weights)), places, list(map(_REQUIRES_GRAD, weights))
+        return kinds, list(map(_DTYPE, weights)), self._places(weights), list(map(_REQUIRES_GRAD, weights))
+
+    def _places(self, weights: list[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, map(weights.__getitem__, self._dense)))
 
 
 def _is_dense(weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from softprompt.engine.batch import Batch
 from softprompt.engine.cuda_graph import Recorder, Run
+from softprompt.engine.guard import guard_of
 from softprompt.engine.losses import label_losses, weighted_sum
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.plan import Plan
@@ -104,6 +105,28 @@ class _Inputs:
         )
 
 
+class Replayed(NamedTuple):
+    """What one replay has left, copied from where the next one writes."""
+
+    loss: Tensor  # []
+    losses: Tensor | None  # [M] of the labels, where they have weights
+    grad: Tensor  # [ΣP, H]
+    hidden: Tensor  # [live, H]
+
+    def differentiable(
+        self, prompts: Tensor, again: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:  # prompts: [ΣP, H]
+        """The loss and the hidden rows, differentiable in the prompts of the batch.
+
+        Args:
+            prompts: of the batch.
+            again: computes the [live, H] hidden rows anew from prompts; only called where a gradient reaches
+                the hidden rows by another way than the loss.
+        """
+        loss, hidden = _Replay.apply(prompts, self, again)
+        return loss, hidden
+
+
 @dataclass(frozen=True, eq=False)
 class RecordedStep:
     """A step that can be run again on other values of the same sizes."""
@@ -115,44 +138,35 @@ class RecordedStep:
     hidden: Tensor  # [T, H]
     output_class: type  # of the decoder
     replay: Run
+    leaves_no_trace: bool  # a replay whose results nobody takes cannot be noticed
 
-    def __call__(
-        self, batch: StepBatch, live: int, again: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Replays the step on a batch.
+    @torch.no_grad()
+    def run(self, batch: StepBatch, live: int, num_labels: int) -> Replayed:
+        """Replays the step on a batch; within a turn of the recorder.
 
         Args:
             batch: of the recorded sizes.
             live: rows that are no dummies.
-            again: computes the [live, H] hidden rows anew from prompts; only called where a gradient reaches
-                the hidden rows by another way than the loss.
-
-        Returns:
-            The loss and the [live, H] hidden rows, differentiable in the prompts.
+            num_labels: labels that are no dummies.
         """
-        loss, hidden = _Replay.apply(batch.prompts, self, batch, live, again)
-        return loss, hidden
+        self.inputs.fill(batch)
+        self.replay()
+        losses = None if self.losses is None else self.losses[:num_labels].clone()
+        return Replayed(self.loss.clone(), losses, self.grad.clone(), self.hidden[:live].clone())
 
 
 class _Replay(torch.autograd.Function):
-    """Its gradient exists when the forward is over."""
+    """Its gradient exists before the forward is called."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        prompts: Tensor,
-        step: RecordedStep,
-        batch: StepBatch,
-        live: int,
-        again: Callable[[Tensor], Tensor],
+        ctx: Any, prompts: Tensor, replayed: Replayed, again: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        step.inputs.fill(batch)
-        step.replay()
         # A copy, since an optimizer may change the prompts before the backward, as it may in an eager step.
-        ctx.save_for_backward(prompts.clone(), step.grad.clone())
+        ctx.save_for_backward(prompts.clone(), replayed.grad)
         ctx.again = again
-        return step.loss.clone(), step.hidden[:live].clone()
+        return replayed.loss, replayed.hidden
 
     @staticmethod
     @once_differentiable
@@ -166,7 +180,7 @@ class _Replay(torch.autograd.Function):
                 own = prompts.detach().requires_grad_()
                 (more,) = torch.autograd.grad(ctx.again(own), own, of_hidden)
             total = more if total is None else total + more
-        return total, None, None, None, None
+        return total, None, None
 
 
 def record_step(
@@ -223,8 +237,21 @@ def record_step(
         grad.copy_(gradient)
         left["hidden"].copy_(rows.hidden.detach())
 
-    replay = recorder.record(run, batch.prompts.device)
-    return RecordedStep(inputs, loss, losses, grad, replay=replay, **left)
+    guard, device = guard_of(model_of()), batch.prompts.device
+    before, random_before = guard.snapshot(), _random_states(device)
+    replay = recorder.record(run, device)
+    after, random_after = guard.snapshot(), _random_states(device)
+    # Random numbers are drawn and weights are written in a replay as they were in the recording. Code that is
+    # none of the libraries' may write anywhere.
+    unseen = not recorder.runs_python and not after.is_open and before.same(after)
+    leaves_no_trace = unseen and all(map(torch.equal, random_before, random_after))
+    return RecordedStep(inputs, loss, losses, grad, replay=replay, leaves_no_trace=leaves_no_trace, **left)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the random generators that a step on this device may use."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
 
 
 def _uncached_autocast(device_type: str) -> torch.autocast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from softprompt.engine.losses import (
 from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.packed import DecoderOutput
 from softprompt.engine.plan import Plan, plan_for
-from softprompt.engine.step_graph import Step, StepGraphs, room_of
+from softprompt.engine.step_graph import EarlyStep, Step, StepGraphs, room_of
 from softprompt.engine.trl_head import token_scores
 from softprompt.layout import PackedLayout
 from softprompt.ops.linear_cross_entropy import check_num_items
@@ -99,6 +99,32 @@ class ModelRunner:
         return plan_for(self.model, sharded=sharded, fused=self._fused)
 
     # ------------------------------------------------------------------------------------------ what it gives
+    def begin(
+        self,
+        batch_of: Callable[[], Batch | None],
+        options: RunOptions,
+        num_items: int | float | Tensor | None = None,
+    ) -> EarlyStep | None:
+        """Begins the step of a batch before the model is looked at, where the steps before let expect that it
+        can be replayed as it was recorded. Nothing of that can be seen until `run` takes it over.
+
+        Args:
+            batch_of: makes the batch; None where that would leave a trace.
+            options: how to run it.
+            num_items: transformers' `num_items_in_batch`.
+        """
+        if not self.graphs.expects_a_replay:
+            return None
+        try:
+            check_num_items(num_items)
+            batch = batch_of()
+            if batch is None:
+                return None
+            weights = LossWeights(num_items)
+            return self.graphs.begin(batch, weights, compact=options.compact, backend=options.backend)
+        except Exception:  # the call meets it again, unless the model has changed and it takes another way
+            return None
+
     def run(
         self,
         plan: Plan,
@@ -107,6 +133,7 @@ class ModelRunner:
         *,
         num_items: int | float | Tensor | None = None,
         columns: int = 0,
+        early: EarlyStep | None = None,
     ) -> tuple[Tensor | None, LazyLogits]:
         """Loss (None without labels) and lazy logits of a batch on the plan's fast route.
 
@@ -116,11 +143,12 @@ class ModelRunner:
             options: how to run it.
             num_items: transformers' `num_items_in_batch`.
             columns: L of the texts that the user gave, for `options.logits`.
+            early: what `begin` gave for this very call.
         """
         check_num_items(num_items)
 
         def run() -> tuple[Tensor | None, LazyLogits]:
-            step = self._step(plan, batch, options, LossWeights(num_items))
+            step = self._step(plan, batch, options, LossWeights(num_items), early)
             if step.loss is not None and step.rows.num_labels == 0:
                 warn_of_no_labels()
             logits = self._lazy_logits(plan, step.rows, options.logits, columns)
@@ -168,12 +196,24 @@ class ModelRunner:
         return token_scores(self.model, batch, rows, compact=options.compact, arguments=arguments)
 
     # -------------------------------------------------------------------------------------------- one step
-    def _step(self, plan: Plan, batch: Batch, options: RunOptions, weights: LossWeights) -> Step:
+    def _step(
+        self,
+        plan: Plan,
+        batch: Batch,
+        options: RunOptions,
+        weights: LossWeights,
+        early: EarlyStep | None = None,
+    ) -> Step:
         """One forward, replayed where that can be."""
         # Whatever the host has to think about comes before it waits for the layout's counts.
         mode = self.graphs.mode_of(plan, batch)
-        room = {} if mode is None else room_of(batch)._asdict()
-        layout = plan.layout(batch, compact=options.compact, backend=options.backend, **room)
+        begun = None if early is None else self.graphs.taken(early, plan, mode)
+        if begun is not None:
+            return begun
+        layout = None if early is None else early.layout_for(plan)
+        if layout is None:
+            room = {} if mode is None else room_of(batch)._asdict()
+            layout = plan.layout(batch, compact=options.compact, backend=options.backend, **room)
         if mode is not None and layout is not None:
             step = self.graphs.step(plan, batch, layout, mode, weights, options.backend)
             if step is not None:

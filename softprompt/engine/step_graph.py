@@ -5,6 +5,9 @@ static tensors (ids, layout, prompts, the loss's denominator or the labels' weig
 `d(prompts)` and the hidden states. `loss.backward()` then only scales d(prompts). A step is recorded when its
 size is met the second time: above all the number of packed tokens and of label rows, each rounded up to a
 bucket.
+
+Where two training steps in a row took the same for granted, the next one begins before the model is looked at
+(`StepGraphs.begin`), so that a GPU has work meanwhile; its results are taken where nothing has changed.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from softprompt.engine.model_spec import CausalLM
 from softprompt.engine.overrides import IN_USE
 from softprompt.engine.packed import DecoderOutput
 from softprompt.engine.plan import Plan
-from softprompt.engine.recorded_step import RecordedStep, StepBatch, record_step
+from softprompt.engine.recorded_step import RecordedStep, Replayed, StepBatch, record_step
 from softprompt.layout import PackedLayout, round_up
 from softprompt.warn import warn
 
@@ -83,6 +86,66 @@ class Step(NamedTuple):
     rows: DecoderOutput
 
 
+class _Expected(NamedTuple):
+    """What the last two training steps took for granted, as the next one is likely to."""
+
+    plan: Plan
+    mode: int
+    numerics: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Staged:
+    """A batch as the recorded step of its size reads it."""
+
+    batch: Batch
+    layout: PackedLayout  # without dummies
+    given: StepBatch
+    weights: GroupWeights | None  # of the labels
+    backend: str
+
+    @property
+    def size(self) -> tuple[Hashable, ...]:
+        """Which recorded step it is, in a mode."""
+        given = self.given
+        return (
+            given.layout.num_rows,
+            given.layout.label_rows.shape[0],
+            given.columns,
+            given.input_ids.shape[0],
+            given.layout.prompt_lengths,
+            given.prompts.shape,
+            given.prompts.dtype,
+            given.prompts.device,
+            self.backend,
+            given.weights is not None,
+        )
+
+    def run(self, recorded: RecordedStep) -> Replayed:
+        """Replays the recorded step of its size on it."""
+        return recorded.run(self.given, self.layout.num_rows, self.layout.num_labels)
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyStep:
+    """A step that began before the model was looked at."""
+
+    expected: _Expected
+    staged: _Staged
+    recorded: RecordedStep | None = None
+    replayed: Replayed | None = None  # what it gave, if it was replayed
+
+    @property
+    def batch(self) -> Batch:
+        """What it is a step on."""
+        return self.staged.batch
+
+    def layout_for(self, plan: Plan) -> PackedLayout | None:
+        """The layout of the batch, where it is that of this plan."""
+        made_for = self.expected.plan
+        return self.staged.layout if made_for == plan and made_for.state == plan.state else None
+
+
 class StepGraphs:
     """The recorded steps of one model.
 
@@ -104,6 +167,8 @@ class StepGraphs:
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._said: set[str] = set()
         self._hidden: Tensor | None = None  # where the recorded steps leave their hidden rows
+        self._last: _Expected | None = None  # of the last training step
+        self._expected: _Expected | None = None
         self.obstacle: str | None = None  # why the last training step was not served
         self.compile_obstacle: str | None = None
         self.statistics = Statistics()
@@ -128,7 +193,7 @@ class StepGraphs:
         self._graphs.clear()
         self._seen.clear()
         self._modes.clear()
-        self._hidden = None
+        self._hidden = self._last = self._expected = None
 
     def call_body(self) -> Callable[..., Any] | None:
         """What runs the decoder: None for itself, or its compiled form."""
@@ -149,14 +214,13 @@ class StepGraphs:
         None: the call is no training step, or it cannot be recorded, and `obstacle` says why. Asked before
         the host waits for the device, so that its time counts little.
         """
-        if not self._enabled or batch.labels is None or plan.route != "packed":
-            return None
-        if not torch.is_grad_enabled() or not any(prompt.requires_grad for prompt in batch.prompts):
+        if not self._enabled or plan.route != "packed" or not _is_training(batch):
             return None
         with IN_USE:
             mode, self.obstacle = self._mode_or_obstacle(plan, batch)
         if self.obstacle is None:
             return mode
+        self._last = self._expected = None
         self._say(self.obstacle, batch.attention_mask.device)
         return None
 
@@ -189,6 +253,54 @@ class StepGraphs:
             self._modes[mode] = (len(self._modes), _passing_obstacle(model, plan, device.type))
         return self._modes[mode]
 
+    # -------------------------------------------------------------------------- before the model is looked at
+    @property
+    def expects_a_replay(self) -> bool:
+        """Whether a training step that is made now is likely to be replayed."""
+        return (
+            self._expected is not None
+            and torch.is_grad_enabled()
+            # These would see the operations of a step that nobody takes.
+            and process_obstacle() is None
+            and not torch.is_anomaly_enabled()
+            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        )
+
+    def begin(self, batch: Batch, weights: LossWeights, *, compact: bool, backend: str) -> EarlyStep | None:
+        """Replays the step of a batch, unless it is clear by now that another way is taken.
+
+        What is needed to replay it without harm is looked at before: that values are in range, that all sizes
+        are those of the recording, and that the weights lie where they did. That the model is the same is
+        not; `step` takes the results where it would replay the same step. Until then they are copies that
+        nobody holds.
+
+        Args:
+            batch: prompts, texts and labels.
+            weights: how the losses of the labels are added up.
+            compact: whether pads are left out of the positions.
+            backend: of the ops.
+        """
+        expected, device = self._expected, batch.attention_mask.device
+        if expected is None or expected.plan.state is None or expected.numerics != _numerics(device.type):
+            return None
+        if not _is_training(batch) or batch.input_ids is None or device.type not in RECORDERS:
+            return None
+        layout = expected.plan.layout(batch, compact=compact, backend=backend, **room_of(batch)._asdict())
+        staged = None if layout is None else _staged(batch, layout, weights, backend)
+        if staged is None:
+            return None
+        step = EarlyStep(expected, staged)
+        with IN_USE:
+            recorded = self._graphs.get((*staged.size, expected.mode))
+            if recorded is None or not recorded.leaves_no_trace or self._expected is not expected:
+                return step
+            if not guard_of(self.model).in_place(expected.plan.state):
+                return step
+            self._last = self._expected = None  # until its results are taken
+            with RECORDERS[device.type].turn(device):
+                return replace(step, recorded=recorded, replayed=staged.run(recorded))
+
+    # ---------------------------------------------------------------------------------------------- the step
     def step(
         self,
         plan: Plan,
@@ -208,62 +320,64 @@ class StepGraphs:
             weights: how the losses of the labels are added up.
             backend: of the ops.
         """
-        if batch.input_ids is None or layout.num_tokens is None:
+        staged = _staged(batch, layout, weights, backend)
+        if staged is None:
             return None
-        live = layout.prompt_tokens + layout.num_tokens
-        of_labels = weights.of_labels(layout)
-        labels = bucket_of(max(layout.num_labels, 1), _LABEL_BUCKET)
-        given = StepBatch(
-            batch.joined_prompts(batch.input_ids.device),
-            batch.input_ids,
-            layout.resized(bucket_of(live, _TOKEN_BUCKET), labels),
-            max(layout.num_labels, 1) if weights.num_items is None else weights.num_items,
-            None if of_labels is None else functional.pad(of_labels.values, (0, labels - layout.num_labels)),
-        )
-        device = given.prompts.device
+        device = staged.given.prompts.device
         with IN_USE, RECORDERS[device.type].turn(device):
-            recorded = self._recorded(plan, given, mode, backend)
+            last, self._last = self._last, _Expected(plan, mode, _numerics(device.type))
+            is_as_before = last is not None and (last.mode, last.plan.state) == (mode, plan.state)
+            self._expected = self._last if is_as_before else None
+            recorded = self._recorded(plan, staged, mode)
             if recorded is None:
                 self.statistics.eager += 1
                 return None
-            exact, model = layout, self.model
-            if (layout.num_rows, layout.label_rows.shape[0]) != (live, layout.num_labels):
-                exact = layout.resized(live, layout.num_labels)
-
-            def again(prompts: Tensor) -> Tensor:
-                own = replace(batch, prompts=(prompts,), labels=None)
-                return plan.decode(model, own, exact, backend=backend).hidden
-
-            loss, hidden = recorded(given, live, in_this_mode(again, device.type))
+            replayed = staged.run(recorded)
             self.statistics.replayed += 1
+        return self._finished(plan, staged, recorded, replayed)
+
+    def taken(self, early: EarlyStep, plan: Plan, mode: int | None) -> Step | None:
+        """The step that was begun, where it is the one that would be replayed now; else None.
+
+        Args:
+            early: what `begin` gave for the batch.
+            plan: of the model.
+            mode: what `mode_of` said of this call.
+        """
+        key, recorded = (*early.staged.size, mode), early.recorded
+        with IN_USE:
+            if recorded is None or early.replayed is None or self._graphs.get(key) is not recorded:
+                return None
+            self._graphs.move_to_end(key)
+            self.statistics.replayed += 1
+            self._last = self._expected = early.expected
+        return self._finished(plan, early.staged, recorded, early.replayed)
+
+    def _finished(self, plan: Plan, staged: _Staged, recorded: RecordedStep, replayed: Replayed) -> Step:
+        """A replayed step as an eager one comes."""
+        model, batch, layout, prompts = self.model, staged.batch, staged.layout, staged.given.prompts
+
+        def again(prompts: Tensor) -> Tensor:
+            own = replace(batch, prompts=(prompts,), labels=None)
+            return plan.decode(model, own, layout, backend=staged.backend).hidden
+
+        loss, hidden = replayed.differentiable(prompts, in_this_mode(again, prompts.device.type))
         num_rows, row_length = batch.shape
         rows = DecoderOutput(
             hidden,
-            exact.label_rows,
-            exact.label_targets,
-            exact.num_labels,
-            exact,
+            layout.label_rows,
+            layout.label_targets,
+            layout.num_labels,
+            layout,
             (num_rows, max(batch.prompt_lengths) + row_length),
             recorded.output_class,
         )
-        losses = None if recorded.losses is None else recorded.losses[: exact.num_labels].clone()
-        return Step(loss, losses, of_labels, rows)
+        return Step(loss, replayed.losses, staged.weights, rows)
 
-    def _recorded(self, plan: Plan, batch: StepBatch, mode: int, backend: str) -> RecordedStep | None:
+    def _recorded(self, plan: Plan, staged: _Staged, mode: int) -> RecordedStep | None:
         """The recorded step of this size, recorded now where it is worth it."""
-        prompts, layout = batch.prompts, batch.layout
-        key = (
-            layout.num_rows,
-            layout.label_rows.shape[0],
-            batch.columns,
-            batch.input_ids.shape[0],
-            layout.prompt_lengths,
-            prompts.dtype,
-            prompts.device,
-            mode,
-            backend,
-            batch.weights is not None,
-        )
+        batch, key = staged.given, (*staged.size, mode)
+        prompts = batch.prompts
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -277,7 +391,7 @@ class StepGraphs:
                 batch,
                 self._place_for,
                 dtype=torch.promote_types(_compute_weight(self.model).dtype, torch.float32),
-                backend=backend,
+                backend=staged.backend,
                 call_body=self.call_body(),
             )
         except (RecordingError, RuntimeError) as error:
@@ -318,6 +432,35 @@ class StepGraphs:
         """No more tries in this mode of the model."""
         self.obstacle = reason
         self._modes = {m: (n, reason if n == mode else known) for m, (n, known) in self._modes.items()}
+
+
+def _is_training(batch: Batch) -> bool:
+    """Whether a gradient reaches the prompts of a batch, and its loss is asked for."""
+    wanted = batch.labels is not None and torch.is_grad_enabled()
+    return wanted and any(prompt.requires_grad for prompt in batch.prompts)
+
+
+def _staged(batch: Batch, layout: PackedLayout, weights: LossWeights, backend: str) -> _Staged | None:
+    """A batch with ids, in the buckets of its tokens and labels; None: the host does not know how many.
+
+    Args:
+        batch: prompts, texts and labels.
+        layout: made with `room_of(batch)`.
+        weights: how the losses of the labels are added up.
+        backend: of the ops.
+    """
+    if batch.input_ids is None or layout.num_tokens is None:
+        return None
+    of_labels = weights.of_labels(layout)
+    labels = bucket_of(max(layout.num_labels, 1), _LABEL_BUCKET)
+    given = StepBatch(
+        batch.joined_prompts(batch.input_ids.device),
+        batch.input_ids,
+        layout.resized(bucket_of(layout.num_rows, _TOKEN_BUCKET), labels),
+        max(layout.num_labels, 1) if weights.num_items is None else weights.num_items,
+        None if of_labels is None else functional.pad(of_labels.values, (0, labels - layout.num_labels)),
+    )
+    return _Staged(batch, layout, given, of_labels, backend)
 
 
 def _compute_weight(model: CausalLM) -> Tensor:

@@ -264,6 +264,30 @@ def test_a_history_that_grows_at_every_step_is_followed_without_listing_the_mode
     assert guard.check().weights != before.weights
 
 
+def test_weights_are_in_place_until_one_moves_or_goes():
+    model = build("llama")
+    guard = guard_of(model)
+    state = guard.check()
+    for change in (equal_number, values_of_a_weight, training, trainable, ON_INSTANCES[0], hook):
+        change(model)
+        assert guard.in_place(state)
+    model.lm_head.weight.untyped_storage().resize_(0)
+    assert not guard.in_place(state)
+
+
+def test_weights_are_not_in_place_where_another_check_has_seen_others():
+    model = build("llama")
+    guard = guard_of(model)
+    state = guard.check()
+    place_of_a_weight(model)
+    assert not guard.in_place(state)
+    assert guard.in_place(guard.check())
+    assert not guard.in_place(state)
+    state = guard.check()
+    another_parameter(model)
+    assert not guard.in_place(state)
+
+
 def test_copies_have_guards_of_their_own():
     model = build("llama")
     before = guard_of(model).check()

@@ -19,6 +19,8 @@ _READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique
 class TapeRecorder:
     """See `softprompt.engine.cuda_graph.Recorder`; `replays` counts what was played back."""
 
+    runs_python = False
+
     def __init__(self):
         self.replays = 0
 
