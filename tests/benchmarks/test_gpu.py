@@ -51,10 +51,10 @@ def test_a_part_that_hangs_is_stopped_at_its_limit_with_what_it_began(run, tmp_p
         "print('it hangs', flush=True)\n"
         "time.sleep(60)"
     )
-    code, parts = run(hangs=python(hangs, seconds=2), after=python("print('it goes on')"))
+    code, parts = run(hangs=python(hangs, seconds=6), after=python("print('it goes on')"))
     assert code == 1
-    assert parts["hangs"]["outcome"] == "stopped at its limit of 2 s"
-    assert 1.9 < parts["hangs"]["ended"] - parts["hangs"]["began"] < 6
+    assert parts["hangs"]["outcome"] == "stopped at its limit of 6 s"
+    assert 5.9 < parts["hangs"]["ended"] - parts["hangs"]["began"] < 30
     assert parts["after"]["outcome"] == "done"
     assert not alive(int(file.read_text()))
     said = capsys.readouterr().out
@@ -70,31 +70,47 @@ def test_a_part_that_does_not_hear_the_interrupt_is_killed(run):
     code, parts = run(deaf=python(deaf, seconds=1))
     assert code == 1
     assert parts["deaf"]["outcome"].startswith("stopped")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30
 
 
-def test_a_pass_of_few_seconds_leaves_the_rest_out_and_names_it(run, capsys):
-    code, parts = run(
-        seconds=3.0,
-        first=python("import time; time.sleep(1.2)", seconds=2),
-        long=python("print('never')", seconds=3),
-        short=python("print('it fits')", seconds=1),
-    )
-    assert code == 0
-    assert [entry["outcome"].split(":")[0] for entry in parts.values()] == ["done", "left out", "done"]
-    assert "long: left out: 1 s are left, it may take 3 s" in capsys.readouterr().out
-    assert parts["short"]["ended"] <= 3
+@pytest.fixture
+def clock(monkeypatch):
+    """What a pass takes for the seconds since it began: those that its parts say they took."""
+    clock = [0.0]
+    monkeypatch.setattr(gpu.Timeline, "now", lambda self: clock[0])
+    return clock
 
 
-def test_a_part_runs_with_what_is_left_where_that_is_half_of_its_time(run):
-    limits = []
+def taking(taken, clock, seconds, limits):
+    """A part that takes some seconds by the clock, and notes how many it was given."""
 
-    def command(settings, seconds):
-        limits.append(seconds)
+    def command(settings, limit):
+        clock[0] += taken
+        limits.append(limit)
         return [sys.executable, "-c", ""]
 
-    run(seconds=10.5, part=gpu.Part(12.0, command))
-    assert limits == [pytest.approx(10, abs=0.2)]
+    return gpu.Part(seconds, command)
+
+
+def test_a_pass_of_few_seconds_leaves_the_rest_out_and_names_it(run, clock, capsys):
+    limits = []
+    code, parts = run(
+        seconds=60.5,
+        first=taking(41, clock, 50, limits),
+        long=taking(1, clock, 60, limits),
+        half=taking(1, clock, 38, limits),
+        short=taking(1, clock, 15, limits),
+    )
+    assert code == 0
+    assert [entry["outcome"].split(":")[0] for entry in parts.values()] == [
+        "done",
+        "left out",
+        "done",
+        "done",
+    ]
+    # The second finds less than half of its time; the third takes what is left, the grace aside.
+    assert "long: left out: 19 s are left, it may take 60 s" in capsys.readouterr().out
+    assert limits == [50, 19, 15]
 
 
 def test_all_parts_run_even_where_one_fails(run, capsys):
@@ -121,7 +137,7 @@ def test_a_part_on_the_cpu_runs_beside_the_next_and_ends_before_the_third(run):
         third=python(""),
     )
     assert code == 0
-    assert parts["second"]["began"] < 1 < parts["beside"]["ended"] <= parts["third"]["began"]
+    assert parts["second"]["began"] < parts["beside"]["ended"] <= parts["third"]["began"]
 
 
 def test_a_pass_that_is_interrupted_leaves_no_process(run, tmp_path, monkeypatch):
