@@ -35,6 +35,7 @@ EVERY_KERNEL = "tests/gpu/test_every_kernel.py"
 TESTS = ("tests/gpu", "tests/ops", "tests/engine/test_host_reads.py")
 GRACE = 10.0  # seconds from the interrupt of a part at its limit to its end by force
 _START_SECONDS = 15.0  # of a part before it measures: Python, torch, the device
+_POLL_SECONDS = 0.05
 _LINES_OF_A_FAILURE = 15
 _PYTHON = [sys.executable]
 _BENCHMARKS = [*_PYTHON, "-m", "benchmarks"]
@@ -261,6 +262,7 @@ class _Running:
         part, self._timeline, self._log = PARTS[name], timeline, log
         command = part.command(settings, limit)
         self._entry = timeline.begin(name, limit)
+        self.done = self._interrupted = False
         self._process: subprocess.Popen[bytes] | None = None
         with log.open("ab") as file:
             file.write(f"== {name}: {shlex.join(command)}\n".encode())
@@ -280,31 +282,35 @@ class _Running:
             except OSError as error:
                 file.write(f"{error}\n".encode())
 
-    def finish(self) -> bool:
-        """Waits for the end of the process, at most to its limit; whether it ended well."""
+    def ended(self) -> bool:
+        """Whether the process has ended, by itself or at its limit; then the timeline says how."""
         if self._process is None:
             self._close("failed: it could not be begun")
-            return False
-        seconds = max(self._entry.began + self._entry.limit - self._timeline.now(), 0)
-        code = _wait(self._process, seconds)
-        if code is None:
+            return True
+        code = self._process.poll()
+        late = self._timeline.now() - self._entry.began - self._entry.limit
+        if code is None and late >= 0 and not self._interrupted:
             self._process.send_signal(signal.SIGINT)  # pytest then sums up, and a benchmark closes its files
-            _wait(self._process, GRACE)
+            self._interrupted = True
+        if code is None and late < GRACE:
+            return False
         self.kill()
-        if code == 0:
-            self._timeline.end(self._entry, "done")
-        elif code is None:
+        if self._interrupted:
             self._close(f"stopped at its limit of {self._entry.limit:.0f} s")
-        else:
+        elif code:
             self._close(f"failed: {code}")
-        return code == 0
+        else:
+            self.done = True
+            self._timeline.end(self._entry, "done")
+        return True
 
     def kill(self) -> None:
         """Ends the process, and those that it has begun."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            _wait(self._process, GRACE)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it
+                self._process.wait(GRACE)
 
     def _close(self, outcome: str) -> None:
         self._timeline.end(self._entry, outcome)
@@ -314,12 +320,11 @@ class _Running:
         print("\n".join(f"    {line[:200]}" for line in said[-_LINES_OF_A_FAILURE:]), flush=True)
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """The exit code; None where it runs on."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
+def _wait_for(running: list[_Running]) -> None:
+    """Until all have ended; those that run stay in the list."""
+    while running:
+        time.sleep(_POLL_SECONDS)
+        running[:] = [one for one in running if not one.ended()]
 
 
 def run_pass(name: str, wanted: Pass, settings: Settings) -> int:
@@ -343,8 +348,8 @@ def run_pass(name: str, wanted: Pass, settings: Settings) -> int:
     log.write_text("", encoding="utf-8")
     print(f"pass {name}: {wanted.seconds:.0f} s, {log}", flush=True)
     timeline = Timeline(output / f"pass-{name}.json", wanted.seconds, settings)
+    begun: list[_Running] = []
     running: list[_Running] = []
-    done: list[bool] = []
     try:
         for part in wanted.parts:
             left = timeline.left()
@@ -352,15 +357,15 @@ def run_pass(name: str, wanted: Pass, settings: Settings) -> int:
             if left < limit / 2:
                 timeline.leave_out(part, limit, left)
                 continue
-            running.append(_Running(part, min(limit, left), settings, timeline, log))
+            begun.append(_Running(part, min(limit, left), settings, timeline, log))
+            running.append(begun[-1])
             if not PARTS[part].beside_next:
-                done += [one.finish() for one in reversed(running)]
-                running.clear()
-        done += [one.finish() for one in reversed(running)]
+                _wait_for(running)
+        _wait_for(running)
     finally:
         for one in running:
             one.kill()
     records = records_since(output, timeline.head["date"])
     if records:
         print(short_table(records))
-    return 0 if all(done) else 1
+    return 0 if all(one.done for one in begun) else 1

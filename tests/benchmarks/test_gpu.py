@@ -132,26 +132,30 @@ def test_all_parts_run_even_where_one_fails(run, capsys):
 
 def test_a_part_on_the_cpu_runs_beside_the_next_and_ends_before_the_third(run):
     code, parts = run(
-        beside=python("import time; time.sleep(1.5)", beside_next=True),
+        beside=python("import time; time.sleep(4)", beside_next=True),
         second=python("import time; time.sleep(0.2)"),
         third=python(""),
     )
     assert code == 0
-    assert parts["second"]["began"] < parts["beside"]["ended"] <= parts["third"]["began"]
+    assert parts["second"]["ended"] < parts["beside"]["ended"] <= parts["third"]["began"]
+    code, parts = run(alone=python("import time; time.sleep(0.2)", beside_next=True))
+    assert (code, parts["alone"]["outcome"]) == (0, "done")
 
 
 def test_a_pass_that_is_interrupted_leaves_no_process(run, tmp_path, monkeypatch):
-    def interrupted(process, seconds):
-        if process.poll() is None and not monkeypatched:
-            monkeypatched.append(process.pid)
-            raise KeyboardInterrupt
-        return wait(process, seconds)
+    file = tmp_path / "pid"
 
-    wait, monkeypatched = gpu._wait, []
-    monkeypatch.setattr(gpu, "_wait", interrupted)
+    def interrupted(seconds):
+        if file.exists() and file.read_text().isdigit():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    sleep = time.sleep
+    monkeypatch.setattr(gpu.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(part=python("import time; time.sleep(60)"))
-    assert not alive(monkeypatched[0])
+        run(part=python(f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"))
+    assert not alive(int(file.read_text()))
     (entry,) = json.loads((tmp_path / "pass-trial.json").read_text())["parts"]
     assert entry["outcome"] == "running"
 
