@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ class Batch:
     labels: Tensor | None  # [B, L]
     wanted: Tensor | None = None  # [B, L] in place of labels: what only logits predict
 
-    @property
+    @cached_property
     def prompt_lengths(self) -> tuple[int, ...]:
         """P_k."""
         return tuple(prompt.shape[0] for prompt in self.prompts)

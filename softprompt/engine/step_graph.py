@@ -91,7 +91,6 @@ class _Expected(NamedTuple):
 
     plan: Plan
     mode: int
-    numerics: tuple[Hashable, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,9 +280,9 @@ class StepGraphs:
             backend: of the ops.
         """
         expected, device = self._expected, batch.attention_mask.device
-        if expected is None or expected.plan.state is None or expected.numerics != _numerics(device.type):
+        if expected is None or expected.plan.state is None or device.type not in RECORDERS:
             return None
-        if not _is_training(batch) or batch.input_ids is None or device.type not in RECORDERS:
+        if batch.input_ids is None or not _is_training(batch):
             return None
         layout = expected.plan.layout(batch, compact=compact, backend=backend, **room_of(batch)._asdict())
         staged = None if layout is None else _staged(batch, layout, weights, backend)
@@ -325,7 +324,7 @@ class StepGraphs:
             return None
         device = staged.given.prompts.device
         with IN_USE, RECORDERS[device.type].turn(device):
-            last, self._last = self._last, _Expected(plan, mode, _numerics(device.type))
+            last, self._last = self._last, _Expected(plan, mode)
             is_as_before = last is not None and (last.mode, last.plan.state) == (mode, plan.state)
             self._expected = self._last if is_as_before else None
             recorded = self._recorded(plan, staged, mode)
