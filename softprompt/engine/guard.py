@@ -279,7 +279,8 @@ class Guard:
         return kinds, list(map(_DTYPE, weights)), self._places(weights), list(map(_REQUIRES_GRAD, weights))
 
     def _places(self, weights: list[Tensor]) -> list[int]:
-        return list(map(Tensor.data_ptr, map(weights.__getitem__, self._dense)))
+        dense = weights if len(self._dense) == len(weights) else map(weights.__getitem__, self._dense)
+        return list(map(Tensor.data_ptr, dense))
 
 
 def _is_dense(weight: Tensor) -> bool:
