@@ -255,6 +255,11 @@ class Timeline:
         write_text(self._path, text + "\n")
 
 
+def _hear_interrupts() -> None:
+    """What a shell runs in the background ignores them, and so does what that begins."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Running:
     """The process of a part."""
 
@@ -278,6 +283,7 @@ class _Running:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     process_group=0,
+                    preexec_fn=_hear_interrupts,
                 )
             except OSError as error:
                 file.write(f"{error}\n".encode())

@@ -11,6 +11,7 @@ from benchmarks.kernels.attention_problem import attention_problem
 from benchmarks.kernels.cases import KERNEL_CASES
 from benchmarks.kernels.problem import KernelVariant, NotAvailable, error_of
 from benchmarks.kernels.run import run_kernels
+from benchmarks.timing import Budget
 from softprompt.ops.shared_prompt_attention.reference import visible
 
 
@@ -87,7 +88,8 @@ def test_a_case_that_no_longer_fits_the_budget_is_named():
     assert variants == {}
 
 
-def test_what_is_compiled_takes_no_time_from_the_cases_that_come_later():
+def test_what_is_compiled_takes_no_time_from_the_cases_that_come_later(monkeypatch):
+    monkeypatch.setattr(Budget, "spent", 0.0)  # estimates alone count, however busy the machine is
     case = KERNEL_CASES["embed-article"]
     slow = KernelVariant("slow", lambda: lambda: case.build(case.toy, "cpu").truth(), compiles=True)
     record = run_kernels(
